@@ -1,0 +1,23 @@
+// Arguments other than the arrays: checked, with messages that say what was expected and what came.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include "core/clip.hpp"
+#include "core/norm.hpp"
+
+namespace gradclip::bindings {
+
+namespace py = pybind11;
+
+// A real number: int, float, a NumPy scalar, a 0-d array. TypeError for anything else, bool and
+// strings included.
+double real_number(const py::object& value, const char* name);
+// Positive, infinity allowed or not. ValueError if it is not.
+double positive_number(const py::object& value, const char* name, bool may_be_infinite);
+
+NormOrder norm_order(const py::object& ord);
+NonFinite nonfinite_policy(const py::object& policy);
+Groups group_labels(const py::object& groups, std::size_t tensors);
+
+}  // namespace gradclip::bindings

@@ -1,0 +1,185 @@
+#include "bindings/calls.hpp"
+
+#include <chrono>
+#include <cmath>
+
+#include "bindings/arguments.hpp"
+#include "core/clip.hpp"
+#include "cpu/engine.hpp"
+
+namespace gradclip::bindings {
+namespace {
+
+py::array_t<double> to_array(const std::vector<double>& values) {
+  return py::array_t<double>(static_cast<py::ssize_t>(values.size()), values.data());
+}
+
+template <class Int>
+py::tuple to_tuple(const std::vector<Int>& values) {
+  py::tuple result(values.size());
+  for (std::size_t i = 0; i < values.size(); ++i) result[i] = values[i];
+  return result;
+}
+
+std::vector<NormSum> measure(const Gradients& grads, const NormOrder& order) {
+  const py::gil_scoped_release release;
+  return cpu::measure(grads.spans(), grads.plan(), order);
+}
+
+std::vector<double> norms_of(const NormOrder& order, const std::vector<NormSum>& sums) {
+  std::vector<double> norms;
+  norms.reserve(sums.size());
+  for (const NormSum& sum : sums) norms.push_back(norm_of(order, sum));
+  return norms;
+}
+
+double norm_of_all(const NormOrder& order, const std::vector<NormSum>& sums) {
+  return norm_of(order, group_sums(order, sums, {}, 1)[0]);
+}
+
+// Hand this process's sums to the caller's `reduce` and take the sums over all processes.
+std::vector<NormSum> reduce_sums(const py::object& reduce, const NormOrder& order,
+                                 const std::vector<NormSum>& sums) {
+  std::vector<double> plain;
+  for (const NormSum& sum : sums) plain.push_back(to_plain(order, sum));
+  const py::object returned = reduce(to_array(plain));
+  const auto reduced = py::array_t<double, py::array::c_style | py::array::forcecast>::ensure(returned);
+  if (!reduced) {
+    PyErr_Clear();
+    throw py::type_error("reduce: expected an array of float64 sums, got " +
+                         std::string(Py_TYPE(returned.ptr())->tp_name));
+  }
+  if (reduced.ndim() != 1 || reduced.shape(0) != static_cast<py::ssize_t>(plain.size()))
+    throw py::value_error("reduce: expected sums of shape (" + std::to_string(plain.size()) +
+                          ",), got shape " +
+                          py::str(reduced.attr("shape")).cast<std::string>());
+  std::vector<NormSum> result;
+  for (py::ssize_t g = 0; g < reduced.shape(0); ++g) {
+    const double sum = reduced.at(g);
+    if (sum < 0.0)
+      throw py::value_error("reduce: expected sums that are not negative, got " +
+                            std::to_string(sum) + " for group " + std::to_string(g));
+    result.push_back(from_plain(sum));
+  }
+  return result;
+}
+
+// (index, NaN count, infinity count) of each.
+py::list count_nonfinite(const Gradients& grads, const std::vector<std::size_t>& tensors) {
+  py::list counts;
+  for (const std::size_t i : tensors) {
+    cpu::NonFiniteCounts count;
+    {
+      const py::gil_scoped_release release;
+      count = cpu::count_nonfinite(grads.spans()[i]);
+    }
+    counts.append(py::make_tuple(i, count.nan, count.infinity));
+  }
+  return counts;
+}
+
+}  // namespace
+
+py::array_t<double> tensor_norms(const Gradients& grads, const py::object& ord) {
+  const NormOrder order = norm_order(ord);
+  return to_array(norms_of(order, measure(grads, order)));
+}
+
+double global_norm(const Gradients& grads, const py::object& ord) {
+  const NormOrder order = norm_order(ord);
+  return norm_of_all(order, measure(grads, order));
+}
+
+py::tuple clip(const Gradients& grads, const py::object& max_norm, const py::object& ord,
+               const py::object& groups, const py::object& grad_scale, const py::object& nonfinite,
+               const py::object& reduce) {
+  const double threshold = positive_number(max_norm, "max_norm", true);
+  const NormOrder order = norm_order(ord);
+  const Groups grouping = group_labels(groups, grads.spans().size());
+  const double scale = positive_number(grad_scale, "grad_scale", false);
+  const NonFinite policy = nonfinite_policy(nonfinite);
+  if (!reduce.is_none() && !PyCallable_Check(reduce.ptr()))
+    throw py::type_error("reduce: expected a callable or None, got " +
+                         std::string(Py_TYPE(reduce.ptr())->tp_name));
+  grads.require_writable();
+
+  const std::vector<NormSum> sums = measure(grads, order);
+  std::vector<NormSum> group = sums_of_groups(order, sums, grouping);
+  const bool reduced = !reduce.is_none();
+  if (reduced) group = reduce_sums(reduce, order, group);
+  const ClipDecision decision =
+      decide_clip(order, sums, grouping, group, reduced, threshold, scale, policy);
+
+  py::object counts = py::none();
+  if (decision.nonfinite_norm && policy == NonFinite::raise)
+    counts = count_nonfinite(grads, decision.nonfinite);
+  if (decision.action != ClipDecision::nothing) {
+    const py::gil_scoped_release release;
+    if (decision.action == ClipDecision::scale)
+      cpu::scale(grads.spans(), grads.plan(), decision.factors);
+    else
+      cpu::set_to_zero(grads.spans(), grads.plan());
+  }
+  const py::object coefficient = grouping.kind == Groups::all
+                                     ? py::object(py::float_(decision.coefficients[0]))
+                                     : py::object(to_array(decision.coefficients));
+  return py::make_tuple(decision.total_norm, to_array(decision.norms), coefficient,
+                        decision.clipped, to_tuple(decision.nonfinite), grads.names(),
+                        to_array(decision.group_norms), counts);
+}
+
+py::tuple clip_by_value(const Gradients& grads, const py::object& limit) {
+  const double bound = positive_number(limit, "limit", true);
+  grads.require_real();
+  grads.require_writable();
+  cpu::ValueClip result;
+  {
+    const py::gil_scoped_release release;
+    result = cpu::clip_by_value(grads.spans(), grads.plan(), bound);
+  }
+  const NormOrder order{NormOrder::infinity, INFINITY};
+  const std::vector<double> norms = norms_of(order, result.largest);
+  const double total = norm_of_all(order, result.largest);
+  std::vector<std::size_t> nonfinite;
+  for (std::size_t i = 0; i < norms.size(); ++i)
+    if (!is_finite(norms[i])) nonfinite.push_back(i);
+  return py::make_tuple(total, to_array(norms), 1.0, result.clipped, to_tuple(nonfinite),
+                        grads.names(), to_array({total}), py::none());
+}
+
+void scale(const Gradients& grads, const py::object& factor) {
+  const double number = real_number(factor, "factor");
+  if (!is_finite(number))
+    throw py::value_error("factor: expected a finite number, got " +
+                          py::repr(factor).cast<std::string>());
+  grads.require_writable();
+  if (number == 1.0) return;
+  const std::vector<double> factors(grads.spans().size(), number);
+  const py::gil_scoped_release release;
+  cpu::scale(grads.spans(), grads.plan(), factors);
+}
+
+namespace {
+
+template <class Work>
+double seconds_of(const Gradients& grads, Work work) {
+  for (const Span& span : grads.spans())
+    if (span.layout) throw py::value_error("grads: expected dense arrays for a probe");
+  const py::gil_scoped_release release;
+  const auto start = std::chrono::steady_clock::now();
+  work();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+}  // namespace
+
+double probe_read(const Gradients& grads) {
+  return seconds_of(grads, [&] { cpu::probe_read(grads.spans(), grads.plan()); });
+}
+
+double probe_read_write(const Gradients& grads) {
+  grads.require_writable();
+  return seconds_of(grads, [&] { cpu::probe_read_write(grads.spans(), grads.plan()); });
+}
+
+}  // namespace gradclip::bindings

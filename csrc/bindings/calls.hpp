@@ -1,0 +1,24 @@
+// The calls of the module over gradients that have been read. What they return is described in
+// python/gradclip/_core.pyi.
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include "bindings/gradients.hpp"
+
+namespace gradclip::bindings {
+
+py::array_t<double> tensor_norms(const Gradients& grads, const py::object& ord);
+double global_norm(const Gradients& grads, const py::object& ord);
+py::tuple clip(const Gradients& grads, const py::object& max_norm, const py::object& ord,
+               const py::object& groups, const py::object& grad_scale, const py::object& nonfinite,
+               const py::object& reduce);
+py::tuple clip_by_value(const Gradients& grads, const py::object& limit);
+void scale(const Gradients& grads, const py::object& factor);
+
+// Seconds that this machine needs to read, or to read and write, the same memory.
+double probe_read(const Gradients& grads);
+double probe_read_write(const Gradients& grads);
+
+}  // namespace gradclip::bindings

@@ -1,0 +1,89 @@
+// The module gradclip._core: registers, and nothing else.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdlib>
+
+#include "bindings/calls.hpp"
+#include "cpu/isa.hpp"
+#include "cpu/team.hpp"
+
+namespace py = pybind11;
+namespace gb = gradclip::bindings;
+using gb::Gradients;
+
+namespace {
+
+Gradients writable(const py::object& grads) {
+  Gradients read(grads);
+  read.find_shared();
+  return read;
+}
+
+int checked_thread_count(const py::object& n) {
+  if (PyBool_Check(n.ptr()) || !PyIndex_Check(n.ptr()))
+    throw py::type_error("n: expected an integer number of threads, got " +
+                         std::string(Py_TYPE(n.ptr())->tp_name));
+  const Py_ssize_t count = PyNumber_AsSsize_t(n.ptr(), nullptr);
+  return count > 1'000'000 ? 1'000'000 : count < 0 ? 0 : static_cast<int>(count);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
+  m.doc() = "gradclip's CPU engine; gradclip._api is the public face of it.";
+
+  m.def("tensor_norms", [](const py::object& grads, const py::object& ord) {
+    return gb::tensor_norms(Gradients(grads), ord);
+  }, py::arg("grads"), py::arg("ord"));
+  m.def("global_norm", [](const py::object& grads, const py::object& ord) {
+    return gb::global_norm(Gradients(grads), ord);
+  }, py::arg("grads"), py::arg("ord"));
+  m.def("clip", [](const py::object& grads, const py::object& max_norm, const py::object& ord,
+                   const py::object& groups, const py::object& grad_scale,
+                   const py::object& nonfinite, const py::object& reduce) {
+    return gb::clip(writable(grads), max_norm, ord, groups, grad_scale, nonfinite, reduce);
+  }, py::arg("grads"), py::arg("max_norm"), py::arg("ord"), py::arg("groups"),
+     py::arg("grad_scale"), py::arg("nonfinite"), py::arg("reduce"));
+  m.def("clip_by_value", [](const py::object& grads, const py::object& limit) {
+    return gb::clip_by_value(writable(grads), limit);
+  }, py::arg("grads"), py::arg("limit"));
+  m.def("scale", [](const py::object& grads, const py::object& factor) {
+    gb::scale(writable(grads), factor);
+  }, py::arg("grads"), py::arg("factor"));
+  m.def("probe_read", [](const py::object& grads) { return gb::probe_read(Gradients(grads)); },
+        py::arg("grads"));
+  m.def("probe_read_write",
+        [](const py::object& grads) { return gb::probe_read_write(writable(grads)); },
+        py::arg("grads"));
+
+  py::class_<Gradients>(m, "Plan")
+      .def(py::init(&writable), py::arg("grads"))
+      .def("tensor_norms", &gb::tensor_norms, py::arg("ord"))
+      .def("global_norm", &gb::global_norm, py::arg("ord"))
+      .def("clip", &gb::clip, py::arg("max_norm"), py::arg("ord"), py::arg("groups"),
+           py::arg("grad_scale"), py::arg("nonfinite"), py::arg("reduce"))
+      .def("clip_by_value", &gb::clip_by_value, py::arg("limit"))
+      .def("scale", &gb::scale, py::arg("factor"))
+      .def("__len__", [](const Gradients& grads) { return grads.spans().size(); })
+      .def_property_readonly("names", &Gradients::names)
+      .def_property_readonly("nbytes", [](const Gradients& grads) { return grads.plan().total_bytes; })
+      .def_property_readonly("num_elements", [](const Gradients& grads) {
+        std::int64_t elements = 0;
+        for (const gradclip::Span& span : grads.spans()) elements += span.numel;
+        return elements;
+      });
+
+  m.def("set_num_threads",
+        [](const py::object& n) { gradclip::cpu::set_num_threads(checked_thread_count(n)); },
+        py::arg("n"));
+  m.def("get_num_threads", &gradclip::cpu::num_threads);
+  m.def("num_started_threads", &gradclip::cpu::num_started_threads);
+  m.def("set_isa", &gradclip::cpu::set_isa, py::arg("name"));
+  m.def("get_isa", &gradclip::cpu::isa_name);
+  m.def("supported_isas", &gradclip::cpu::supported_isas);
+  m.def("read_environment", [] {
+    gradclip::cpu::init_num_threads();
+    if (const char* isa = std::getenv("GRADCLIP_ISA")) gradclip::cpu::set_isa(isa);
+  });
+}

@@ -1,0 +1,121 @@
+#include "bindings/gradients.hpp"
+
+namespace gradclip::bindings {
+
+void Problem::raise() const {
+  if (kind == type_error) throw py::type_error(message);
+  throw py::value_error(message);
+}
+
+std::string entry_name(std::size_t index, const py::object& names) {
+  if (names.is_none()) return "grads[" + std::to_string(index) + "]";
+  const py::object name = py::reinterpret_borrow<py::tuple>(names)[index];
+  return "grads[" + py::repr(name).cast<std::string>() + "]";
+}
+
+void set_layout(Entry& entry, std::byte* data, std::size_t axes, const std::int64_t* shape,
+                const std::int64_t* strides) {
+  entry.span.data = data;
+  if (entry.span.numel == 0) return;
+  std::vector<StridedLayout::Axis> list(axes);
+  for (std::size_t a = 0; a < axes; ++a) list[a] = {shape[a], strides[a]};
+  OrderedAxes ordered = order_axes(data, entry.span.itemsize(), std::move(list));
+  entry.span.data = ordered.data;
+  entry.layout = std::move(ordered.layout);
+}
+
+void Gradients::read_entry(PyObject* object) {
+  if (object == Py_None) {
+    spans_.emplace_back();
+    return;
+  }
+  const EntryName name(spans_.size(), names_);
+  Entry entry;
+  entry.owner = py::reinterpret_borrow<py::object>(object);
+  if (is_numpy_array(object))
+    read_numpy(object, name, entry);
+  else
+    read_dlpack(object, name, entry);
+  if (entry.layout) {
+    layouts_.push_back(std::move(*entry.layout));
+    entry.span.layout = &layouts_.back();
+    if (!entry.unwritable && overlaps_itself(entry.span))
+      entry.unwritable = name.problem(Problem::value_error, "elements that do not share memory",
+                                      "an array that overlaps itself (broadcast or as_strided)");
+  }
+  if (entry.unwritable && !unwritable_) unwritable_ = std::move(entry.unwritable);
+  spans_.push_back(entry.span);
+  owners_.push_back(std::move(entry.owner));
+}
+
+Gradients::Gradients(const py::object& grads) {
+  const auto wrong_kind = [&](const char* hint) {
+    throw py::type_error("grads: expected a sequence or a mapping of arrays, got " +
+                         std::string(Py_TYPE(grads.ptr())->tp_name) + hint);
+  };
+  PyObject* const object = grads.ptr();
+  py::object values;  // a list or a tuple
+  if (PyList_CheckExact(object) || PyTuple_CheckExact(object)) {
+    values = grads;
+  } else if (PyUnicode_Check(object) || PyBytes_Check(object) || PyByteArray_Check(object)) {
+    wrong_kind("");
+  } else if (is_numpy_array(object) || py::hasattr(grads, "__dlpack__")) {
+    wrong_kind("; put a single array in a list");
+  } else if (PyDict_Check(object) ||
+             py::isinstance(grads, py::module_::import("collections.abc").attr("Mapping"))) {
+    py::list keys, items;
+    for (const py::handle item : py::list(grads.attr("items")())) {
+      const py::tuple pair = py::reinterpret_borrow<py::tuple>(item);
+      if (!PyUnicode_Check(pair[0].ptr()))
+        throw py::type_error("grads: expected names (str) as keys, got the key " +
+                             py::repr(pair[0]).cast<std::string>());
+      keys.append(pair[0]);
+      items.append(pair[1]);
+    }
+    names_ = py::tuple(keys);
+    values = items;
+  } else {
+    PyObject* const list = PySequence_List(object);
+    if (!list) {
+      if (!PyErr_ExceptionMatches(PyExc_TypeError)) throw py::error_already_set();
+      PyErr_Clear();
+      wrong_kind("");
+    }
+    values = py::reinterpret_steal<py::object>(list);
+  }
+
+  const Py_ssize_t count = PySequence_Fast_GET_SIZE(values.ptr());
+  spans_.reserve(static_cast<std::size_t>(count));
+  owners_.reserve(static_cast<std::size_t>(count));
+  // A list may be changed by what a reader calls (__dlpack__): its size is asked again.
+  for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(values.ptr()); ++i) {
+    const auto item = py::reinterpret_borrow<py::object>(PySequence_Fast_GET_ITEM(values.ptr(), i));
+    read_entry(item.ptr());
+  }
+  std::vector<std::int64_t> bytes(spans_.size());
+  for (std::size_t i = 0; i < spans_.size(); ++i) bytes[i] = spans_[i].nbytes();
+  plan_ = make_plan(bytes);
+}
+
+void Gradients::find_shared() {
+  if (unwritable_) return;
+  if (const auto shared = find_shared_memory(spans_))
+    unwritable_ = EntryName(shared->second, names_)
+                      .problem(Problem::value_error, "memory of its own",
+                               "memory shared with " + entry_name(shared->first, names_));
+}
+
+void Gradients::require_writable() const {
+  if (unwritable_) unwritable_->raise();
+}
+
+void Gradients::require_real() const {
+  for (std::size_t i = 0; i < spans_.size(); ++i)
+    if (spans_[i].numel != 0 && is_complex(spans_[i].dtype))
+      EntryName(i, names_)
+          .problem(Problem::type_error, "a real dtype (complex numbers have no order)",
+                   name_of(spans_[i].dtype))
+          .raise();
+}
+
+}  // namespace gradclip::bindings

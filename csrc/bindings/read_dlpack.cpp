@@ -1,0 +1,156 @@
+// Anything else with __dlpack__: torch tensors, jax arrays, whatever follows the protocol.
+// https://dmlc.github.io/dlpack/latest/python_spec.html
+#include <dlpack/dlpack.h>
+
+#include "bindings/gradients.hpp"
+#include "bindings/modules.hpp"
+
+namespace gradclip::bindings {
+namespace {
+
+std::string type_name(py::handle object) {
+  const py::handle type = py::type::handle_of(object);
+  return type.attr("__module__").cast<std::string>() + "." +
+         type.attr("__qualname__").cast<std::string>();
+}
+
+// What torch's __dlpack__ would hand out as something else than it is, or refuse without saying why.
+void check_torch(py::handle tensor, const EntryName& name) {
+  const py::object plain = imported("torch", "Tensor");
+  if (plain.is_none() || !py::isinstance(tensor, plain)) return;
+  const auto value_problem = [&](const char* expected, const char* got) {
+    name.problem(Problem::value_error, expected, got).raise();
+  };
+  const py::handle type = py::type::handle_of(tensor);
+  const py::object parameter = imported("torch.nn", "Parameter");
+  if (!type.is(plain) && !type.is(parameter))
+    name.problem(Problem::type_error, "a plain torch.Tensor", type_name(tensor)).raise();
+  if (tensor.attr("requires_grad").cast<bool>())
+    value_problem("a tensor that does not require grad",
+                  "one that does (pass its .grad, or .detach() it)");
+  if (!py::object(tensor.attr("layout")).is(imported("torch", "strided"))) {
+    const auto layout = py::str(tensor.attr("layout")).cast<std::string>();
+    value_problem("a dense (strided) tensor", ("a tensor of layout " + layout).c_str());
+  }
+  if (tensor.attr("is_conj")().cast<bool>())
+    value_problem("a tensor as it lies in memory", "a conjugate view (call .resolve_conj())");
+  if (tensor.attr("is_neg")().cast<bool>())
+    value_problem("a tensor as it lies in memory", "a negative view (call .resolve_neg())");
+  if (tensor.attr("is_meta").cast<bool>())
+    value_problem("a tensor with memory", "a tensor on the meta device");
+}
+
+bool is_immutable(py::handle object) {
+  const py::object array = imported("jax", "Array");
+  return !array.is_none() && py::isinstance(object, array);
+}
+
+std::string device_name(int type, int id) {
+  const std::string number = " " + std::to_string(id);
+  switch (type) {
+    case kDLCUDA: return "CUDA device" + number;
+    case kDLCUDAManaged: return "managed memory of CUDA device" + number;
+    case kDLROCM: return "ROCm device" + number;
+    case kDLMetal: return "Metal device" + number;
+    case kDLOneAPI: return "oneAPI device" + number;
+    default: return "DLPack device type " + std::to_string(type) + ", number" + number;
+  }
+}
+
+void check_device(py::handle object, const EntryName& name) {
+  const auto device = object.attr("__dlpack_device__")().cast<std::pair<int, int>>();
+  // Pinned host memory is the CPU's.
+  if (device.first == kDLCPU || device.first == kDLCUDAHost || device.first == kDLROCMHost) return;
+  name.problem(Problem::value_error, "memory on the CPU",
+               "an array on " + device_name(device.first, device.second))
+      .raise();
+}
+
+py::object export_capsule(py::handle object, const EntryName& name) {
+  try {
+    const py::object method = object.attr("__dlpack__");
+    try {
+      return method(py::arg("max_version") = py::make_tuple(DLPACK_MAJOR_VERSION, 0));
+    } catch (py::error_already_set& error) {
+      // Before DLPack 1.0 there was no max_version.
+      if (!error.matches(PyExc_TypeError)) throw;
+      return method();
+    }
+  } catch (py::error_already_set& error) {
+    const std::string what = py::str(error.value()).cast<std::string>();
+    throw py::value_error(name() + ": expected an array that __dlpack__ can export, got " +
+                          type_name(error.value()) + ": " + what);
+  }
+}
+
+DType dtype_of(const DLDataType& type, const EntryName& name) {
+  if (type.lanes == 1) {
+    if (type.code == kDLFloat && type.bits == 16) return DType::float16;
+    if (type.code == kDLFloat && type.bits == 32) return DType::float32;
+    if (type.code == kDLFloat && type.bits == 64) return DType::float64;
+    if (type.code == kDLBfloat && type.bits == 16) return DType::bfloat16;
+    if (type.code == kDLComplex && type.bits == 64) return DType::complex64;
+    if (type.code == kDLComplex && type.bits == 128) return DType::complex128;
+  }
+  static constexpr const char* kCodes[] = {"int",    "uint",    "float", "opaque",
+                                           "bfloat", "complex", "bool"};
+  const std::string code = type.code < 7 ? kCodes[type.code] : "type code " + std::to_string(type.code);
+  name.problem(Problem::type_error,
+               "dtype float16, bfloat16, float32, float64, complex64 or complex128",
+               code + " of " + std::to_string(type.bits) + " bits" +
+                   (type.lanes == 1 ? "" : " in " + std::to_string(type.lanes) + " lanes"))
+      .raise();
+}
+
+void read_tensor(const DLTensor& tensor, const EntryName& name, Entry& entry) {
+  entry.span.dtype = dtype_of(tensor.dtype, name);
+  const auto axes = static_cast<std::size_t>(tensor.ndim);
+  entry.span.numel = 1;
+  for (std::size_t a = 0; a < axes; ++a) entry.span.numel *= tensor.shape[a];
+  // DLPack counts strides in elements, and none means C order.
+  std::vector<std::int64_t> strides(axes);
+  std::int64_t dense = 1;
+  for (std::size_t a = axes; a-- > 0;) {
+    strides[a] = (tensor.strides ? tensor.strides[a] : dense) * entry.span.itemsize();
+    dense *= tensor.shape[a];
+  }
+  set_layout(entry, static_cast<std::byte*>(tensor.data) + tensor.byte_offset, axes, tensor.shape,
+             strides.data());
+}
+
+}  // namespace
+
+void read_dlpack(py::handle object, const EntryName& name, Entry& entry) {
+  if (!py::hasattr(object, "__dlpack__") || !py::hasattr(object, "__dlpack_device__"))
+    name.problem(Problem::type_error, "an array (numpy.ndarray, or an object with __dlpack__)",
+                 type_name(object))
+        .raise();
+  check_torch(object, name);
+  check_device(object, name);
+  // The capsule is not consumed: it frees what it holds when the last reference to it goes.
+  entry.owner = export_capsule(object, name);
+  PyObject* const capsule = entry.owner.ptr();
+  if (PyCapsule_IsValid(capsule, "dltensor_versioned")) {
+    const auto* managed = static_cast<const DLManagedTensorVersioned*>(
+        PyCapsule_GetPointer(capsule, "dltensor_versioned"));
+    read_tensor(managed->dl_tensor, name, entry);
+    if (managed->flags & DLPACK_FLAG_BITMASK_READ_ONLY)
+      entry.unwritable = name.problem(Problem::value_error, "writable memory", "a read-only array");
+    else if (managed->flags & DLPACK_FLAG_BITMASK_IS_COPIED)
+      entry.unwritable = name.problem(Problem::value_error, "the array's own memory",
+                                      "a copy made by its __dlpack__");
+  } else if (PyCapsule_IsValid(capsule, "dltensor")) {
+    const auto* managed =
+        static_cast<const DLManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
+    read_tensor(managed->dl_tensor, name, entry);
+  } else {
+    name.problem(Problem::type_error, "a DLPack capsule from __dlpack__", type_name(entry.owner))
+        .raise();
+  }
+  // Without a version there is no read-only flag: jax arrays must be known by their type.
+  if (is_immutable(object))
+    entry.unwritable = name.problem(Problem::type_error, "an array that can be written",
+                                    "a jax.Array, which is immutable");
+}
+
+}  // namespace gradclip::bindings

@@ -1,0 +1,94 @@
+// From sums to norms: what the sum of a tensor is in each order, and how tensors make a group.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <span>
+#include <vector>
+
+#include "core/exact_sum.hpp"
+#include "core/power.hpp"
+
+namespace gradclip {
+
+struct NormOrder {
+  enum Kind { two, one, infinity, other };
+  Kind kind = two;
+  double p = 2.0;  // of `other`
+};
+
+// The sum of one tensor or group. Its meaning by order:
+//   two, one   sum of squares or magnitudes: value * 2^exponent
+//   infinity   the largest magnitude: value
+//   other      sum of p-th powers: value * unit^p, unit being the largest magnitude
+struct NormSum {
+  double value = 0.0;
+  int exponent = 0;
+  double unit = 0.0;
+};
+
+// The larger magnitude; NaN if either is NaN.
+GRADCLIP_INLINE double larger(double a, double b) { return is_nan(a) || a > b ? a : b; }
+
+inline double norm_of(const NormOrder& order, const NormSum& sum) {
+  switch (order.kind) {
+    case NormOrder::two: {
+      // The square root of an even power of two is exact.
+      const bool odd = sum.exponent & 1;
+      const double root = std::sqrt(odd ? sum.value * 2.0 : sum.value);
+      return narrow({root, (sum.exponent - odd) / 2});
+    }
+    case NormOrder::one: return narrow({sum.value, sum.exponent});
+    case NormOrder::infinity: return sum.value;
+    case NormOrder::other: return power(sum.value, 1.0 / order.p) * sum.unit;
+  }
+  return quiet_nan();
+}
+
+// The sum of each group of tensors; `labels[i]` is the group of tensor i, empty for one group.
+inline std::vector<NormSum> group_sums(const NormOrder& order, std::span<const NormSum> tensors,
+                                       std::span<const std::size_t> labels, std::size_t groups) {
+  std::vector<NormSum> result(groups);
+  const auto group_of = [&](std::size_t i) { return labels.empty() ? 0 : labels[i]; };
+  if (order.kind == NormOrder::infinity) {
+    for (std::size_t i = 0; i < tensors.size(); ++i) {
+      NormSum& group = result[group_of(i)];
+      group.value = larger(tensors[i].value, group.value);
+    }
+    return result;
+  }
+  std::vector<ExactSum> sums(groups);
+  if (order.kind == NormOrder::other) {
+    for (std::size_t i = 0; i < tensors.size(); ++i) {
+      NormSum& group = result[group_of(i)];
+      group.unit = larger(tensors[i].unit, group.unit);
+    }
+    for (std::size_t i = 0; i < tensors.size(); ++i) {
+      const double unit = result[group_of(i)].unit;
+      if (unit == 0.0) continue;
+      const double ratio = is_finite(unit) ? tensors[i].unit / unit : 1.0;
+      sums[group_of(i)].add(tensors[i].value * power(ratio, order.p));
+    }
+  } else {
+    for (std::size_t i = 0; i < tensors.size(); ++i)
+      sums[group_of(i)].add({tensors[i].value, tensors[i].exponent});
+  }
+  for (std::size_t g = 0; g < groups; ++g) {
+    const WideValue sum = sums[g].rounded();
+    if (order.kind == NormOrder::other)
+      result[g].value = narrow(sum);
+    else
+      result[g] = {sum.value, sum.exponent, 0.0};
+  }
+  return result;
+}
+
+// For adding over processes: the sum as one float64, 0 or infinite where it is beyond; and back.
+inline double to_plain(const NormOrder& order, const NormSum& sum) {
+  if (order.kind == NormOrder::infinity) return sum.value;
+  if (order.kind == NormOrder::other) return sum.value * power(sum.unit, order.p);
+  return narrow({sum.value, sum.exponent});
+}
+inline NormSum from_plain(double sum) { return {sum, 0, 1.0}; }
+
+}  // namespace gradclip

@@ -1,0 +1,50 @@
+#include "core/plan.hpp"
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "core/reduction_order.hpp"
+
+namespace gradclip {
+namespace {
+
+// Small enough that threads end together and a chunk's tiles stay in L2 between reading and
+// writing; large enough that taking a task (one atomic increment) costs nothing.
+constexpr std::int64_t kTasksWanted = 64;
+constexpr std::int64_t kSmallestTask = 4 * static_cast<std::int64_t>(order::kTileBytes);
+constexpr std::int64_t kLargestTask = 64 * static_cast<std::int64_t>(order::kTileBytes);
+
+}  // namespace
+
+Plan make_plan(std::span<const std::int64_t> tensor_bytes) {
+  if (tensor_bytes.size() >= kWholeTensor)
+    throw std::length_error("gradclip: more than 2^32 - 2 gradients in one call");
+  Plan plan;
+  for (const std::int64_t bytes : tensor_bytes) plan.total_bytes += bytes;
+  const auto tile = static_cast<std::int64_t>(order::kTileBytes);
+  const std::int64_t task_bytes =
+      std::clamp(plan.total_bytes / kTasksWanted, kSmallestTask, kLargestTask) / tile * tile;
+
+  plan.chunks.reserve(tensor_bytes.size() +
+                      static_cast<std::size_t>(plan.total_bytes / task_bytes));
+  plan.task_begin.push_back(0);
+  std::int64_t in_task = 0;
+  for (std::size_t i = 0; i < tensor_bytes.size(); ++i) {
+    const std::int64_t bytes = tensor_bytes[i];
+    for (std::int64_t first = 0; first < bytes; first += task_bytes) {
+      const std::int64_t length = std::min(bytes - first, task_bytes);
+      const std::uint32_t partial = bytes <= task_bytes ? kWholeTensor : plan.partials++;
+      plan.chunks.push_back({first, length, static_cast<std::uint32_t>(i), partial});
+      in_task += length;
+      if (in_task >= task_bytes) {
+        plan.task_begin.push_back(static_cast<std::uint32_t>(plan.chunks.size()));
+        in_task = 0;
+      }
+    }
+  }
+  if (plan.task_begin.back() != plan.chunks.size())
+    plan.task_begin.push_back(static_cast<std::uint32_t>(plan.chunks.size()));
+  return plan;
+}
+
+}  // namespace gradclip

@@ -1,0 +1,34 @@
+// The chunk table of a list of sizes: who works on what. It knows nothing of pointers, and because
+// tile sums are added exactly, it cannot change a result.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+namespace gradclip {
+
+// A run of whole tiles of one tensor (the last tile may be short).
+struct Chunk {
+  std::int64_t first_byte;
+  std::int64_t bytes;
+  std::uint32_t tensor;
+  std::uint32_t partial;  // where a part of a tensor leaves its sum; kWholeTensor: the tensor's own
+};
+inline constexpr std::uint32_t kWholeTensor = 0xffffffffu;
+
+struct Plan {
+  std::vector<Chunk> chunks;  // tensor by tensor, in order
+  // Work for one thread at a time: task t is chunks [task_begin[t], task_begin[t + 1]).
+  std::vector<std::uint32_t> task_begin;
+  std::uint32_t partials = 0;
+  std::int64_t total_bytes = 0;
+
+  std::size_t tasks() const { return task_begin.size() - 1; }
+};
+
+// `tensor_bytes[i]`: the bytes of tensor i; tensors of 0 bytes have no chunk.
+Plan make_plan(std::span<const std::int64_t> tensor_bytes);
+
+}  // namespace gradclip

@@ -1,0 +1,50 @@
+// The reduction order: the one place that says in which order a tensor is summed.
+// Explained, with the proof of its error bound, in docs/reduction-order.md.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/float_bits.hpp"
+#include "core/platform.hpp"
+
+namespace gradclip::order {
+
+inline constexpr std::size_t kBlockBytes = 64;  // 16 float32 terms or 8 float64 terms
+inline constexpr std::size_t kBlocksPerRow = 8;
+inline constexpr std::size_t kRowBytes = kBlockBytes * kBlocksPerRow;
+inline constexpr std::size_t kRowsPerTile = 32;
+inline constexpr std::size_t kTileBytes = kRowBytes * kRowsPerTile;
+
+// Terms that the slow path (other p, complex magnitudes) adds one after the other.
+inline constexpr std::size_t kTermsPerRun = 512;
+
+// Step 2: the blocks of a row, by whatever holds the terms of one block.
+template <class BlockTerms>
+GRADCLIP_INLINE auto fold_row(BlockTerms block) {
+  const auto left = (block(0) + block(1)) + (block(2) + block(3));
+  const auto right = (block(4) + block(5)) + (block(6) + block(7));
+  return left + right;
+}
+
+// Step 3, its end: the accumulators of a tile.
+template <int Lanes>
+GRADCLIP_INLINE double fold_lanes(double (&lanes)[Lanes]) {
+  for (int width = Lanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+
+// Whether the sum of a tile shows that nothing was lost; else the tile is done again. NaN is not.
+GRADCLIP_INLINE bool can_be_trusted(double sum, bool input_is_float64) {
+  return sum >= (input_is_float64 ? 0x1p-900 : 0x1p-100) && sum <= 0x1.fffffffffffffp1023;
+}
+
+// The k by which a float64 tile is scaled (x * 2^-k) when it is done again, from the pattern of its
+// largest magnitude, which is finite and not 0.
+GRADCLIP_INLINE int scale_exponent(std::uint64_t largest_bits) {
+  const int exponent = static_cast<int>(largest_bits >> 52) - 1023;  // of subnormals: clamped anyway
+  return exponent < -1000 ? -1000 : exponent > 1000 ? 1000 : exponent;
+}
+
+}  // namespace gradclip::order

@@ -1,0 +1,80 @@
+// Elements one by one, for what is not worth a kernel; and the largest magnitude, for what is.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "core/dtype.hpp"
+#include "core/float_bits.hpp"
+#include "core/norm.hpp"
+#include "core/plan.hpp"
+#include "cpu/workers.hpp"
+
+namespace gradclip::cpu {
+
+// The value of a magnitude's bit pattern.
+inline double value_of_pattern(DType dtype, std::uint64_t bits) {
+  switch (real_of(dtype)) {
+    case DType::float16: return to_double(Float16{static_cast<std::uint16_t>(bits)});
+    case DType::bfloat16: return to_double(BFloat16{static_cast<std::uint16_t>(bits)});
+    case DType::float32: return bit_copy<float>(static_cast<std::uint32_t>(bits));
+    default: return bit_copy<double>(bits);
+  }
+}
+
+// The pattern of the largest value of the type that is not above `limit` >= 0.
+inline std::uint64_t pattern_below(DType dtype, double limit) {
+  if (real_of(dtype) == DType::float64) return bit_copy<std::uint64_t>(limit);
+  const float nearest = static_cast<float>(limit);
+  std::uint32_t bits = bit_copy<std::uint32_t>(nearest);
+  if (nearest > limit) --bits;
+  if (real_of(dtype) == DType::float32) return bits;
+  const float below = bit_copy<float>(bits);
+  std::uint64_t half = real_of(dtype) == DType::float16 ? to_float16(below).bits
+                                                        : to_bfloat16(below).bits;
+  if (value_of_pattern(dtype, half) > limit) --half;
+  return half;
+}
+
+template <class T, class Visit>
+void visit_magnitudes_of(const std::byte* data, std::size_t bytes, bool complex, Visit visit) {
+  const auto at = [&](std::size_t i) {
+    T x;
+    std::memcpy(&x, data + i * sizeof(T), sizeof(T));
+    return to_double(x);
+  };
+  const std::size_t step = complex ? 2 : 1;
+  for (std::size_t i = 0; i < bytes / sizeof(T); i += step)
+    visit(modulus(at(i), complex ? at(i + 1) : 0.0));
+}
+
+// visit(|x|) for every element, in order.
+template <class Visit>
+void visit_magnitudes(DType dtype, const std::byte* data, std::size_t bytes, Visit visit) {
+  switch (real_of(dtype)) {
+    case DType::float16: return visit_magnitudes_of<Float16>(data, bytes, false, visit);
+    case DType::bfloat16: return visit_magnitudes_of<BFloat16>(data, bytes, false, visit);
+    case DType::float32: return visit_magnitudes_of<float>(data, bytes, is_complex(dtype), visit);
+    default: return visit_magnitudes_of<double>(data, bytes, is_complex(dtype), visit);
+  }
+}
+
+// The largest magnitude of each of `tensors` tensors, from that of every chunk. Each chunk is asked
+// for once.
+template <class LargestOfChunk>
+std::vector<double> largest_by_tensor(std::size_t tensors, const Plan& plan,
+                                      LargestOfChunk largest_of_chunk) {
+  std::vector<double> result(tensors), partials(plan.partials);
+  for_each_chunk(plan, Pass::forward, [&](const Chunk& chunk) {
+    (chunk.partial == kWholeTensor ? result[chunk.tensor] : partials[chunk.partial]) =
+        largest_of_chunk(chunk);
+  });
+  for (const Chunk& chunk : plan.chunks)
+    if (chunk.partial != kWholeTensor)
+      result[chunk.tensor] = larger(partials[chunk.partial], result[chunk.tensor]);
+  return result;
+}
+
+}  // namespace gradclip::cpu

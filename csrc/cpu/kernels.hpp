@@ -1,0 +1,52 @@
+// The table of kernels of one instruction set. Kernels trust their input.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/dtype.hpp"
+#include "core/exact_sum.hpp"
+
+namespace gradclip::cpu {
+
+struct NonFiniteCounts {
+  std::int64_t nan = 0, infinity = 0;
+};
+
+// For one real type. Data may have any alignment; sizes are in bytes, whole elements.
+struct TypeKernels {
+  // The sum of one tile (at most order::kTileBytes): of squares, of magnitudes.
+  WideValue (*sum_squares)(const std::byte* tile, std::size_t bytes);
+  WideValue (*sum_magnitudes)(const std::byte* tile, std::size_t bytes);
+  // The largest magnitude as a bit pattern of the type: NaN if there is one.
+  std::uint64_t (*largest)(const std::byte* data, std::size_t bytes);
+  // Elements beyond the limit (a pattern of the type) get its magnitude; NaN stays. Returns whether
+  // there were any; if not, nothing is written.
+  bool (*clamp)(std::byte* data, std::size_t bytes, std::uint64_t limit);
+  void (*scale)(std::byte* data, std::size_t bytes, double factor);
+  NonFiniteCounts (*count_nonfinite)(const std::byte* data, std::size_t bytes);
+};
+
+struct Kernels {
+  TypeKernels float16, bfloat16, float32, float64;
+  // The machine's own speed, to compare with: read every byte; read and write every byte.
+  std::uint32_t (*read)(const std::byte* data, std::size_t bytes);
+  void (*read_write)(std::byte* data, std::size_t bytes);
+
+  const TypeKernels& of(DType dtype) const {
+    switch (real_of(dtype)) {
+      case DType::float16: return float16;
+      case DType::bfloat16: return bfloat16;
+      case DType::float32: return float32;
+      default: return float64;
+    }
+  }
+};
+
+extern const Kernels kBaselineKernels;
+#if defined(GRADCLIP_X86_KERNELS)
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+#endif
+
+}  // namespace gradclip::cpu

@@ -1,0 +1,246 @@
+// The kernels, compiled once per instruction set (kernels_*.cpp): the same operations in the same
+// order, in wider or narrower registers.
+#pragma once
+
+#include "core/reduction_order.hpp"
+#include "cpu/kernels.hpp"
+#include "cpu/simd.hpp"
+
+namespace gradclip::cpu {
+namespace {
+
+using order::kBlockBytes;
+using order::kRowBytes;
+
+enum class Sum { squares, magnitudes };
+
+template <Sum kSum, class V>
+GRADCLIP_INLINE V term(const V& x) {
+  if constexpr (kSum == Sum::squares)
+    return x * x;
+  else
+    return magnitude(x);
+}
+
+// --- Step 1: the terms of a block of 64 bytes -----------------------------------------------------
+
+template <Sum kSum>
+GRADCLIP_INLINE Floats terms(const std::byte* block, float) {
+  return term<kSum>(load<Floats>(block));
+}
+template <Sum kSum>
+GRADCLIP_INLINE Doubles terms(const std::byte* block, double) {
+  return term<kSum>(load<Doubles>(block));
+}
+template <Sum kSum, class Half>
+GRADCLIP_INLINE Floats terms(const std::byte* block, Half) {
+  const FloatPair pair = split(load<Words>(block), Half{});
+  return term<kSum>(pair.low) + term<kSum>(pair.high);
+}
+
+// The same in float64, for tiles done again.
+template <Sum kSum>
+GRADCLIP_INLINE DoublePair wide_terms(const Floats& x) {
+  const DoublePair wide = widen(x);
+  return {term<kSum>(wide.low), term<kSum>(wide.high)};
+}
+template <Sum kSum>
+GRADCLIP_INLINE DoublePair wide_terms(const std::byte* block, float) {
+  return wide_terms<kSum>(load<Floats>(block));
+}
+template <Sum kSum, class Half>
+GRADCLIP_INLINE DoublePair wide_terms(const std::byte* block, Half) {
+  const FloatPair pair = split(load<Words>(block), Half{});
+  return wide_terms<kSum>(pair.low) + wide_terms<kSum>(pair.high);
+}
+
+// --- Steps 2 and 3: rows and the tile ---------------------------------------------------------------
+
+GRADCLIP_INLINE DoublePair to_lanes(const Floats& row) { return widen(row); }
+GRADCLIP_INLINE DoublePair to_lanes(const DoublePair& row) { return row; }
+GRADCLIP_INLINE Doubles to_lanes(const Doubles& row) { return row; }
+
+template <class BlockTerms>
+GRADCLIP_INLINE auto row_lanes(const std::byte* row, BlockTerms block_terms) {
+  return to_lanes(order::fold_row([&](int b) { return block_terms(row + b * kBlockBytes); }));
+}
+
+template <class BlockTerms>
+GRADCLIP_INLINE double sum_tile(const std::byte* tile, std::size_t bytes, BlockTerms block_terms) {
+  decltype(row_lanes(tile, block_terms)) accumulators{};
+  const std::size_t whole = bytes / kRowBytes * kRowBytes;
+  for (std::size_t at = 0; at < whole; at += kRowBytes)
+    accumulators = accumulators + row_lanes(tile + at, block_terms);
+  if (whole != bytes) {
+    alignas(kBlockBytes) std::byte last[kRowBytes] = {};  // missing elements count as +0
+    __builtin_memcpy(last, tile + whole, bytes - whole);
+    accumulators = accumulators + row_lanes(last, block_terms);
+  }
+  double lanes[sizeof(accumulators) / sizeof(double)];
+  __builtin_memcpy(lanes, &accumulators, sizeof(lanes));
+  return order::fold_lanes(lanes);
+}
+
+template <class T>
+GRADCLIP_INLINE typename FloatBits<T>::Word word_at(const std::byte* data) {
+  typename FloatBits<T>::Word word;
+  __builtin_memcpy(&word, data, sizeof(word));
+  return word;
+}
+
+template <class T>
+std::uint64_t largest(const std::byte* data, std::size_t bytes) {
+  using Word = typename FloatBits<T>::Word;
+  constexpr Word kMagnitude = static_cast<Word>(~FloatBits<T>::sign);
+  Word result = 0;
+  for (std::size_t at = 0; at < bytes; at += sizeof(Word)) {
+    const Word word = word_at<T>(data + at) & kMagnitude;
+    result = word > result ? word : result;
+  }
+  return result;
+}
+
+// A tile whose sum cannot be trusted: squares may have been lost, or it holds an infinity or a NaN.
+template <class T, Sum kSum>
+[[gnu::cold, gnu::noinline]] WideValue sum_tile_again(const std::byte* tile, std::size_t bytes) {
+  const std::uint64_t largest_bits = largest<T>(tile, bytes);
+  if (largest_bits == 0) return {0.0, 0};
+  if (largest_bits > FloatBits<T>::infinity) return {quiet_nan(), 0};
+  if (largest_bits == FloatBits<T>::infinity) return {infinity(), 0};
+  if constexpr (sizeof(T) == sizeof(double)) {
+    const int k = order::scale_exponent(largest_bits);
+    const Doubles scale = broadcast(power_of_two(-k));
+    const double sum = sum_tile(tile, bytes, [&](const std::byte* block) {
+      return term<kSum>(load<Doubles>(block) * scale);
+    });
+    return {sum, kSum == Sum::squares ? 2 * k : k};
+  } else {
+    return {sum_tile(tile, bytes,
+                     [](const std::byte* block) { return wide_terms<kSum>(block, T{}); }),
+            0};
+  }
+}
+
+template <class T, Sum kSum>
+WideValue tile_sum(const std::byte* tile, std::size_t bytes) {
+  const double sum = sum_tile(
+      tile, bytes, [](const std::byte* block) { return terms<kSum>(block, T{}); });
+  if (order::can_be_trusted(sum, sizeof(T) == sizeof(double))) return {sum, 0};
+  return sum_tile_again<T, kSum>(tile, bytes);
+}
+
+// --- Element by element -----------------------------------------------------------------------------
+
+template <class T>
+bool clamp(std::byte* data, std::size_t bytes, std::uint64_t limit) {
+  using Word = typename FloatBits<T>::Word;
+  constexpr Word kSign = FloatBits<T>::sign;
+  const Word top = static_cast<Word>(limit);
+  const auto is_beyond = [=](Word word) {
+    const Word size = word & static_cast<Word>(~kSign);
+    return size > top && size <= FloatBits<T>::infinity;
+  };
+  Word any = 0;
+  for (std::size_t at = 0; at < bytes; at += sizeof(Word)) any |= is_beyond(word_at<T>(data + at));
+  if (!any) return false;
+  for (std::size_t at = 0; at < bytes; at += sizeof(Word)) {
+    const Word word = word_at<T>(data + at);
+    const Word clamped = is_beyond(word) ? static_cast<Word>((word & kSign) | top) : word;
+    __builtin_memcpy(data + at, &clamped, sizeof(clamped));
+  }
+  return true;
+}
+
+template <class T>
+NonFiniteCounts count_nonfinite(const std::byte* data, std::size_t bytes) {
+  using Word = typename FloatBits<T>::Word;
+  NonFiniteCounts counts;
+  for (std::size_t at = 0; at < bytes; at += sizeof(Word)) {
+    const Word size = word_at<T>(data + at) & static_cast<Word>(~FloatBits<T>::sign);
+    counts.nan += size > FloatBits<T>::infinity;
+    counts.infinity += size == FloatBits<T>::infinity;
+  }
+  return counts;
+}
+
+// Whether 16- and 32-bit elements can be multiplied in float32: the factor must keep its bits.
+GRADCLIP_INLINE bool fits_float(double factor) {
+  const double size = factor < 0.0 ? -factor : factor;
+  return size == 0.0 || !(size < 0x1p-126 || size > 0x1.fffffep127);
+}
+
+GRADCLIP_INLINE void scale_block(std::byte* block, float factor, float) {
+  store(block, load<Floats>(block) * broadcast(factor));
+}
+template <class T>
+void scale(std::byte* data, std::size_t bytes, double factor) {
+  std::size_t at = 0;
+  const auto one_by_one = [&](auto multiply) {
+    for (; at < bytes; at += sizeof(T)) {
+      T x;
+      __builtin_memcpy(&x, data + at, sizeof(T));
+      round_to(multiply(x), x);
+      __builtin_memcpy(data + at, &x, sizeof(T));
+    }
+  };
+  if (!fits_float(factor)) {
+    one_by_one([=](T x) { return static_cast<float>(to_double(x) * factor); });
+    return;
+  }
+  const float narrow_factor = static_cast<float>(factor);
+  for (; at + kBlockBytes <= bytes; at += kBlockBytes)
+    scale_block(data + at, narrow_factor, T{});
+  one_by_one([=](T x) { return to_float(x) * narrow_factor; });
+}
+template <>
+void scale<double>(std::byte* data, std::size_t bytes, double factor) {
+  std::size_t at = 0;
+  for (; at + kBlockBytes <= bytes; at += kBlockBytes)
+    store(data + at, load<Doubles>(data + at) * broadcast(factor));
+  for (; at < bytes; at += sizeof(double)) {
+    double x;
+    __builtin_memcpy(&x, data + at, sizeof(x));
+    x *= factor;
+    __builtin_memcpy(data + at, &x, sizeof(x));
+  }
+}
+
+// --- The machine's own speed ------------------------------------------------------------------------
+
+std::uint32_t read(const std::byte* data, std::size_t bytes) {
+  Words seen[8] = {};
+  std::size_t at = 0;
+  for (; at + 8 * kBlockBytes <= bytes; at += 8 * kBlockBytes)
+    for (std::size_t b = 0; b < 8; ++b)
+      seen[b] = seen[b] | load<Words>(data + at + b * kBlockBytes);
+  std::byte last[kBlockBytes];
+  store(last, ((seen[0] | seen[1]) | (seen[2] | seen[3])) |
+                  ((seen[4] | seen[5]) | (seen[6] | seen[7])));
+  std::uint32_t all = 0;
+  for (const std::byte byte : last) all |= static_cast<std::uint32_t>(byte);
+  for (; at < bytes; ++at) all |= static_cast<std::uint32_t>(data[at]);
+  return all;
+}
+
+void read_write(std::byte* data, std::size_t bytes) {
+  // The compiler does not know that nothing changes.
+  std::uint32_t zero = 0;
+  asm volatile("" : "+r"(zero));
+  const auto change = [=](WordRegister x) { return x | zero; };
+  for (std::size_t at = 0; at + kBlockBytes <= bytes; at += kBlockBytes)
+    store(data + at, map(change, load<Words>(data + at)));
+}
+
+template <class T>
+constexpr TypeKernels kernels_of() {
+  return {tile_sum<T, Sum::squares>, tile_sum<T, Sum::magnitudes>, largest<T>, clamp<T>, scale<T>,
+          count_nonfinite<T>};
+}
+
+constexpr Kernels kernels() {
+  return {kernels_of<Float16>(), kernels_of<BFloat16>(), kernels_of<float>(), kernels_of<double>(),
+          read, read_write};
+}
+
+}  // namespace
+}  // namespace gradclip::cpu

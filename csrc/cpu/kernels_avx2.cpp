@@ -1,0 +1,7 @@
+#include "cpu/kernels.inc.hpp"
+
+namespace gradclip::cpu {
+
+const Kernels kAvx2Kernels = kernels();
+
+}  // namespace gradclip::cpu

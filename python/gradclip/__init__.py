@@ -1,0 +1,40 @@
+"""Gradient norms and clipping in one pass, with the same bits on every machine.
+
+See https://arxiv.org/abs/1211.5063 for what clipping is, ``docs/`` for how this is done.
+"""
+
+from gradclip import _core
+from gradclip._api import (
+    Plan,
+    clip_by_global_norm_,
+    clip_by_norm_,
+    clip_by_value_,
+    get_num_threads,
+    global_norm,
+    scale_,
+    set_num_threads,
+    show_config,
+    tensor_norms,
+)
+from gradclip._result import ClipResult, NonFiniteGradientError
+
+__all__ = [
+    "ClipResult",
+    "NonFiniteGradientError",
+    "Plan",
+    "__version__",
+    "clip_by_global_norm_",
+    "clip_by_norm_",
+    "clip_by_value_",
+    "get_num_threads",
+    "global_norm",
+    "scale_",
+    "set_num_threads",
+    "show_config",
+    "tensor_norms",
+]
+
+__version__ = "0.1.0"
+
+# GRADCLIP_ISA, GRADCLIP_NUM_THREADS, OMP_NUM_THREADS: a mistake is told here, not at the first clip.
+_core.read_environment()

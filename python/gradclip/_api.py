@@ -1,0 +1,352 @@
+"""The public functions. Everything they do happens in ``_core``, in one pass over the arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, SupportsFloat, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from gradclip import _core
+from gradclip._result import ClipResult, finish
+
+__all__ = [
+    "Plan",
+    "clip_by_global_norm_",
+    "clip_by_norm_",
+    "clip_by_value_",
+    "get_num_threads",
+    "global_norm",
+    "scale_",
+    "set_num_threads",
+    "show_config",
+    "tensor_norms",
+]
+
+# Any array that _core can read in place: NumPy, or anything with __dlpack__ on the CPU.
+Gradients: TypeAlias = Mapping[str, Any] | Iterable[Any]
+Groups: TypeAlias = Literal["tensor"] | Sequence[int] | npt.NDArray[np.integer[Any]] | None
+NonFinite: TypeAlias = Literal["raise", "skip", "zero", "propagate"]
+Reduce: TypeAlias = Callable[[npt.NDArray[np.float64]], npt.ArrayLike]
+
+
+def tensor_norms(grads: Gradients, ord: float = 2) -> npt.NDArray[np.float64]:
+    """Measure the norm of every gradient in one pass over memory.
+
+    Every norm has a relative error of at most 2^-22 (float16, bfloat16, float32, complex64) or 1e-14
+    (float64, complex128), also where squares overflow or underflow; see ``docs/reduction-order.md``.
+    The bits of a norm depend on the gradient's dtype and elements alone.
+
+    Args:
+        grads: A sequence of arrays, or a mapping of names to arrays: ``numpy.ndarray`` or any CPU
+            object with ``__dlpack__``, of dtype float16, bfloat16, float32, float64, complex64 or
+            complex128, of any shape and layout. ``None`` entries are skipped and have norm 0.
+        ord: Which norm: 2 (Euclidean), 1 (sum of magnitudes), ``inf`` (largest magnitude), or any
+            p > 0 for ``sum(abs(g)**p)**(1/p)``. 2, 1 and ``inf`` are fast.
+
+    Returns:
+        float64 array of shape ``(len(grads),)``. A norm is infinite only if an element is infinite or
+        the true norm is beyond float64; it is NaN if an element is NaN.
+
+    Raises:
+        TypeError: An entry is not an array or has another dtype; a key is not a string.
+        ValueError: An entry lives on another device; ``ord`` is not positive.
+
+    Example:
+        >>> import numpy as np, gradclip
+        >>> gradclip.tensor_norms([np.array([3.0, 4.0]), None, np.full(4, 1e20, np.float32)])
+        array([5.e+00, 0.e+00, 2.e+20])
+    """
+    return _core.tensor_norms(grads, ord)
+
+
+def global_norm(grads: Gradients, ord: float = 2) -> float:
+    """Measure the norm over all gradients together, as if they were one long vector.
+
+    Args:
+        grads: As for :func:`tensor_norms`.
+        ord: As for :func:`tensor_norms`.
+
+    Returns:
+        The norm. It depends neither on the order of ``grads`` nor on threads or machine.
+
+    Raises:
+        TypeError: As for :func:`tensor_norms`.
+        ValueError: As for :func:`tensor_norms`.
+
+    Example:
+        >>> import numpy as np, gradclip
+        >>> gradclip.global_norm({"w": np.array([3.0, 4.0]), "b": np.array([12.0])})
+        13.0
+    """
+    return _core.global_norm(grads, ord)
+
+
+def clip_by_global_norm_(
+    grads: Gradients,
+    max_norm: SupportsFloat,
+    ord: float = 2,
+    groups: Groups = None,
+    grad_scale: float = 1.0,
+    nonfinite: NonFinite = "raise",
+    reduce: Reduce | None = None,
+) -> ClipResult:
+    """Clip gradients in place so that the norm of every group is at most ``max_norm``.
+
+    The gradients of a group are multiplied by ``max_norm / norm`` if ``norm > max_norm`` and left
+    alone otherwise: then not one byte is written. All arguments are checked before the first byte is
+    written.
+
+    Args:
+        grads: As for :func:`tensor_norms`, but writable, and no two entries may share memory.
+        max_norm: The threshold, positive; ``inf`` measures and never clips.
+        ord: Which norm, as for :func:`tensor_norms`.
+        groups: Gradients that share one norm. ``None``: all of them (global clipping, Pascanu et al.
+            2013, arXiv:1211.5063). ``"tensor"``: each its own. A sequence of integer labels, one per
+            entry of ``grads``, each from 0 to ``len(grads) - 1``: equal labels share a norm.
+        grad_scale: The gradients hold ``grad_scale * g`` (loss scaling of mixed precision). Norms are
+            those of ``g`` and memory becomes ``coefficient * g``: unscaling and clipping in one.
+        nonfinite: What to do when a norm is infinite or NaN. ``"raise"``: raise, nothing is written.
+            ``"skip"``: leave all gradients as they are. ``"zero"``: set all gradients to zero.
+            ``"propagate"``: multiply all the same, as PyTorch does (an infinite norm gives the
+            coefficient 0, a NaN norm gives NaN; ``max_norm=inf`` still writes nothing).
+        reduce: For gradients spread over processes: called once with this process's float64 sums, one
+            per group (of squares; of magnitudes for ``ord=1``; of p-th powers; largest magnitudes for
+            ``inf``), returns the sums over all processes in the same shape.
+
+    Returns:
+        What was measured and done. ``result.norms`` are those of this process.
+
+    Raises:
+        TypeError: As for :func:`tensor_norms`; ``max_norm``, ``ord``, ``grad_scale`` or ``groups`` is
+            of the wrong kind; an entry is immutable (``jax.Array``).
+        ValueError: As for :func:`tensor_norms`; an entry is read-only, overlaps itself or shares memory
+            with another; ``max_norm``, ``ord`` or ``grad_scale`` is not positive; ``groups`` does not
+            have one label per entry; ``nonfinite`` is not one of the four.
+        NonFiniteGradientError: A gradient holds an infinity or a NaN and ``nonfinite="raise"``.
+
+    Example:
+        >>> import numpy as np, gradclip
+        >>> grads = {"w": np.array([3.0, 4.0]), "b": np.array([12.0])}
+        >>> gradclip.clip_by_global_norm_(grads, max_norm=6.5)
+        ClipResult(clipped: total norm 13, coefficient 0.5, 2 gradients
+                    12  b
+                     5  w)
+        >>> grads["w"], grads["b"]
+        (array([1.5, 2. ]), array([6.]))
+    """
+    return finish(*_core.clip(grads, max_norm, ord, groups, grad_scale, nonfinite, reduce))
+
+
+def clip_by_norm_(
+    grads: Gradients,
+    max_norm: SupportsFloat,
+    ord: float = 2,
+    grad_scale: float = 1.0,
+    nonfinite: NonFinite = "raise",
+    reduce: Reduce | None = None,
+) -> ClipResult:
+    """Clip each gradient in place by its own norm: :func:`clip_by_global_norm_` with ``groups="tensor"``.
+
+    Args:
+        grads: As for :func:`clip_by_global_norm_`.
+        max_norm: As for :func:`clip_by_global_norm_`.
+        ord: As for :func:`clip_by_global_norm_`.
+        grad_scale: As for :func:`clip_by_global_norm_`.
+        nonfinite: As for :func:`clip_by_global_norm_`.
+        reduce: As for :func:`clip_by_global_norm_`.
+
+    Returns:
+        What was measured and done; ``coefficient`` has one entry per gradient.
+
+    Raises:
+        TypeError: As for :func:`clip_by_global_norm_`.
+        ValueError: As for :func:`clip_by_global_norm_`.
+        NonFiniteGradientError: As for :func:`clip_by_global_norm_`.
+
+    Example:
+        >>> import numpy as np, gradclip
+        >>> grads = [np.array([3.0, 4.0]), np.array([0.5])]
+        >>> gradclip.clip_by_norm_(grads, max_norm=1.0).coefficient
+        array([0.2, 1. ])
+    """
+    return finish(*_core.clip(grads, max_norm, ord, "tensor", grad_scale, nonfinite, reduce))
+
+
+def clip_by_value_(grads: Gradients, limit: SupportsFloat) -> ClipResult:
+    """Clip every element in place into ``[-limit, limit]``.
+
+    Only tiles of 16 KB that hold an element beyond the limit are written. Infinities become the limit,
+    NaN stays NaN, and ``nonfinite`` of the result says where they were. The limit is rounded towards
+    zero to the dtype of each array, so that no element is beyond it afterwards.
+
+    Args:
+        grads: As for :func:`clip_by_global_norm_`, of real dtype.
+        limit: Positive; ``inf`` measures and never clips.
+
+    Returns:
+        What was measured and done. The norms are maximum norms (largest magnitudes) before clipping.
+        ``coefficient`` is 1: values are not multiplied.
+
+    Raises:
+        TypeError: As for :func:`clip_by_global_norm_`; an entry is complex (it has no order).
+        ValueError: As for :func:`clip_by_global_norm_`; ``limit`` is not positive.
+
+    Example:
+        >>> import numpy as np, gradclip
+        >>> grads = [np.array([0.1, -7.0, np.inf])]
+        >>> gradclip.clip_by_value_(grads, limit=0.5).nonfinite
+        (0,)
+        >>> grads
+        [array([ 0.1, -0.5,  0.5])]
+    """
+    return finish(*_core.clip_by_value(grads, limit))
+
+
+def scale_(grads: Gradients, factor: SupportsFloat) -> None:
+    """Multiply every gradient in place by ``factor``. A factor of 1 writes nothing.
+
+    Args:
+        grads: As for :func:`clip_by_global_norm_`.
+        factor: Any finite number.
+
+    Raises:
+        TypeError: As for :func:`clip_by_global_norm_`.
+        ValueError: As for :func:`clip_by_global_norm_`; ``factor`` is not finite.
+
+    Example:
+        >>> import numpy as np, gradclip
+        >>> grads = [np.array([1.0, 2.0])]
+        >>> gradclip.scale_(grads, 0.5)
+        >>> grads
+        [array([0.5, 1. ])]
+    """
+    _core.scale(grads, factor)
+
+
+class Plan:
+    """Gradients that stay where they are, read and checked once and clipped many times.
+
+    The methods do what the functions of the same name do, without reading and checking every array
+    again. The plan keeps the arrays alive. It sees whatever their memory holds at each call; an array
+    that is replaced by another (instead of being written in place) needs a new plan.
+
+    Args:
+        grads: As for :func:`tensor_norms`.
+
+    Raises:
+        TypeError: As for :func:`tensor_norms`.
+        ValueError: As for :func:`tensor_norms`.
+
+    Example:
+        >>> import numpy as np, gradclip
+        >>> grads = [np.array([3.0, 4.0]), np.array([12.0])]
+        >>> plan = gradclip.Plan(grads)
+        >>> plan
+        Plan(2 gradients, 3 elements, 24 bytes)
+        >>> plan.clip_by_global_norm_(6.5).coefficient
+        0.5
+        >>> plan.global_norm()
+        6.5
+    """
+
+    __slots__ = ("_plan",)
+
+    def __init__(self, grads: Gradients) -> None:
+        self._plan = _core.Plan(grads)
+
+    @property
+    def names(self) -> tuple[str, ...] | None:
+        """The keys of the mapping that the plan was made of; ``None`` for a sequence."""
+        return self._plan.names
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all gradients together."""
+        return self._plan.nbytes
+
+    def __len__(self) -> int:
+        return len(self._plan)
+
+    def __repr__(self) -> str:
+        return f"Plan({len(self)} gradients, {self._plan.num_elements} elements, {self.nbytes} bytes)"
+
+    def tensor_norms(self, ord: float = 2) -> npt.NDArray[np.float64]:
+        """As :func:`gradclip.tensor_norms`."""
+        return self._plan.tensor_norms(ord)
+
+    def global_norm(self, ord: float = 2) -> float:
+        """As :func:`gradclip.global_norm`."""
+        return self._plan.global_norm(ord)
+
+    def clip_by_global_norm_(
+        self,
+        max_norm: SupportsFloat,
+        ord: float = 2,
+        groups: Groups = None,
+        grad_scale: float = 1.0,
+        nonfinite: NonFinite = "raise",
+        reduce: Reduce | None = None,
+    ) -> ClipResult:
+        """As :func:`gradclip.clip_by_global_norm_`."""
+        return finish(*self._plan.clip(max_norm, ord, groups, grad_scale, nonfinite, reduce))
+
+    def clip_by_norm_(
+        self,
+        max_norm: SupportsFloat,
+        ord: float = 2,
+        grad_scale: float = 1.0,
+        nonfinite: NonFinite = "raise",
+        reduce: Reduce | None = None,
+    ) -> ClipResult:
+        """As :func:`gradclip.clip_by_norm_`."""
+        return finish(*self._plan.clip(max_norm, ord, "tensor", grad_scale, nonfinite, reduce))
+
+    def clip_by_value_(self, limit: SupportsFloat) -> ClipResult:
+        """As :func:`gradclip.clip_by_value_`."""
+        return finish(*self._plan.clip_by_value(limit))
+
+    def scale_(self, factor: SupportsFloat) -> None:
+        """As :func:`gradclip.scale_`."""
+        self._plan.scale(factor)
+
+
+def set_num_threads(n: int) -> None:
+    """Set how many threads a call may use, the calling thread included.
+
+    The default is what the process may use: ``GRADCLIP_NUM_THREADS``, else ``OMP_NUM_THREADS``, else
+    the number of processors in its affinity mask. Small work stays on the calling thread whatever the
+    setting. Results do not depend on it.
+
+    Args:
+        n: At least 1.
+
+    Raises:
+        TypeError: ``n`` is not an integer.
+        ValueError: ``n`` is less than 1 or more than 1024.
+
+    Example:
+        >>> import gradclip
+        >>> before = gradclip.get_num_threads()
+        >>> gradclip.set_num_threads(1)
+        >>> gradclip.get_num_threads()
+        1
+        >>> gradclip.set_num_threads(before)
+    """
+    _core.set_num_threads(n)
+
+
+def get_num_threads() -> int:
+    """How many threads a call may use, the calling thread included; see :func:`set_num_threads`."""
+    return _core.get_num_threads()
+
+
+def show_config() -> None:
+    """Print version, instruction set, threads and this machine's measured memory bandwidth.
+
+    Measures for about half a second, with 256 MB allocated.
+    """
+    from gradclip._config import config_lines
+
+    print("\n".join(config_lines()))

@@ -1,0 +1,156 @@
+"""What a clip returns, and the error it raises."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["ClipResult", "NonFiniteGradientError"]
+
+_ROWS_IN_REPR = 5
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class ClipResult:
+    """What was measured and done by one clip.
+
+    Attributes:
+        total_norm: Norm over all gradients before clipping, divided by ``grad_scale``.
+        norms: One norm per gradient, float64, shape ``(len(grads),)``, before clipping and divided by
+            ``grad_scale``. ``None`` entries have norm 0.
+        coefficient: What the gradients were multiplied by (before division by ``grad_scale``): exactly
+            1 where nothing was clipped. A float when there is one group, else a float64 array with one
+            entry per group.
+        clipped: Whether any norm was above its threshold.
+        nonfinite: The gradients that hold an infinity or a NaN: their indices, or their names when the
+            call was given a mapping.
+        names: The keys of the mapping that the call was given; ``None`` for a sequence.
+        group_norms: One norm per group, float64, before clipping and divided by ``grad_scale``; over
+            all processes when the call was given ``reduce``.
+
+    Example:
+        >>> import numpy as np, gradclip
+        >>> grads = {"w": np.array([3.0, 4.0]), "b": np.array([12.0])}
+        >>> result = gradclip.clip_by_global_norm_(grads, max_norm=6.5)
+        >>> result.total_norm, result.coefficient, result.clipped
+        (13.0, 0.5, True)
+        >>> result.named_norms()
+        {'w': 5.0, 'b': 12.0}
+    """
+
+    total_norm: float
+    norms: npt.NDArray[np.float64]
+    coefficient: float | npt.NDArray[np.float64]
+    clipped: bool
+    nonfinite: tuple[int, ...] | tuple[str, ...]
+    names: tuple[str, ...] | None
+    group_norms: npt.NDArray[np.float64]
+
+    def named_norms(self) -> dict[str, float]:
+        """The norm of every gradient by its name.
+
+        Returns:
+            Name to norm, in the order of the call. The gradients of a sequence are named by their
+            position: ``"0"``, ``"1"``, ….
+        """
+        names = self.names if self.names is not None else map(str, range(len(self.norms)))
+        return dict(zip(names, self.norms.tolist(), strict=True))
+
+    def __repr__(self) -> str:
+        coefficient = self.coefficient
+        if isinstance(coefficient, np.ndarray):
+            low = f", lowest {coefficient.min():.6g}" if coefficient.size else ""
+            coefficient_text = f"{len(coefficient)} coefficients{low}"
+        else:
+            coefficient_text = f"coefficient {coefficient:.6g}"
+        state = "clipped" if self.clipped else "not clipped"
+        lines = [
+            f"ClipResult({state}: total norm {self.total_norm:.6g}, {coefficient_text}, "
+            f"{len(self.norms)} gradients"
+        ]
+        if self.nonfinite:
+            shown = ", ".join(map(repr, self.nonfinite[:_ROWS_IN_REPR]))
+            more = ", ..." if len(self.nonfinite) > _ROWS_IN_REPR else ""
+            lines.append(f"  not finite: {shown}{more}")
+        named = self.named_norms()
+        # NaN and infinity first: they are what a reader of this text is looking for.
+        largest = sorted(named, key=lambda name: (named[name] != named[name], named[name]), reverse=True)
+        lines += [f"  {named[name]:12.6g}  {name}" for name in largest[:_ROWS_IN_REPR]]
+        if len(largest) > _ROWS_IN_REPR:
+            lines.append(f"  {'...':>12}  {len(largest) - _ROWS_IN_REPR} more")
+        return "\n".join(lines) + ")"
+
+
+class NonFiniteGradientError(FloatingPointError):
+    """A gradient holds an infinity or a NaN. Nothing has been written.
+
+    Attributes:
+        entries: One ``(index or name, NaN count, infinity count)`` per gradient that is not finite.
+            Empty when only ``reduce`` brought the infinity or NaN in, from another process.
+        norms: The norm of every gradient, float64, as in :class:`ClipResult`.
+
+    Example:
+        >>> import numpy as np, gradclip
+        >>> grads = {"w": np.ones(3), "b": np.array([np.nan, np.inf, 1.0, np.nan])}
+        >>> gradclip.clip_by_global_norm_(grads, max_norm=1.0)
+        Traceback (most recent call last):
+            ...
+        gradclip.NonFiniteGradientError: grads['b']: expected finite elements, got 2 NaN and 1 inf; ...
+    """
+
+    def __init__(
+        self,
+        message: str,
+        entries: list[tuple[int | str, int, int]],
+        norms: npt.NDArray[np.float64],
+    ) -> None:
+        super().__init__(message)
+        self.entries = entries
+        self.norms = norms
+
+
+# Where people find and import it; also what a traceback prints.
+NonFiniteGradientError.__module__ = "gradclip"
+ClipResult.__module__ = "gradclip"
+
+
+def finish(
+    total_norm: float,
+    norms: npt.NDArray[np.float64],
+    coefficient: float | npt.NDArray[np.float64],
+    clipped: bool,
+    nonfinite: tuple[int, ...],
+    names: tuple[str, ...] | None,
+    group_norms: npt.NDArray[np.float64],
+    counts: list[tuple[int, int, int]] | None,
+) -> ClipResult:
+    """Make the public result from what ``_core`` returns; raise if it reports ``counts``."""
+    if counts is not None:
+        raise _nonfinite_error(counts, names, norms)
+    where = tuple(names[i] for i in nonfinite) if names is not None else nonfinite
+    return ClipResult(total_norm, norms, coefficient, clipped, where, names, group_norms)
+
+
+def _nonfinite_error(
+    counts: list[tuple[int, int, int]],
+    names: tuple[str, ...] | None,
+    norms: npt.NDArray[np.float64],
+) -> NonFiniteGradientError:
+    entries: list[tuple[int | str, int, int]] = [
+        (names[i] if names is not None else i, nan, inf) for i, nan, inf in counts
+    ]
+    shown = [
+        f"grads[{entry!r}]: expected finite elements, got {nan} NaN and {inf} inf"
+        for entry, nan, inf in entries[:_ROWS_IN_REPR]
+    ]
+    if len(entries) > _ROWS_IN_REPR:
+        shown.append(f"and {len(entries) - _ROWS_IN_REPR} more gradients")
+    if not entries:
+        shown.append(
+            "the sums returned by reduce: expected finite sums, got an infinity or a NaN, "
+            "but every gradient of this process is finite"
+        )
+    shown.append("nothing was written (choose nonfinite='skip', 'zero' or 'propagate' to go on)")
+    return NonFiniteGradientError("; ".join(shown), entries, norms)
