@@ -33,6 +33,7 @@ GRADCLIP_INLINE double larger(double a, double b) { return is_nan(a) || a > b ? 
 inline double norm_of(const NormOrder& order, const NormSum& sum) {
   switch (order.kind) {
     case NormOrder::two: {
+      if (sum.exponent == 0) return std::sqrt(sum.value);
       // The square root of an even power of two is exact.
       const bool odd = sum.exponent & 1;
       const double root = std::sqrt(odd ? sum.value * 2.0 : sum.value);

@@ -27,12 +27,16 @@ GRADCLIP_INLINE auto fold_row(BlockTerms block) {
   return left + right;
 }
 
-// Step 3, its end: the accumulators of a tile.
+// Step 3, its end: the accumulators of a tile, halved until one is left.
 template <int Lanes>
-GRADCLIP_INLINE double fold_lanes(double (&lanes)[Lanes]) {
-  for (int width = Lanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  return lanes[0];
+GRADCLIP_INLINE double fold_lanes(const double (&lanes)[Lanes]) {
+  if constexpr (Lanes == 1) {
+    return lanes[0];
+  } else {
+    double half[Lanes / 2];
+    for (int i = 0; i < Lanes / 2; ++i) half[i] = lanes[i] + lanes[i + Lanes / 2];
+    return fold_lanes(half);
+  }
 }
 
 // Whether the sum of a tile shows that nothing was lost; else the tile is done again. NaN is not.

@@ -31,14 +31,13 @@ const std::vector<Isa>& isas() {
   return all;
 }
 
-std::atomic<const Isa*>& current() {
-  static std::atomic<const Isa*> isa = [] {
-    const Isa* best = &isas().front();
-    while (!best->supported) ++best;
-    return best;
-  }();
-  return isa;
+const Isa* best_isa() {
+  const Isa* best = &isas().front();
+  while (!best->supported) ++best;
+  return best;
 }
+
+std::atomic<const Isa*> current{best_isa()};
 
 }  // namespace
 
@@ -49,14 +48,14 @@ std::vector<std::string> supported_isas() {
   return names;
 }
 
-const Kernels& kernels() { return *current().load(std::memory_order_relaxed)->kernels; }
-const char* isa_name() { return current().load(std::memory_order_relaxed)->name; }
+const Kernels& kernels() { return *current.load(std::memory_order_relaxed)->kernels; }
+const char* isa_name() { return current.load(std::memory_order_relaxed)->name; }
 
 void set_isa(const std::string& name) {
   std::string choices;
   for (const Isa& isa : isas()) {
     if (isa.supported && name == isa.name) {
-      current().store(&isa, std::memory_order_relaxed);
+      current.store(&isa, std::memory_order_relaxed);
       return;
     }
     if (isa.supported) choices += std::string(choices.empty() ? "" : ", ") + isa.name;

@@ -64,6 +64,20 @@ template <class BlockTerms>
 GRADCLIP_INLINE auto row_lanes(const std::byte* row, BlockTerms block_terms) {
   return to_lanes(order::fold_row([&](int b) { return block_terms(row + b * kBlockBytes); }));
 }
+// The last row of a tensor, of fewer bytes: missing elements count as +0, and so do their terms.
+template <class BlockTerms>
+GRADCLIP_INLINE auto short_row_lanes(const std::byte* row, std::size_t bytes,
+                                     BlockTerms block_terms) {
+  using Terms = decltype(block_terms(row));
+  return to_lanes(order::fold_row([&](int b) -> Terms {
+    const std::size_t from = static_cast<std::size_t>(b) * kBlockBytes;
+    if (from >= bytes) return Terms{};
+    if (from + kBlockBytes <= bytes) return block_terms(row + from);
+    std::byte block[kBlockBytes] = {};
+    __builtin_memcpy(block, row + from, bytes - from);
+    return block_terms(block);
+  }));
+}
 
 template <class BlockTerms>
 GRADCLIP_INLINE double sum_tile(const std::byte* tile, std::size_t bytes, BlockTerms block_terms) {
@@ -71,11 +85,8 @@ GRADCLIP_INLINE double sum_tile(const std::byte* tile, std::size_t bytes, BlockT
   const std::size_t whole = bytes / kRowBytes * kRowBytes;
   for (std::size_t at = 0; at < whole; at += kRowBytes)
     accumulators = accumulators + row_lanes(tile + at, block_terms);
-  if (whole != bytes) {
-    alignas(kBlockBytes) std::byte last[kRowBytes] = {};  // missing elements count as +0
-    __builtin_memcpy(last, tile + whole, bytes - whole);
-    accumulators = accumulators + row_lanes(last, block_terms);
-  }
+  if (whole != bytes)
+    accumulators = accumulators + short_row_lanes(tile + whole, bytes - whole, block_terms);
   double lanes[sizeof(accumulators) / sizeof(double)];
   __builtin_memcpy(lanes, &accumulators, sizeof(lanes));
   return order::fold_lanes(lanes);
