@@ -31,7 +31,6 @@ void Gradients::read_entry(PyObject* object) {
   }
   const EntryName name(spans_.size(), names_);
   Entry entry;
-  entry.owner = py::reinterpret_borrow<py::object>(object);
   if (is_numpy_array(object))
     read_numpy(object, name, entry);
   else
@@ -45,7 +44,7 @@ void Gradients::read_entry(PyObject* object) {
   }
   if (entry.unwritable && !unwritable_) unwritable_ = std::move(entry.unwritable);
   spans_.push_back(entry.span);
-  owners_.push_back(std::move(entry.owner));
+  if (entry.owner) owners_.push_back(std::move(entry.owner));
 }
 
 Gradients::Gradients(const py::object& grads) {
@@ -54,9 +53,9 @@ Gradients::Gradients(const py::object& grads) {
                          std::string(Py_TYPE(grads.ptr())->tp_name) + hint);
   };
   PyObject* const object = grads.ptr();
-  py::object values;  // a list or a tuple
+  // A tuple of our own: what is read runs user code (__dlpack__), which may change a list.
   if (PyList_CheckExact(object) || PyTuple_CheckExact(object)) {
-    values = grads;
+    arrays_ = py::tuple(grads);
   } else if (PyUnicode_Check(object) || PyBytes_Check(object) || PyByteArray_Check(object)) {
     wrong_kind("");
   } else if (is_numpy_array(object) || py::hasattr(grads, "__dlpack__")) {
@@ -73,25 +72,19 @@ Gradients::Gradients(const py::object& grads) {
       items.append(pair[1]);
     }
     names_ = py::tuple(keys);
-    values = items;
+    arrays_ = py::tuple(items);
   } else {
-    PyObject* const list = PySequence_List(object);
-    if (!list) {
+    PyObject* const tuple = PySequence_Tuple(object);
+    if (!tuple) {
       if (!PyErr_ExceptionMatches(PyExc_TypeError)) throw py::error_already_set();
       PyErr_Clear();
       wrong_kind("");
     }
-    values = py::reinterpret_steal<py::object>(list);
+    arrays_ = py::reinterpret_steal<py::tuple>(tuple);
   }
 
-  const Py_ssize_t count = PySequence_Fast_GET_SIZE(values.ptr());
-  spans_.reserve(static_cast<std::size_t>(count));
-  owners_.reserve(static_cast<std::size_t>(count));
-  // A list may be changed by what a reader calls (__dlpack__): its size is asked again.
-  for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(values.ptr()); ++i) {
-    const auto item = py::reinterpret_borrow<py::object>(PySequence_Fast_GET_ITEM(values.ptr(), i));
-    read_entry(item.ptr());
-  }
+  spans_.reserve(arrays_.size());
+  for (const py::handle array : arrays_) read_entry(array.ptr());
   std::vector<std::int64_t> bytes(spans_.size());
   for (std::size_t i = 0; i < spans_.size(); ++i) bytes[i] = spans_[i].nbytes();
   plan_ = make_plan(bytes);

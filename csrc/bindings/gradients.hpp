@@ -47,7 +47,7 @@ struct Entry {
   Span span;
   std::optional<StridedLayout> layout;
   std::optional<Problem> unwritable;
-  py::object owner;  // keeps the memory alive
+  py::object owner;  // what keeps the memory alive beside the array itself
 };
 
 bool is_numpy_array(PyObject* object);
@@ -80,6 +80,7 @@ class Gradients {
   std::vector<Span> spans_;
   Plan plan_;
   std::deque<StridedLayout> layouts_;  // of the spans that are not dense; addresses must stay
+  py::tuple arrays_;
   std::vector<py::object> owners_;
   py::object names_ = py::none();
   std::optional<Problem> unwritable_;  // the first one

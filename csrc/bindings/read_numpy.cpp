@@ -1,5 +1,7 @@
 // numpy.ndarray, read from its struct: 8 ns an array, where the buffer protocol takes 60 and knows
 // no bfloat16.
+#include <atomic>
+
 #include "bindings/gradients.hpp"
 #include "bindings/modules.hpp"
 
@@ -13,9 +15,15 @@ PyTypeObject* ndarray_type() {
   return type;
 }
 
+// NumPy gives ml_dtypes' types whatever number is free: the scalar type tells.
 bool is_bfloat16(PyObject* scalar_type) {
-  // NumPy gives ml_dtypes' types whatever number is free: the scalar type tells.
-  return imported("ml_dtypes", "bfloat16").is(py::handle(scalar_type));
+  static std::atomic<PyObject*> bfloat16{nullptr};  // owned for good once somebody has imported it
+  if (!bfloat16) {
+    const py::object found = imported("ml_dtypes", "bfloat16");
+    if (found.is_none()) return false;
+    bfloat16 = py::object(found).release().ptr();
+  }
+  return scalar_type == bfloat16;
 }
 
 bool is_masked(PyObject* array) {

@@ -19,12 +19,15 @@ inline constexpr std::size_t kTileBytes = kRowBytes * kRowsPerTile;
 // Terms that the slow path (other p, complex magnitudes) adds one after the other.
 inline constexpr std::size_t kTermsPerRun = 512;
 
-// Step 2: the blocks of a row, by whatever holds the terms of one block.
+// Step 2: the blocks of a row, by whatever holds the terms of one block:
+// ((b0 + b1) + (b2 + b3)) + ((b4 + b5) + (b6 + b7)). Asked for one after the other, so that memory is
+// read by increasing address.
 template <class BlockTerms>
 GRADCLIP_INLINE auto fold_row(BlockTerms block) {
-  const auto left = (block(0) + block(1)) + (block(2) + block(3));
-  const auto right = (block(4) + block(5)) + (block(6) + block(7));
-  return left + right;
+  const auto b0 = block(0), b1 = block(1), b2 = block(2), b3 = block(3);
+  const auto left = (b0 + b1) + (b2 + b3);
+  const auto b4 = block(4), b5 = block(5), b6 = block(6), b7 = block(7);
+  return left + ((b4 + b5) + (b6 + b7));
 }
 
 // Step 3, its end: the accumulators of a tile, halved until one is left.

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <numeric>
+#include <stdexcept>
+#include <string>
 
 namespace gradclip {
 
@@ -90,6 +92,9 @@ OrderedAxes order_axes(std::byte* data, std::int64_t itemsize,
   }
   const bool dense = merged.empty() || (merged.size() == 1 && merged[0].stride == itemsize);
   if (dense) return {data, std::nullopt};
+  if (merged.size() > StridedLayout::kMaxAxes)
+    throw std::length_error("expected at most 64 strided axes, got " +
+                            std::to_string(merged.size()));
   return {data, StridedLayout{std::move(merged)}};
 }
 

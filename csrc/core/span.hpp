@@ -15,6 +15,7 @@ struct StridedLayout {
   struct Axis {
     std::int64_t size, stride;
   };
+  static constexpr std::size_t kMaxAxes = 64;  // as NumPy and torch have
   std::vector<Axis> axes;
 
   // Bytes from the first byte of the first element to the last byte of the last one.
@@ -34,7 +35,8 @@ struct Span {
 
 // Order the axes as they lie in memory: drop axes of one element, flip negative strides (moving
 // `data` to the lowest address), sort by decreasing stride, merge what is contiguous. The result has
-// a layout only if the elements are not dense. No axis may be empty.
+// a layout only if the elements are not dense. No axis may be empty. Throws std::length_error beyond
+// kMaxAxes.
 struct OrderedAxes {
   std::byte* data;
   std::optional<StridedLayout> layout;
@@ -52,7 +54,7 @@ void for_each_run(const Span& span, std::int64_t first, std::int64_t count, Run 
   }
   const auto& axes = span.layout->axes;
   const std::size_t inner = axes.size() - 1;
-  std::vector<std::int64_t> index(axes.size());
+  std::int64_t index[StridedLayout::kMaxAxes];
   std::int64_t offset = 0;
   for (std::size_t a = axes.size(), rest = static_cast<std::size_t>(first); a-- > 0;) {
     const auto size = static_cast<std::size_t>(axes[a].size);

@@ -11,6 +11,16 @@
 
 namespace gradclip::cpu {
 
+// Runs are often single elements: a copy of known size is a load and a store.
+inline void copy_run(std::byte* to, const std::byte* from, std::int64_t bytes) {
+  switch (bytes) {
+    case 2: std::memcpy(to, from, 2); return;
+    case 4: std::memcpy(to, from, 4); return;
+    case 8: std::memcpy(to, from, 8); return;
+    default: std::memcpy(to, from, static_cast<std::size_t>(bytes)); return;
+  }
+}
+
 // visit(data, bytes) for every piece of at most `longest` bytes (a tile, where it is not dense), in
 // order. Where it returns true, it has changed the piece.
 template <class Visit>
@@ -28,14 +38,14 @@ void visit_pieces(const Span& span, const Chunk& chunk, std::int64_t longest, Vi
     std::byte* at = buffer;
     for_each_run(span, first / itemsize, bytes / itemsize,
                  [&](const std::byte* run, std::int64_t length) {
-                   std::memcpy(at, run, static_cast<std::size_t>(length));
+                   copy_run(at, run, length);
                    at += length;
                  });
     if (!visit(buffer, static_cast<std::size_t>(bytes))) continue;
     at = buffer;
     for_each_run(span, first / itemsize, bytes / itemsize,
                  [&](std::byte* run, std::int64_t length) {
-                   std::memcpy(run, at, static_cast<std::size_t>(length));
+                   copy_run(run, at, length);
                    at += length;
                  });
   }

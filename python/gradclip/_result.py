@@ -21,8 +21,8 @@ class ClipResult:
         norms: One norm per gradient, float64, shape ``(len(grads),)``, before clipping and divided by
             ``grad_scale``. ``None`` entries have norm 0.
         coefficient: What the gradients were multiplied by (before division by ``grad_scale``): exactly
-            1 where nothing was clipped. A float when there is one group, else a float64 array with one
-            entry per group.
+            1 where nothing was clipped. A float for global clipping (``groups=None``), else a float64
+            array with one entry per group.
         clipped: Whether any norm was above its threshold.
         nonfinite: The gradients that hold an infinity or a NaN: their indices, or their names when the
             call was given a mapping.
@@ -88,7 +88,8 @@ class NonFiniteGradientError(FloatingPointError):
 
     Attributes:
         entries: One ``(index or name, NaN count, infinity count)`` per gradient that is not finite.
-            Empty when only ``reduce`` brought the infinity or NaN in, from another process.
+            Empty when every gradient of this process is finite and still a norm is not: ``reduce``
+            brought it in from another process, or the true norm is beyond float64.
         norms: The norm of every gradient, float64, as in :class:`ClipResult`.
 
     Example:
@@ -149,8 +150,8 @@ def _nonfinite_error(
         shown.append(f"and {len(entries) - _ROWS_IN_REPR} more gradients")
     if not entries:
         shown.append(
-            "the sums returned by reduce: expected finite sums, got an infinity or a NaN, "
-            "but every gradient of this process is finite"
+            "grads: expected a finite norm, got an infinite one or NaN, though every gradient of this "
+            "process is finite: it came through reduce, or the norm is beyond float64"
         )
     shown.append("nothing was written (choose nonfinite='skip', 'zero' or 'propagate' to go on)")
     return NonFiniteGradientError("; ".join(shown), entries, norms)
