@@ -48,9 +48,11 @@ std::int64_t grain_of(const Span& span, const std::byte* base) {
 // False if an element of `span` is in `seen` already.
 bool insert_elements(ByteSet& seen, const Span& span, const std::byte* base) {
   bool fresh = true;
-  for_each_run(span, 0, span.numel, [&](const std::byte* run, std::int64_t bytes) {
-    fresh = fresh && seen.insert(run - base, bytes);
-  });
+  for_each_run(span, 0, span.numel,
+               [&](const std::byte* run, std::int64_t elements, std::int64_t stride) {
+                 for (std::int64_t i = 0; fresh && i < elements; ++i)
+                   fresh = seen.insert(run + i * stride - base, span.itemsize());
+               });
   return fresh;
 }
 

@@ -44,37 +44,31 @@ struct OrderedAxes {
 OrderedAxes order_axes(std::byte* data, std::int64_t itemsize,
                        std::vector<StridedLayout::Axis> axes);
 
-// Call run(address, bytes) for every contiguous run of elements [first, first + count), in order.
+// Call run(address, elements, stride) for elements [first, first + count), in order, one innermost
+// axis at a time.
 template <class Run>
 void for_each_run(const Span& span, std::int64_t first, std::int64_t count, Run run) {
   const std::int64_t itemsize = span.itemsize();
   if (!span.layout) {
-    run(span.data + first * itemsize, count * itemsize);
+    run(span.data + first * itemsize, count, itemsize);
     return;
   }
   const auto& axes = span.layout->axes;
   const std::size_t inner = axes.size() - 1;
   std::int64_t index[StridedLayout::kMaxAxes];
   std::int64_t offset = 0;
-  for (std::size_t a = axes.size(), rest = static_cast<std::size_t>(first); a-- > 0;) {
-    const auto size = static_cast<std::size_t>(axes[a].size);
-    index[a] = static_cast<std::int64_t>(rest % size);
-    rest /= size;
+  for (std::size_t a = axes.size(); a-- > 0;) {
+    index[a] = first % axes[a].size;
+    first /= axes[a].size;
     offset += index[a] * axes[a].stride;
   }
-  const bool contiguous = axes[inner].stride == itemsize;
   while (count > 0) {
     const std::int64_t left = axes[inner].size - index[inner];
-    const std::int64_t length = left < count ? left : count;
-    if (contiguous) {
-      run(span.data + offset, length * itemsize);
-    } else {
-      for (std::int64_t i = 0; i < length; ++i)
-        run(span.data + offset + i * axes[inner].stride, itemsize);
-    }
-    count -= length;
-    index[inner] += length;
-    offset += length * axes[inner].stride;
+    const std::int64_t elements = left < count ? left : count;
+    run(span.data + offset, elements, axes[inner].stride);
+    count -= elements;
+    index[inner] += elements;
+    offset += elements * axes[inner].stride;
     for (std::size_t a = inner; a > 0 && index[a] == axes[a].size; --a) {
       offset += axes[a - 1].stride - axes[a].size * axes[a].stride;
       index[a] = 0;

@@ -25,11 +25,10 @@ void scale(const std::vector<Span>& spans, const Plan& plan, std::span<const dou
 
 void set_to_zero(const std::vector<Span>& spans, const Plan& plan) {
   for_each_chunk(plan, Pass::forward, [&](const Chunk& chunk) {
-    const Span& span = spans[chunk.tensor];
-    for_each_run(span, chunk.first_byte / span.itemsize(), chunk.bytes / span.itemsize(),
-                 [](std::byte* run, std::int64_t bytes) {
-                   std::memset(run, 0, static_cast<std::size_t>(bytes));
-                 });
+    change_each_piece(spans[chunk.tensor], chunk, [](std::byte* data, std::size_t bytes) {
+      std::memset(data, 0, bytes);
+      return true;
+    });
   });
 }
 

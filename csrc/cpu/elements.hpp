@@ -1,6 +1,7 @@
 // Elements one by one, for what is not worth a kernel; and the largest magnitude, for what is.
 #pragma once
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -45,9 +46,12 @@ void visit_magnitudes_of(const std::byte* data, std::size_t bytes, bool complex,
     std::memcpy(&x, data + i * sizeof(T), sizeof(T));
     return to_double(x);
   };
-  const std::size_t step = complex ? 2 : 1;
-  for (std::size_t i = 0; i < bytes / sizeof(T); i += step)
-    visit(modulus(at(i), complex ? at(i + 1) : 0.0));
+  const std::size_t count = bytes / sizeof(T);
+  if (complex) {
+    for (std::size_t i = 0; i < count; i += 2) visit(modulus(at(i), at(i + 1)));
+  } else {
+    for (std::size_t i = 0; i < count; ++i) visit(std::fabs(at(i)));
+  }
 }
 
 // visit(|x|) for every element, in order.

@@ -11,13 +11,24 @@
 
 namespace gradclip::cpu {
 
-// Runs are often single elements: a copy of known size is a load and a store.
-inline void copy_run(std::byte* to, const std::byte* from, std::int64_t bytes) {
-  switch (bytes) {
-    case 2: std::memcpy(to, from, 2); return;
-    case 4: std::memcpy(to, from, 4); return;
-    case 8: std::memcpy(to, from, 8); return;
-    default: std::memcpy(to, from, static_cast<std::size_t>(bytes)); return;
+// Copy elements from one stride to another.
+template <std::size_t kItemSize>
+void copy_items(std::byte* to, std::int64_t to_stride, const std::byte* from,
+                std::int64_t from_stride, std::int64_t count) {
+  for (std::int64_t i = 0; i < count; ++i)
+    std::memcpy(to + i * to_stride, from + i * from_stride, kItemSize);
+}
+inline void copy_elements(std::byte* to, std::int64_t to_stride, const std::byte* from,
+                          std::int64_t from_stride, std::int64_t count, std::int64_t itemsize) {
+  if (to_stride == itemsize && from_stride == itemsize) {
+    std::memcpy(to, from, static_cast<std::size_t>(count * itemsize));
+    return;
+  }
+  switch (itemsize) {
+    case 2: return copy_items<2>(to, to_stride, from, from_stride, count);
+    case 4: return copy_items<4>(to, to_stride, from, from_stride, count);
+    case 8: return copy_items<8>(to, to_stride, from, from_stride, count);
+    default: return copy_items<16>(to, to_stride, from, from_stride, count);
   }
 }
 
@@ -37,16 +48,16 @@ void visit_pieces(const Span& span, const Chunk& chunk, std::int64_t longest, Vi
     const std::int64_t bytes = std::min(end - first, kTile), itemsize = span.itemsize();
     std::byte* at = buffer;
     for_each_run(span, first / itemsize, bytes / itemsize,
-                 [&](const std::byte* run, std::int64_t length) {
-                   copy_run(at, run, length);
-                   at += length;
+                 [&](const std::byte* run, std::int64_t count, std::int64_t stride) {
+                   copy_elements(at, itemsize, run, stride, count, itemsize);
+                   at += count * itemsize;
                  });
     if (!visit(buffer, static_cast<std::size_t>(bytes))) continue;
     at = buffer;
     for_each_run(span, first / itemsize, bytes / itemsize,
-                 [&](std::byte* run, std::int64_t length) {
-                   copy_run(run, at, length);
-                   at += length;
+                 [&](std::byte* run, std::int64_t count, std::int64_t stride) {
+                   copy_elements(run, stride, at, itemsize, count, itemsize);
+                   at += count * itemsize;
                  });
   }
 }
