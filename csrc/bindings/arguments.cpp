@@ -95,7 +95,10 @@ Groups group_labels(const py::object& groups, std::size_t tensors) {
     if (PyBool_Check(label.ptr()) || !PyIndex_Check(label.ptr()))
       throw py::type_error(name + ": expected an integer label, got " + type_name(label));
     const Py_ssize_t value = PyNumber_AsSsize_t(label.ptr(), nullptr);  // clips what is too large
-    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+    if (value == -1 && PyErr_Occurred()) {
+      PyErr_Clear();
+      throw py::type_error(name + ": expected an integer label, got " + type_name(label));
+    }
     if (value < 0 || static_cast<std::size_t>(value) >= tensors)
       throw py::value_error(name + ": expected a label from 0 to " + std::to_string(tensors - 1) +
                             ", got " + repr(label));

@@ -4,11 +4,16 @@
 #include <cmath>
 
 #include "bindings/arguments.hpp"
+#include "bindings/gil.hpp"
 #include "core/clip.hpp"
 #include "cpu/engine.hpp"
+#include "cpu/float_environment.hpp"
 
 namespace gradclip::bindings {
 namespace {
+
+// All arithmetic, also that from sums to norms, is done in it; but no user code.
+using Environment = cpu::DefaultFloatEnvironment;
 
 py::array_t<double> to_array(const std::vector<double>& values) {
   return py::array_t<double>(static_cast<py::ssize_t>(values.size()), values.data());
@@ -22,11 +27,12 @@ py::tuple to_tuple(const std::vector<Int>& values) {
 }
 
 std::vector<NormSum> measure(const Gradients& grads, const NormOrder& order) {
-  const py::gil_scoped_release release;
+  const GilRelease release;
   return cpu::measure(grads.spans(), grads.plan(), order);
 }
 
 std::vector<double> norms_of(const NormOrder& order, const std::vector<NormSum>& sums) {
+  const Environment environment;
   std::vector<double> norms;
   norms.reserve(sums.size());
   for (const NormSum& sum : sums) norms.push_back(norm_of(order, sum));
@@ -34,6 +40,7 @@ std::vector<double> norms_of(const NormOrder& order, const std::vector<NormSum>&
 }
 
 double norm_of_all(const NormOrder& order, const std::vector<NormSum>& sums) {
+  const Environment environment;
   return norm_of(order, group_sums(order, sums, {}, 1)[0]);
 }
 
@@ -41,7 +48,10 @@ double norm_of_all(const NormOrder& order, const std::vector<NormSum>& sums) {
 std::vector<NormSum> reduce_sums(const py::object& reduce, const NormOrder& order,
                                  const std::vector<NormSum>& sums) {
   std::vector<double> plain;
-  for (const NormSum& sum : sums) plain.push_back(to_plain(order, sum));
+  {
+    const Environment environment;
+    for (const NormSum& sum : sums) plain.push_back(to_plain(order, sum));
+  }
   const py::object returned = reduce(to_array(plain));
   const auto reduced = py::array_t<double, py::array::c_style | py::array::forcecast>::ensure(returned);
   if (!reduced) {
@@ -70,7 +80,7 @@ py::list count_nonfinite(const Gradients& grads, const std::vector<std::size_t>&
   for (const std::size_t i : tensors) {
     cpu::NonFiniteCounts count;
     {
-      const py::gil_scoped_release release;
+      const GilRelease release;
       count = cpu::count_nonfinite(grads.spans()[i]);
     }
     counts.append(py::make_tuple(i, count.nan, count.infinity));
@@ -104,17 +114,22 @@ py::tuple clip(const Gradients& grads, const py::object& max_norm, const py::obj
   grads.require_writable();
 
   const std::vector<NormSum> sums = measure(grads, order);
-  std::vector<NormSum> group = sums_of_groups(order, sums, grouping);
+  std::vector<NormSum> group = [&] {
+    const Environment environment;
+    return sums_of_groups(order, sums, grouping);
+  }();
   const bool reduced = !reduce.is_none();
   if (reduced) group = reduce_sums(reduce, order, group);
-  const ClipDecision decision =
-      decide_clip(order, sums, grouping, group, reduced, threshold, scale, policy);
+  const ClipDecision decision = [&] {
+    const Environment environment;
+    return decide_clip(order, sums, grouping, group, reduced, threshold, scale, policy);
+  }();
 
   py::object counts = py::none();
   if (decision.nonfinite_norm && policy == NonFinite::raise)
     counts = count_nonfinite(grads, decision.nonfinite);
   if (decision.action != ClipDecision::nothing) {
-    const py::gil_scoped_release release;
+    const GilRelease release;
     if (decision.action == ClipDecision::scale)
       cpu::scale(grads.spans(), grads.plan(), decision.factors);
     else
@@ -134,7 +149,7 @@ py::tuple clip_by_value(const Gradients& grads, const py::object& limit) {
   grads.require_writable();
   cpu::ValueClip result;
   {
-    const py::gil_scoped_release release;
+    const GilRelease release;
     result = cpu::clip_by_value(grads.spans(), grads.plan(), bound);
   }
   const NormOrder order{NormOrder::infinity, INFINITY};
@@ -155,7 +170,7 @@ void scale(const Gradients& grads, const py::object& factor) {
   grads.require_writable();
   if (number == 1.0) return;
   const std::vector<double> factors(grads.spans().size(), number);
-  const py::gil_scoped_release release;
+  const GilRelease release;
   cpu::scale(grads.spans(), grads.plan(), factors);
 }
 
@@ -165,7 +180,7 @@ template <class Work>
 double seconds_of(const Gradients& grads, Work work) {
   for (const Span& span : grads.spans())
     if (span.layout) throw py::value_error("grads: expected dense arrays for a probe");
-  const py::gil_scoped_release release;
+  const GilRelease release;
   const auto start = std::chrono::steady_clock::now();
   work();
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();

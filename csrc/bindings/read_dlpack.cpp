@@ -57,8 +57,21 @@ std::string device_name(int type, int id) {
   }
 }
 
+// What went wrong in the object's own code, as an error that names the entry.
+[[noreturn]] void raise_from(py::error_already_set& error, const EntryName& name) {
+  const std::string got = type_name(error.value()) + ": " + py::str(error.value()).cast<std::string>();
+  const Problem problem = name.problem(Problem::value_error, "an array that DLPack can export", got);
+  py::raise_from(error, PyExc_ValueError, problem.message.c_str());
+  throw py::error_already_set();
+}
+
 void check_device(py::handle object, const EntryName& name) {
-  const auto device = object.attr("__dlpack_device__")().cast<std::pair<int, int>>();
+  std::pair<int, int> device;
+  try {
+    device = object.attr("__dlpack_device__")().cast<std::pair<int, int>>();
+  } catch (py::error_already_set& error) {
+    raise_from(error, name);
+  }
   // Pinned host memory is the CPU's.
   if (device.first == kDLCPU || device.first == kDLCUDAHost || device.first == kDLROCMHost) return;
   name.problem(Problem::value_error, "memory on the CPU",
@@ -77,9 +90,7 @@ py::object export_capsule(py::handle object, const EntryName& name) {
       return method();
     }
   } catch (py::error_already_set& error) {
-    const std::string what = py::str(error.value()).cast<std::string>();
-    throw py::value_error(name() + ": expected an array that __dlpack__ can export, got " +
-                          type_name(error.value()) + ": " + what);
+    raise_from(error, name);
   }
 }
 
@@ -94,11 +105,11 @@ DType dtype_of(const DLDataType& type, const EntryName& name) {
   }
   static constexpr const char* kCodes[] = {"int",    "uint",    "float", "opaque",
                                            "bfloat", "complex", "bool"};
-  const std::string code = type.code < 7 ? kCodes[type.code] : "type code " + std::to_string(type.code);
+  const std::string code = type.code < 7 ? kCodes[type.code] : "code" + std::to_string(type.code);
   name.problem(Problem::type_error,
                "dtype float16, bfloat16, float32, float64, complex64 or complex128",
-               code + " of " + std::to_string(type.bits) + " bits" +
-                   (type.lanes == 1 ? "" : " in " + std::to_string(type.lanes) + " lanes"))
+               "dtype " + code + std::to_string(type.bits) +
+                   (type.lanes == 1 ? "" : "x" + std::to_string(type.lanes)))
       .raise();
 }
 
@@ -121,7 +132,8 @@ void read_tensor(const DLTensor& tensor, const EntryName& name, Entry& entry) {
 }  // namespace
 
 void read_dlpack(py::handle object, const EntryName& name, Entry& entry) {
-  if (!py::hasattr(object, "__dlpack__") || !py::hasattr(object, "__dlpack_device__"))
+  if (PyType_Check(object.ptr()) || !py::hasattr(object, "__dlpack__") ||
+      !py::hasattr(object, "__dlpack_device__"))
     name.problem(Problem::type_error, "an array (numpy.ndarray, or an object with __dlpack__)",
                  type_name(object))
         .raise();

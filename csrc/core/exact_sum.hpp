@@ -21,14 +21,15 @@ struct WideValue {
 
 class ExactSum {
  public:
-  // Add value * 2^exponent. At most 2^32 additions.
+  // Add |value| * 2^exponent. At most 2^32 additions.
   GRADCLIP_INLINE void add(double value, int exponent = 0) {
-    std::uint64_t bits = bit_copy<std::uint64_t>(value);
+    // The sign can be set where there is nothing negative: -0, and the NaN that x86 makes itself.
+    std::uint64_t bits = bit_copy<std::uint64_t>(value) & ~FloatBits<double>::sign;
     int biased = static_cast<int>(bits >> 52);
     if (biased == 0) {
       if (bits == 0) return;
       // Subnormal: 2^54 times as large it is a normal number.
-      bits = bit_copy<std::uint64_t>(value * 0x1p54);
+      bits = bit_copy<std::uint64_t>(bit_copy<double>(bits) * 0x1p54);
       biased = static_cast<int>(bits >> 52) - 54;
     } else if (biased == 0x7ff) {
       has_nan_ |= is_nan(value);

@@ -81,7 +81,7 @@ void for_each_run(const Span& span, std::int64_t first, std::int64_t count, Run 
 bool overlaps_itself(const Span& span);
 
 // A pair of entries that share memory, if any: `first < second`. Exact, also for interleaved
-// views, whose address ranges overlap but whose elements do not.
+// views, whose address ranges overlap but whose elements do not. No entry may overlap itself.
 struct SharedMemory {
   std::size_t first, second;
 };

@@ -4,6 +4,7 @@
 
 #include "cpu/elements.hpp"
 #include "cpu/engine.hpp"
+#include "cpu/float_environment.hpp"
 #include "cpu/isa.hpp"
 #include "cpu/tiles.hpp"
 #include "cpu/workers.hpp"
@@ -103,6 +104,7 @@ std::vector<NormSum> sums_of(const std::vector<Span>& spans, const Plan& plan,
 
 std::vector<NormSum> measure(const std::vector<Span>& spans, const Plan& plan,
                              const NormOrder& order) {
+  const DefaultFloatEnvironment environment;  // also for what is added up here
   if (order.kind == NormOrder::infinity) {
     std::vector<NormSum> result;
     result.reserve(spans.size());

@@ -63,7 +63,7 @@ class Team {
     return static_cast<int>(helpers_.size());
   }
 
-  std::mutex busy;  // held by the call that has the team
+  std::atomic_flag busy;  // set by the call that has the team
 
  private:
   bool start_helper() {
@@ -197,8 +197,7 @@ void run_tasks(std::size_t tasks, int threads, bool last_first,
   if (threads <= 1) return alone();
   Team* const helpers = team();
   if (!helpers) return alone();
-  const std::unique_lock busy(helpers->busy, std::try_to_lock);
-  if (!busy) return alone();
+  if (helpers->busy.test_and_set(std::memory_order_acquire)) return alone();
 
   const auto shares = static_cast<std::size_t>(threads);
   const auto share = std::make_unique<Share[]>(shares);
@@ -216,6 +215,7 @@ void run_tasks(std::size_t tasks, int threads, bool last_first,
       }
     }
   });
+  helpers->busy.clear(std::memory_order_release);
 }
 
 }  // namespace gradclip::cpu

@@ -43,7 +43,7 @@ def tensor_norms(grads: Gradients, ord: float = 2) -> npt.NDArray[np.float64]:
             object with ``__dlpack__``, of dtype float16, bfloat16, float32, float64, complex64 or
             complex128, of any shape and layout. ``None`` entries are skipped and have norm 0.
         ord: Which norm: 2 (Euclidean), 1 (sum of magnitudes), ``inf`` (largest magnitude), or any
-            p > 0 for ``sum(abs(g)**p)**(1/p)``. 2, 1 and ``inf`` are fast.
+            p > 0 for ``sum(abs(g)**p)**(1/p)``. 2, 1 and ``inf`` are fast (of complex numbers: 2).
 
     Returns:
         float64 array of shape ``(len(grads),)``. A norm is infinite only if an element is infinite or
@@ -55,8 +55,8 @@ def tensor_norms(grads: Gradients, ord: float = 2) -> npt.NDArray[np.float64]:
 
     Example:
         >>> import numpy as np, gradclip
-        >>> gradclip.tensor_norms([np.array([3.0, 4.0]), None, np.full(4, 1e20, np.float32)])
-        array([5.e+00, 0.e+00, 2.e+20])
+        >>> gradclip.tensor_norms([np.array([3.0, 4.0]), None, np.full(4, 1e200)])
+        array([5.e+000, 0.e+000, 2.e+200])
     """
     return _core.tensor_norms(grads, ord)
 
