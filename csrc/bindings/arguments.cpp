@@ -5,6 +5,8 @@
 #include <cmath>
 #include <string>
 
+#include "cpu/float_environment.hpp"
+
 namespace gradclip::bindings {
 namespace {
 
@@ -42,6 +44,7 @@ double real_number(const py::object& value, const char* name) {
 
 double positive_number(const py::object& value, const char* name, bool may_be_infinite) {
   const double number = real_number(value, name);
+  const cpu::DefaultFloatEnvironment environment;  // in which subnormal numbers are positive
   if (!(number > 0.0) || (!may_be_infinite && std::isinf(number)))
     throw py::value_error(std::string(name) + ": expected a positive" +
                           (may_be_infinite ? "" : " finite") + " number, got " + repr(value));
@@ -80,6 +83,9 @@ Groups group_labels(const py::object& groups, std::size_t tensors) {
   if (PyBytes_Check(groups.ptr()) || !PySequence_Check(groups.ptr()))
     throw py::type_error("groups: expected None, 'tensor' or a sequence of labels, got " +
                          type_name(groups));
+  if (py::hasattr(groups, "ndim") && groups.attr("ndim").cast<int>() != 1)
+    throw py::value_error("groups: expected labels in one dimension, got " +
+                          py::str(groups.attr("ndim")).cast<std::string>());
   const auto labels = py::reinterpret_steal<py::object>(PySequence_List(groups.ptr()));
   if (!labels) throw py::error_already_set();
   const auto count = static_cast<std::size_t>(PyList_GET_SIZE(labels.ptr()));
