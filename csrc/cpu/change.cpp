@@ -61,7 +61,7 @@ NonFiniteCounts count_nonfinite(const Span& span) {
   const Chunk all{0, span.nbytes(), 0, kWholeTensor};
   for_each_tile(span, all, [&](const std::byte* tile, std::size_t bytes) {
     if (is_complex(span.dtype)) {
-      visit_magnitudes(span.dtype, tile, bytes, [&](double m) {
+      visit_magnitudes(span.dtype, tile, bytes, 1.0, [&](double m) {
         counts.nan += is_nan(m);
         counts.infinity += m == infinity();
       });

@@ -40,11 +40,12 @@ inline std::uint64_t pattern_below(DType dtype, double limit) {
 }
 
 template <class T, class Visit>
-void visit_magnitudes_of(const std::byte* data, std::size_t bytes, bool complex, Visit visit) {
+void visit_magnitudes_of(const std::byte* data, std::size_t bytes, bool complex, double scale,
+                         Visit visit) {
   const auto at = [&](std::size_t i) {
     T x;
     std::memcpy(&x, data + i * sizeof(T), sizeof(T));
-    return to_double(x);
+    return to_double(x) * scale;
   };
   const std::size_t count = bytes / sizeof(T);
   if (complex) {
@@ -54,14 +55,16 @@ void visit_magnitudes_of(const std::byte* data, std::size_t bytes, bool complex,
   }
 }
 
-// visit(|x|) for every element, in order.
+// visit(|scale * x|) for every element, in order. `scale` is a power of two.
 template <class Visit>
-void visit_magnitudes(DType dtype, const std::byte* data, std::size_t bytes, Visit visit) {
+void visit_magnitudes(DType dtype, const std::byte* data, std::size_t bytes, double scale,
+                      Visit visit) {
+  const bool complex = is_complex(dtype);
   switch (real_of(dtype)) {
-    case DType::float16: return visit_magnitudes_of<Float16>(data, bytes, false, visit);
-    case DType::bfloat16: return visit_magnitudes_of<BFloat16>(data, bytes, false, visit);
-    case DType::float32: return visit_magnitudes_of<float>(data, bytes, is_complex(dtype), visit);
-    default: return visit_magnitudes_of<double>(data, bytes, is_complex(dtype), visit);
+    case DType::float16: return visit_magnitudes_of<Float16>(data, bytes, complex, scale, visit);
+    case DType::bfloat16: return visit_magnitudes_of<BFloat16>(data, bytes, complex, scale, visit);
+    case DType::float32: return visit_magnitudes_of<float>(data, bytes, complex, scale, visit);
+    default: return visit_magnitudes_of<double>(data, bytes, complex, scale, visit);
   }
 }
 

@@ -17,7 +17,7 @@ double largest_of(const Span& span, const Chunk& chunk) {
   const auto largest = kernels().of(span.dtype).largest;
   for_each_tile(span, chunk, [&](const std::byte* tile, std::size_t bytes) {
     if (is_complex(span.dtype))
-      visit_magnitudes(span.dtype, tile, bytes, [&](double m) { result = larger(m, result); });
+      visit_magnitudes(span.dtype, tile, bytes, 1.0, [&](double m) { result = larger(m, result); });
     else
       result = larger(value_of_pattern(span.dtype, largest(tile, bytes)), result);
   });
@@ -26,12 +26,14 @@ double largest_of(const Span& span, const Chunk& chunk) {
 
 // Terms (|x| / unit)^p of a chunk, in runs of order::kTermsPerRun.
 ExactSum sum_powers(const Span& span, const Chunk& chunk, double unit, double p) {
+  // Complex magnitudes that would be subnormal are taken of scaled numbers: they keep their bits.
+  const double scale = unit < 0x1p-900 ? 0x1p600 : 1.0;
   ExactSum sum;
   double run = 0.0;
   std::size_t terms = 0;
   for_each_tile(span, chunk, [&](const std::byte* tile, std::size_t bytes) {
-    visit_magnitudes(span.dtype, tile, bytes, [&](double m) {
-      run += power(m / unit, p);
+    visit_magnitudes(span.dtype, tile, bytes, scale, [&](double m) {
+      run += power(m / (unit * scale), p);
       if (++terms == order::kTermsPerRun) {
         sum.add(run);
         run = 0.0;
