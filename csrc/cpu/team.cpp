@@ -25,6 +25,8 @@ constexpr int kMaxThreads = 1024;
 // and the two passes of one clip, find it awake. Waking a sleeping thread takes 5 to 50 us.
 constexpr auto kSpinTime = std::chrono::microseconds(100);
 
+constexpr int kSpinsBeforeYield = 1000;  // about 20 us
+
 void pause() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
@@ -54,8 +56,10 @@ class Team {
       std::lock_guard lock(mutex_);
       work_ = nullptr;  // nobody may begin now
     }
-    // What is left is the end of a task, tens of microseconds: too short to sleep.
-    while (active_.load(std::memory_order_acquire) != 0) pause();
+    // What is left is the end of a task, tens of microseconds: too short to sleep. But a helper that
+    // has lost its processor may be waiting for this one.
+    for (int spins = 0; active_.load(std::memory_order_acquire) != 0; ++spins)
+      spins < kSpinsBeforeYield ? pause() : std::this_thread::yield();
   }
 
   int started() {
@@ -105,6 +109,7 @@ class Team {
         if (generation_.load(std::memory_order_acquire) != seen) return;
         pause();
       }
+      std::this_thread::yield();  // costs little where nobody else wants the processor
     } while (std::chrono::steady_clock::now() < until);
     std::unique_lock lock(mutex_);
     wake_.wait(lock, [&] { return generation_.load(std::memory_order_relaxed) != seen; });

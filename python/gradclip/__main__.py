@@ -66,9 +66,12 @@ def _demo(options: argparse.Namespace) -> int:
     if out.is_dir() or not out.resolve().parent.is_dir():
         print(f"gradclip demo: --out: expected a file in a folder that exists, got {out}", file=sys.stderr)
         return 2
-    from gradclip._demo import Settings, run_demo  # noqa: PLC0415 (needs packages that may be missing)
+    try:
+        from gradclip._demo import Settings, run_demo  # noqa: PLC0415 (needs packages that may be missing)
 
-    run_demo(Settings(layers=options.layers, steps=options.steps, seed=options.seed), out)
+        run_demo(Settings(layers=options.layers, steps=options.steps, seed=options.seed), out)
+    except KeyboardInterrupt:
+        return 130  # what shells report of a program ended by Ctrl-C
     return 0
 
 

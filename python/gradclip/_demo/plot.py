@@ -60,7 +60,7 @@ def save_plot(runs: tuple[Run, Run], blow_up: BlowUp | None, out: Path) -> None:
         FigureCanvasAgg(figure)
         grid = figure.add_gridspec(
             2, 3, width_ratios=(1, 1.45, 0.03), height_ratios=(1, 1.25),
-            left=0.055, right=0.945, top=0.855, bottom=0.07, wspace=0.14, hspace=0.3,
+            left=0.055, right=0.945, top=0.855, bottom=0.07, wspace=0.17, hspace=0.3,
         )  # fmt: skip
         start, whole = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[0, 1])
         steps = len(without.history.loss)

@@ -134,7 +134,7 @@ def print_summary(console: Console, runs: tuple[Run, Run]) -> None:
     console.print(
         f"The NumPy loop did the same to copies of the same {len(parameters)} gradients ({size:.1f} MB), in "
         "the same steps. Percentages: of the step that it is part of. Without clipping both only measure. "
-        "Matrix products on one thread.",
+        "Everything ran on one thread.",
         style="dim",
     )
 
