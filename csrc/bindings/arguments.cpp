@@ -36,7 +36,10 @@ double real_number(const py::object& value, const char* name) {
     throw py::type_error(std::string(name) + ": expected a real number, got " + type_name(value));
   const double number = PyFloat_AsDouble(value.ptr());
   if (number == -1.0 && PyErr_Occurred()) {
+    const bool too_large = PyErr_ExceptionMatches(PyExc_OverflowError);
     PyErr_Clear();
+    if (too_large)
+      throw py::value_error(std::string(name) + ": expected a number within float64, got a larger one");
     throw py::type_error(std::string(name) + ": expected a real number, got " + type_name(value));
   }
   return number;

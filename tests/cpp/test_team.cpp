@@ -1,0 +1,138 @@
+// cpu/team.hpp: every task once, whoever calls, however often, also in the child of a fork.
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <numeric>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "cpu/team.hpp"
+#include "cpu/workers.hpp"
+#include "support.hpp"
+
+using namespace gradclip;
+using namespace gradclip::test;
+using cpu::run_tasks;
+
+namespace {
+
+// Whether every one of `tasks` tasks ran once.
+bool each_ran_once(std::size_t tasks, int threads, bool last_first = false) {
+  std::vector<std::atomic<int>> ran(tasks);
+  run_tasks(tasks, threads, last_first, [&](std::size_t task) { ++ran[task]; });
+  return std::all_of(ran.begin(), ran.end(), [](const auto& count) { return count == 1; });
+}
+
+std::vector<std::size_t> order_alone(std::size_t tasks, bool last_first) {
+  std::vector<std::size_t> order;
+  run_tasks(tasks, 1, last_first, [&](std::size_t task) { order.push_back(task); });
+  return order;
+}
+
+}  // namespace
+
+// First, while no helper has been started.
+TEST_CASE("small work starts no thread") {
+  cpu::set_num_threads(8);
+  const Plan small = make_plan(std::vector<std::int64_t>{2 * cpu::kBytesPerThread - 1});
+  cpu::for_each_chunk(small, cpu::Pass::forward, [](const Chunk&) {});
+  CHECK(each_ran_once(1, 8));
+  CHECK(each_ran_once(100, 1));
+  CHECK(cpu::num_started_threads() == 0);
+}
+
+TEST_CASE("every task runs once, for any number of tasks and threads") {
+  for (const int threads : {1, 2, 3, 5, 8})
+    for (const std::size_t tasks : {0u, 1u, 2u, 3u, 7u, 8u, 9u, 64u, 1000u})
+      for (const bool last_first : {false, true}) CHECK(each_ran_once(tasks, threads, last_first));
+  CHECK(cpu::num_started_threads() >= 1);
+  CHECK(cpu::num_started_threads() <= 7);
+}
+
+TEST_CASE("a thread alone goes in order, forward or backward") {
+  std::vector<std::size_t> forward(10);
+  std::iota(forward.begin(), forward.end(), 0u);
+  CHECK(order_alone(10, false) == forward);
+  CHECK(order_alone(10, true) == std::vector(forward.rbegin(), forward.rend()));
+}
+
+TEST_CASE("calls that follow each other closely do not mix") {
+  for (int call = 0; call < (kSanitized ? 500 : 5000); ++call)
+    if (!each_ran_once(static_cast<std::size_t>(1 + call % 40), 1 + call % 4)) FAIL_CHECK(call);
+}
+
+TEST_CASE("calls from many threads at once") {
+  std::atomic<int> wrong{0};
+  std::vector<std::thread> callers;
+  for (int caller = 0; caller < 8; ++caller)
+    callers.emplace_back([&] {
+      for (int call = 0; call < 200; ++call) wrong += !each_ran_once(50, 4);
+    });
+  for (std::thread& caller : callers) caller.join();
+  CHECK(wrong == 0);
+}
+
+TEST_CASE("what a task wrote is seen by the caller") {
+  std::vector<std::size_t> plain(10000);
+  for (int call = 0; call < 50; ++call) {
+    run_tasks(plain.size(), 4, false, [&](std::size_t task) { plain[task] += task; });
+    const std::size_t sum = std::accumulate(plain.begin(), plain.end(), std::size_t{0});
+    CHECK(sum == (static_cast<std::size_t>(call) + 1) * plain.size() * (plain.size() - 1) / 2);
+  }
+}
+
+TEST_CASE("a task may run tasks") {
+  std::atomic<int> inner{0};
+  run_tasks(20, 4, false,
+            [&](std::size_t) { run_tasks(10, 4, false, [&](std::size_t) { ++inner; }); });
+  CHECK(inner == 200);
+}
+
+TEST_CASE("the child of a fork works alone") {
+  CHECK(each_ran_once(100, 4));  // the team exists
+  for (int fork_number = 0; fork_number < 5; ++fork_number) {
+    const pid_t child = fork();
+    REQUIRE(child >= 0);
+    if (child == 0) {
+      alarm(30);  // a hang ends as a failure
+      _exit(each_ran_once(100, 4) && cpu::num_started_threads() == 0 ? 0 : 1);
+    }
+    int status = 0;
+    REQUIRE(waitpid(child, &status, 0) == child);
+    CHECK(WIFEXITED(status));
+    CHECK(WEXITSTATUS(status) == 0);
+    CHECK(each_ran_once(100, 4));  // and the parent is as it was
+  }
+}
+
+TEST_CASE("the number of threads is checked and kept") {
+  cpu::set_num_threads(3);
+  CHECK(cpu::num_threads() == 3);
+  for (const int n : {0, -1, 1025}) CHECK_THROWS_AS(cpu::set_num_threads(n), std::invalid_argument);
+  CHECK(cpu::num_threads() == 3);
+}
+
+TEST_CASE("the environment gives the number of threads") {
+  const auto threads_for = [](const char* own, const char* openmp) {
+    own ? setenv("GRADCLIP_NUM_THREADS", own, 1) : unsetenv("GRADCLIP_NUM_THREADS");
+    openmp ? setenv("OMP_NUM_THREADS", openmp, 1) : unsetenv("OMP_NUM_THREADS");
+    cpu::init_num_threads();
+    return cpu::num_threads();
+  };
+  CHECK(threads_for("3", "5") == 3);
+  CHECK(threads_for(nullptr, "5") == 5);
+  CHECK(threads_for(nullptr, "4,2") == 4);
+  const int processors = threads_for(nullptr, nullptr);
+  CHECK(processors >= 1);
+  CHECK(threads_for(nullptr, "many") == processors);
+  for (const char* wrong : {"0", "-2", "four", "", "3,2", "2000"}) {
+    CAPTURE(wrong);
+    CHECK_THROWS_AS(threads_for(wrong, nullptr), std::invalid_argument);
+  }
+  threads_for(nullptr, nullptr);
+}

@@ -1,0 +1,109 @@
+"""Norms and clips computed exactly, or to far more digits than float64 has: the reference of the suite."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from typing import Any
+
+import mpmath  # type: ignore[import-untyped]
+import numpy as np
+
+from matrices import Array
+
+_PRECISION = 240  # bits
+
+
+def _parts(array: Array) -> Array:
+    """Elements as float64 (complex128), which is exact for every dtype."""
+    flat = array.reshape(-1)
+    return flat.astype(np.complex128 if flat.dtype.kind == "c" else np.float64)
+
+
+def _exact_sum(magnitudes: Array, power: int) -> Fraction:
+    """The sum of the first or second powers of float64 numbers, as integers."""
+    # Constant arrays are long, so every distinct number is looked at once.
+    distinct, counts = np.unique(magnitudes, return_counts=True)
+    mantissas, exponents = np.frexp(distinct)
+    integers = np.ldexp(mantissas, 53).astype(np.int64).tolist()
+    lowest = int(exponents.min(initial=0))
+    total = 0
+    for m, e, n in zip(integers, exponents.tolist(), counts.tolist(), strict=True):
+        total += (n * m**power) << (power * (e - lowest))
+    return Fraction(total) * Fraction(2) ** (power * (lowest - 53))
+
+
+def _mpf(x: Fraction) -> Any:
+    return mpmath.mpf(x.numerator) / x.denominator
+
+
+def exact_norm(arrays: Array | list[Array], ord: float = 2) -> Any:
+    """The norm over all elements of all arrays (finite ones) as an ``mpmath.mpf``.
+
+    Exact before the last root for ``ord=2`` and for real numbers under 1 and inf; otherwise by
+    NumPy's longdouble, with 64 bits or more and exponents beyond those of float64: about 1e-18.
+    """
+    flat = [_parts(a) for a in (arrays if isinstance(arrays, list) else [arrays])]
+    with mpmath.workprec(_PRECISION):
+        if ord == 2:
+            return mpmath.sqrt(
+                _mpf(sum((_exact_sum(np.abs(p.view(np.float64)), 2) for p in flat), Fraction(0)))
+            )
+        if ord == 1 and not any(p.dtype.kind == "c" for p in flat):
+            return _mpf(sum((_exact_sum(np.abs(p), 1) for p in flat), Fraction(0)))
+        wide = [np.hypot(p.real.astype(np.longdouble), p.imag.astype(np.longdouble)) for p in flat]
+        m = np.concatenate([np.zeros(1, np.longdouble), *wide])
+        largest = m.max()
+        if largest == 0 or math.isinf(ord):
+            return _of_longdouble(largest)
+        distinct, counts = np.unique(m / largest, return_counts=True)
+        with np.errstate(under="ignore"):
+            total = (counts * distinct ** np.longdouble(ord)).sum()
+        return _of_longdouble(largest) * _of_longdouble(total) ** (1 / mpmath.mpf(ord))
+
+
+def _of_longdouble(x: Any) -> Any:
+    """The same number: a longdouble is cut into float64 pieces that add up to it."""
+    mantissa, exponent = np.frexp(x)
+    high = float(mantissa)
+    return mpmath.ldexp(mpmath.mpf(high) + mpmath.mpf(float(mantissa - np.longdouble(high))), int(exponent))
+
+
+def relative_error(measured: float, exact: Any) -> float:
+    """``abs(measured - exact) / exact``; 0 when both are 0 or when both are beyond float64.
+
+    Below 2^-1022 float64 has fewer bits, and rounding to it may cost 2^-1075 that nobody can avoid.
+    """
+    with mpmath.workprec(_PRECISION):
+        if exact == 0:
+            return 0.0 if measured == 0 else math.inf
+        # Half a unit above the largest float64 is where rounding to nearest gives infinity.
+        if exact >= mpmath.mpf(2) ** 1024 * (1 - mpmath.mpf(2) ** -54):
+            return 0.0 if measured == math.inf else math.inf
+        if not math.isfinite(measured):
+            return math.inf
+        unavoidable = mpmath.mpf(2) ** -1075 if exact < mpmath.mpf(2) ** -1022 else 0
+        return float(max(0, abs(mpmath.mpf(measured) - exact) - unavoidable) / exact)
+
+
+def scaled(array: Array, factor: float) -> Array:
+    """What an array becomes when a clip multiplies it by ``factor`` (coefficient over grad_scale).
+
+    float64: one product. Narrower: the float32 product with the factor rounded to float32, rounded to
+    the dtype; when the rounded factor is not a normal float32, the float64 product, rounded to float32
+    and then to the dtype.
+    """
+    with np.errstate(all="ignore"):
+        if array.dtype.kind == "c":
+            parts = array.reshape(-1).view(np.float32 if array.dtype.itemsize == 8 else np.float64)
+            return scaled(parts, factor).view(array.dtype).reshape(array.shape)
+        if array.dtype == np.float64:
+            return array * np.float64(factor)
+        narrow = np.float32(factor)
+        wide = array.astype(np.float32)
+        normal = np.isfinite(narrow) and abs(narrow) >= np.finfo(np.float32).tiny
+        if normal or factor == 0 or not math.isfinite(factor):
+            product = wide * narrow
+        else:
+            product = (wide.astype(np.float64) * np.float64(factor)).astype(np.float32)
+        return product.astype(array.dtype)
