@@ -15,39 +15,38 @@ namespace {
 // All arithmetic, also that from sums to norms, is done in it; but no user code.
 using Environment = cpu::DefaultFloatEnvironment;
 
-py::array_t<double> to_array(const std::vector<double>& values) {
+py::array_t<double> to_array(const Table<double>& values) {
   return py::array_t<double>(static_cast<py::ssize_t>(values.size()), values.data());
 }
 
-template <class Int>
-py::tuple to_tuple(const std::vector<Int>& values) {
+py::tuple to_tuple(const std::vector<std::size_t>& values) {
   py::tuple result(values.size());
   for (std::size_t i = 0; i < values.size(); ++i) result[i] = values[i];
   return result;
 }
 
-std::vector<NormSum> measure(const Gradients& grads, const NormOrder& order) {
+Table<NormSum> measure(const Gradients& grads, const NormOrder& order) {
   const GilRelease release;
   return cpu::measure(grads.spans(), grads.plan(), order);
 }
 
-std::vector<double> norms_of(const NormOrder& order, const std::vector<NormSum>& sums) {
+Table<double> norms_of(const NormOrder& order, const Table<NormSum>& sums) {
   const Environment environment;
-  std::vector<double> norms;
+  Table<double> norms;
   norms.reserve(sums.size());
   for (const NormSum& sum : sums) norms.push_back(norm_of(order, sum));
   return norms;
 }
 
-double norm_of_all(const NormOrder& order, const std::vector<NormSum>& sums) {
+double norm_of_all(const NormOrder& order, const Table<NormSum>& sums) {
   const Environment environment;
   return norm_of(order, group_sums(order, sums, {}, 1)[0]);
 }
 
 // Hand this process's sums to the caller's `reduce` and take the sums over all processes.
-std::vector<NormSum> reduce_sums(const py::object& reduce, const NormOrder& order,
-                                 const std::vector<NormSum>& sums) {
-  std::vector<double> plain;
+Table<NormSum> reduce_sums(const py::object& reduce, const NormOrder& order,
+                                 const Table<NormSum>& sums) {
+  Table<double> plain;
   {
     const Environment environment;
     for (const NormSum& sum : sums) plain.push_back(to_plain(order, sum));
@@ -63,7 +62,7 @@ std::vector<NormSum> reduce_sums(const py::object& reduce, const NormOrder& orde
     throw py::value_error("reduce: expected sums of shape (" + std::to_string(plain.size()) +
                           ",), got shape " +
                           py::str(reduced.attr("shape")).cast<std::string>());
-  std::vector<NormSum> result;
+  Table<NormSum> result;
   for (py::ssize_t g = 0; g < reduced.shape(0); ++g) {
     const double sum = reduced.at(g);
     if (sum < 0.0)
@@ -113,8 +112,8 @@ py::tuple clip(const Gradients& grads, const py::object& max_norm, const py::obj
                          std::string(Py_TYPE(reduce.ptr())->tp_name));
   grads.require_writable();
 
-  const std::vector<NormSum> sums = measure(grads, order);
-  std::vector<NormSum> group = [&] {
+  const Table<NormSum> sums = measure(grads, order);
+  Table<NormSum> group = [&] {
     const Environment environment;
     return sums_of_groups(order, sums, grouping);
   }();
@@ -153,7 +152,7 @@ py::tuple clip_by_value(const Gradients& grads, const py::object& limit) {
     result = cpu::clip_by_value(grads.spans(), grads.plan(), bound);
   }
   const NormOrder order{NormOrder::infinity, INFINITY};
-  const std::vector<double> norms = norms_of(order, result.largest);
+  const Table<double> norms = norms_of(order, result.largest);
   const double total = norm_of_all(order, result.largest);
   std::vector<std::size_t> nonfinite;
   for (std::size_t i = 0; i < norms.size(); ++i)
@@ -169,7 +168,7 @@ void scale(const Gradients& grads, const py::object& factor) {
                           py::repr(factor).cast<std::string>());
   grads.require_writable();
   if (number == 1.0) return;
-  const std::vector<double> factors(grads.spans().size(), number);
+  const Table<double> factors(grads.spans().size(), number);
   const GilRelease release;
   cpu::scale(grads.spans(), grads.plan(), factors);
 }

@@ -31,6 +31,7 @@ int checked_thread_count(const py::object& n) {
 }  // namespace
 
 PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
+  gb::init_numpy();
   m.doc() = "gradclip's CPU engine; gradclip._api is the public face of it.";
 
   m.def("tensor_norms", [](const py::object& grads, const py::object& ord) {

@@ -29,6 +29,11 @@ void Gradients::read_entry(PyObject* object) {
     spans_.emplace_back();
     return;
   }
+  Span span;
+  if (read_plain_numpy(object, span)) {
+    spans_.push_back(span);
+    return;
+  }
   const EntryName name(spans_.size(), names_);
   Entry entry;
   if (is_numpy_array(object))
@@ -85,7 +90,7 @@ Gradients::Gradients(const py::object& grads) {
 
   spans_.reserve(arrays_.size());
   for (const py::handle array : arrays_) read_entry(array.ptr());
-  std::vector<std::int64_t> bytes(spans_.size());
+  Table<std::int64_t> bytes(spans_.size());
   for (std::size_t i = 0; i < spans_.size(); ++i) bytes[i] = spans_[i].nbytes();
   plan_ = make_plan(bytes);
 }

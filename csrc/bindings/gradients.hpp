@@ -6,6 +6,7 @@
 
 #include <deque>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -50,7 +51,12 @@ struct Entry {
   py::object owner;  // what keeps the memory alive beside the array itself
 };
 
+// To be called once, before any of the following.
+void init_numpy();
 bool is_numpy_array(PyObject* object);
+// The case that nearly every entry is: a dense, writable numpy.ndarray of a known dtype. False if it is
+// anything else.
+bool read_plain_numpy(PyObject* object, Span& span);
 void read_numpy(PyObject* array, const EntryName& name, Entry& entry);
 void read_dlpack(py::handle object, const EntryName& name, Entry& entry);
 
@@ -70,14 +76,14 @@ class Gradients {
   // Throws if some entry is complex.
   void require_real() const;
 
-  const std::vector<Span>& spans() const { return spans_; }
+  std::span<const Span> spans() const { return spans_; }
   const Plan& plan() const { return plan_; }
   const py::object& names() const { return names_; }  // tuple of str, or None
 
  private:
   void read_entry(PyObject* object);
 
-  std::vector<Span> spans_;
+  Table<Span> spans_;
   Plan plan_;
   std::deque<StridedLayout> layouts_;  // of the spans that are not dense; addresses must stay
   py::tuple arrays_;

@@ -10,10 +10,7 @@ namespace {
 
 using py::detail::npy_api;
 
-PyTypeObject* ndarray_type() {
-  static PyTypeObject* const type = npy_api::get().PyArray_Type_;
-  return type;
-}
+PyTypeObject* ndarray_type = nullptr;
 
 // NumPy gives ml_dtypes' types whatever number is free: the scalar type tells.
 bool is_bfloat16(PyObject* scalar_type) {
@@ -31,7 +28,9 @@ bool is_masked(PyObject* array) {
   return !masked.is_none() && py::isinstance(array, masked);
 }
 
+// The element type of a dtype in native byte order.
 std::optional<DType> dtype_of(const py::detail::PyArrayDescr1_Proxy& descr) {
+  if (descr.byteorder != '=' && descr.byteorder != '|') return std::nullopt;
   switch (descr.type_num) {
     case 23: return DType::float16;  // NPY_HALF
     case npy_api::NPY_FLOAT_: return DType::float32;
@@ -44,33 +43,49 @@ std::optional<DType> dtype_of(const py::detail::PyArrayDescr1_Proxy& descr) {
   return std::nullopt;
 }
 
-constexpr char kDTypes[] = "dtype float16, bfloat16, float32, float64, complex64 or complex128";
+constexpr char kDTypes[] =
+    "dtype float16, bfloat16, float32, float64, complex64 or complex128 in native byte order";
+constexpr int kDense = npy_api::NPY_ARRAY_C_CONTIGUOUS_ | npy_api::NPY_ARRAY_F_CONTIGUOUS_;
+
+std::int64_t numel_of(const py::detail::PyArray_Proxy& proxy) {
+  std::int64_t numel = 1;
+  for (int a = 0; a < proxy.nd; ++a) numel *= proxy.dimensions[a];
+  return numel;
+}
 
 }  // namespace
 
+void init_numpy() { ndarray_type = npy_api::get().PyArray_Type_; }
+
 bool is_numpy_array(PyObject* object) {
-  return Py_TYPE(object) == ndarray_type() || PyType_IsSubtype(Py_TYPE(object), ndarray_type());
+  return Py_TYPE(object) == ndarray_type || PyType_IsSubtype(Py_TYPE(object), ndarray_type);
+}
+
+bool read_plain_numpy(PyObject* array, Span& span) {
+  if (Py_TYPE(array) != ndarray_type) return false;
+  const auto& proxy = *py::detail::array_proxy(array);
+  constexpr int kWritable = npy_api::NPY_ARRAY_WRITEABLE_;
+  if (!(proxy.flags & kDense) || !(proxy.flags & kWritable)) return false;
+  const std::optional<DType> dtype = dtype_of(*py::detail::array_descriptor1_proxy(proxy.descr));
+  if (!dtype) return false;
+  span = {reinterpret_cast<std::byte*>(proxy.data), numel_of(proxy), nullptr, *dtype};
+  return true;
 }
 
 void read_numpy(PyObject* array, const EntryName& name, Entry& entry) {
   const auto& proxy = *py::detail::array_proxy(array);
   const auto& descr = *py::detail::array_descriptor1_proxy(proxy.descr);
   const std::optional<DType> dtype = dtype_of(descr);
-  const bool swapped = descr.byteorder == '>' || descr.byteorder == '<';  // native is '=' or '|'
-  if (!dtype || swapped) {
+  if (!dtype) {
     const std::string got = py::str(py::handle(proxy.descr)).cast<std::string>();
-    name.problem(Problem::type_error, std::string(kDTypes) + (swapped ? " in native byte order" : ""),
-                 "dtype " + got)
-        .raise();
+    name.problem(Problem::type_error, kDTypes, "dtype " + got).raise();
   }
-  if (Py_TYPE(array) != ndarray_type() && is_masked(array))
+  if (Py_TYPE(array) != ndarray_type && is_masked(array))
     name.problem(Problem::type_error, "an array without a mask", "a masked array").raise();
 
   entry.span.dtype = *dtype;
-  entry.span.numel = 1;
-  for (int a = 0; a < proxy.nd; ++a) entry.span.numel *= proxy.dimensions[a];
+  entry.span.numel = numel_of(proxy);
   auto* const data = reinterpret_cast<std::byte*>(proxy.data);
-  constexpr int kDense = npy_api::NPY_ARRAY_C_CONTIGUOUS_ | npy_api::NPY_ARRAY_F_CONTIGUOUS_;
   if (proxy.flags & kDense) {
     entry.span.data = data;
   } else {

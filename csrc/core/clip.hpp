@@ -27,19 +27,18 @@ struct Groups {
 
 struct ClipDecision {
   double total_norm = 0.0;                // over all groups
-  std::vector<double> norms;              // of this process's tensors
-  std::vector<double> group_norms;
-  std::vector<double> coefficients;       // one per group
+  Table<double> norms;              // of this process's tensors
+  Table<double> group_norms;
+  Table<double> coefficients;       // one per group
   std::vector<std::size_t> nonfinite;     // tensors that hold an infinity or a NaN
   bool nonfinite_norm = false;            // some norm is not finite
   enum Action { nothing, scale, zero } action = nothing;
-  std::vector<double> factors;            // of every tensor: coefficient / grad_scale
+  Table<double> factors;            // of every tensor: coefficient / grad_scale
   bool clipped = false;
 };
 
-inline std::vector<NormSum> sums_of_groups(const NormOrder& order,
-                                           std::span<const NormSum> tensors,
-                                           const Groups& groups) {
+inline Table<NormSum> sums_of_groups(const NormOrder& order, std::span<const NormSum> tensors,
+                                     const Groups& groups) {
   if (groups.kind == Groups::tensor) return {tensors.begin(), tensors.end()};
   return group_sums(order, tensors, groups.label, groups.count(tensors.size()));
 }

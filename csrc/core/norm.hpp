@@ -4,10 +4,10 @@
 #include <cmath>
 #include <cstddef>
 #include <span>
-#include <vector>
 
 #include "core/exact_sum.hpp"
 #include "core/power.hpp"
+#include "core/table.hpp"
 
 namespace gradclip {
 
@@ -47,9 +47,9 @@ inline double norm_of(const NormOrder& order, const NormSum& sum) {
 }
 
 // The sum of each group of tensors; `labels[i]` is the group of tensor i, empty for one group.
-inline std::vector<NormSum> group_sums(const NormOrder& order, std::span<const NormSum> tensors,
-                                       std::span<const std::size_t> labels, std::size_t groups) {
-  std::vector<NormSum> result(groups);
+inline Table<NormSum> group_sums(const NormOrder& order, std::span<const NormSum> tensors,
+                                 std::span<const std::size_t> labels, std::size_t groups) {
+  Table<NormSum> result(groups);
   const auto group_of = [&](std::size_t i) { return labels.empty() ? 0 : labels[i]; };
   if (order.kind == NormOrder::infinity) {
     for (std::size_t i = 0; i < tensors.size(); ++i) {
@@ -58,7 +58,7 @@ inline std::vector<NormSum> group_sums(const NormOrder& order, std::span<const N
     }
     return result;
   }
-  std::vector<ExactSum> sums(groups);
+  Table<ExactSum> sums(groups);
   if (order.kind == NormOrder::other) {
     for (std::size_t i = 0; i < tensors.size(); ++i) {
       NormSum& group = result[group_of(i)];

@@ -5,7 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
-#include <vector>
+
+#include "core/table.hpp"
 
 namespace gradclip {
 
@@ -19,9 +20,9 @@ struct Chunk {
 inline constexpr std::uint32_t kWholeTensor = 0xffffffffu;
 
 struct Plan {
-  std::vector<Chunk> chunks;  // tensor by tensor, in order
+  Table<Chunk> chunks;  // tensor by tensor, in order
   // Work for one thread at a time: task t is chunks [task_begin[t], task_begin[t + 1]).
-  std::vector<std::uint32_t> task_begin;
+  Table<std::uint32_t> task_begin;
   std::uint32_t partials = 0;
   std::int64_t total_bytes = 0;
 

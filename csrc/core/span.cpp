@@ -5,6 +5,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "core/table.hpp"
+
 namespace gradclip {
 
 std::int64_t StridedLayout::extent(std::int64_t itemsize) const {
@@ -100,12 +102,12 @@ OrderedAxes order_axes(std::byte* data, std::int64_t itemsize,
   return {data, StridedLayout{std::move(merged)}};
 }
 
-std::optional<SharedMemory> find_shared_memory(const std::vector<Span>& spans) {
+std::optional<SharedMemory> find_shared_memory(std::span<const Span> spans) {
   struct Range {
     const std::byte *begin, *end;
     std::size_t entry;
   };
-  std::vector<Range> ranges;
+  Table<Range> ranges;
   ranges.reserve(spans.size());
   bool sorted = true;
   for (std::size_t i = 0; i < spans.size(); ++i) {

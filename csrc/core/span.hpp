@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <vector>
 
 #include "core/dtype.hpp"
@@ -85,6 +86,6 @@ bool overlaps_itself(const Span& span);
 struct SharedMemory {
   std::size_t first, second;
 };
-std::optional<SharedMemory> find_shared_memory(const std::vector<Span>& spans);
+std::optional<SharedMemory> find_shared_memory(std::span<const Span> spans);
 
 }  // namespace gradclip

@@ -10,7 +10,7 @@
 
 namespace gradclip::cpu {
 
-void scale(const std::vector<Span>& spans, const Plan& plan, std::span<const double> factors) {
+void scale(std::span<const Span> spans, const Plan& plan, std::span<const double> factors) {
   // Backward: the norms went forward, so the end is still in the cache.
   for_each_chunk(plan, Pass::backward, [&](const Chunk& chunk) {
     const double factor = factors[chunk.tensor];
@@ -23,7 +23,7 @@ void scale(const std::vector<Span>& spans, const Plan& plan, std::span<const dou
   });
 }
 
-void set_to_zero(const std::vector<Span>& spans, const Plan& plan) {
+void set_to_zero(std::span<const Span> spans, const Plan& plan) {
   for_each_chunk(plan, Pass::forward, [&](const Chunk& chunk) {
     change_each_piece(spans[chunk.tensor], chunk, [](std::byte* data, std::size_t bytes) {
       std::memset(data, 0, bytes);
@@ -32,7 +32,7 @@ void set_to_zero(const std::vector<Span>& spans, const Plan& plan) {
   });
 }
 
-ValueClip clip_by_value(const std::vector<Span>& spans, const Plan& plan, double limit) {
+ValueClip clip_by_value(std::span<const Span> spans, const Plan& plan, double limit) {
   std::atomic<bool> clipped{false};
   const auto clip_chunk = [&](const Chunk& chunk) {
     const Span& span = spans[chunk.tensor];
@@ -74,7 +74,7 @@ NonFiniteCounts count_nonfinite(const Span& span) {
   return counts;
 }
 
-std::uint32_t probe_read(const std::vector<Span>& spans, const Plan& plan) {
+std::uint32_t probe_read(std::span<const Span> spans, const Plan& plan) {
   std::atomic<std::uint32_t> all{0};
   for_each_chunk(plan, Pass::forward, [&](const Chunk& chunk) {
     all |= kernels().read(spans[chunk.tensor].data + chunk.first_byte,
@@ -83,7 +83,7 @@ std::uint32_t probe_read(const std::vector<Span>& spans, const Plan& plan) {
   return all;
 }
 
-void probe_read_write(const std::vector<Span>& spans, const Plan& plan) {
+void probe_read_write(std::span<const Span> spans, const Plan& plan) {
   for_each_chunk(plan, Pass::forward, [&](const Chunk& chunk) {
     kernels().read_write(spans[chunk.tensor].data + chunk.first_byte,
                          static_cast<std::size_t>(chunk.bytes));

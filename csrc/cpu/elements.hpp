@@ -5,12 +5,12 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <vector>
 
 #include "core/dtype.hpp"
 #include "core/float_bits.hpp"
 #include "core/norm.hpp"
 #include "core/plan.hpp"
+#include "core/table.hpp"
 #include "cpu/workers.hpp"
 
 namespace gradclip::cpu {
@@ -71,9 +71,9 @@ void visit_magnitudes(DType dtype, const std::byte* data, std::size_t bytes, dou
 // The largest magnitude of each of `tensors` tensors, from that of every chunk. Each chunk is asked
 // for once.
 template <class LargestOfChunk>
-std::vector<double> largest_by_tensor(std::size_t tensors, const Plan& plan,
+Table<double> largest_by_tensor(std::size_t tensors, const Plan& plan,
                                       LargestOfChunk largest_of_chunk) {
-  std::vector<double> result(tensors), partials(plan.partials);
+  Table<double> result(tensors), partials(plan.partials);
   for_each_chunk(plan, Pass::forward, [&](const Chunk& chunk) {
     (chunk.partial == kWholeTensor ? result[chunk.tensor] : partials[chunk.partial]) =
         largest_of_chunk(chunk);

@@ -4,38 +4,38 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
-#include <vector>
 
 #include "core/norm.hpp"
 #include "core/plan.hpp"
 #include "core/span.hpp"
+#include "core/table.hpp"
 #include "cpu/kernels.hpp"
 
 namespace gradclip::cpu {
 
 // The sum of every tensor, in one pass (two for `other` orders).
-std::vector<NormSum> measure(const std::vector<Span>& spans, const Plan& plan,
+Table<NormSum> measure(std::span<const Span> spans, const Plan& plan,
                              const NormOrder& order);
 
 // Multiply tensor i by factors[i]; where that is 1, its memory is not touched.
-void scale(const std::vector<Span>& spans, const Plan& plan, std::span<const double> factors);
+void scale(std::span<const Span> spans, const Plan& plan, std::span<const double> factors);
 
 // Set every element to +0, also where it was not finite.
-void set_to_zero(const std::vector<Span>& spans, const Plan& plan);
+void set_to_zero(std::span<const Span> spans, const Plan& plan);
 
 // Clip every element of real tensors into [-limit, limit], limit being rounded towards zero to the
 // type of each tensor. Returns the largest magnitudes before, and whether any was beyond.
 struct ValueClip {
-  std::vector<NormSum> largest;
+  Table<NormSum> largest;
   bool clipped;
 };
-ValueClip clip_by_value(const std::vector<Span>& spans, const Plan& plan, double limit);
+ValueClip clip_by_value(std::span<const Span> spans, const Plan& plan, double limit);
 
 // Elements of one tensor that are NaN or infinite; a complex element counts once.
 NonFiniteCounts count_nonfinite(const Span& span);
 
 // The machine's own speed over the same dense memory with the same threads.
-std::uint32_t probe_read(const std::vector<Span>& spans, const Plan& plan);
-void probe_read_write(const std::vector<Span>& spans, const Plan& plan);
+std::uint32_t probe_read(std::span<const Span> spans, const Plan& plan);
+void probe_read_write(std::span<const Span> spans, const Plan& plan);
 
 }  // namespace gradclip::cpu

@@ -224,13 +224,15 @@ std::uint32_t read(const std::byte* data, std::size_t bytes) {
   for (; at + 8 * kBlockBytes <= bytes; at += 8 * kBlockBytes)
     for (std::size_t b = 0; b < 8; ++b)
       seen[b] = seen[b] | load<Words>(data + at + b * kBlockBytes);
-  std::byte last[kBlockBytes];
-  store(last, ((seen[0] | seen[1]) | (seen[2] | seen[3])) |
-                  ((seen[4] | seen[5]) | (seen[6] | seen[7])));
-  std::uint32_t all = 0;
-  for (const std::byte byte : last) all |= static_cast<std::uint32_t>(byte);
-  for (; at < bytes; ++at) all |= static_cast<std::uint32_t>(data[at]);
-  return all;
+  for (; at + kBlockBytes <= bytes; at += kBlockBytes) seen[0] = seen[0] | load<Words>(data + at);
+  std::uint32_t all[kBlockBytes / sizeof(std::uint32_t)] = {};
+  __builtin_memcpy(all, data + at, bytes - at);
+  Words last = load<Words>(reinterpret_cast<const std::byte*>(all));
+  for (const Words& words : seen) last = last | words;
+  store(reinterpret_cast<std::byte*>(all), last);
+  std::uint32_t any = 0;
+  for (const std::uint32_t word : all) any |= word;
+  return any;
 }
 
 void read_write(std::byte* data, std::size_t bytes) {
@@ -238,8 +240,10 @@ void read_write(std::byte* data, std::size_t bytes) {
   std::uint32_t zero = 0;
   asm volatile("" : "+r"(zero));
   const auto change = [=](WordRegister x) { return x | zero; };
-  for (std::size_t at = 0; at + kBlockBytes <= bytes; at += kBlockBytes)
+  std::size_t at = 0;
+  for (; at + kBlockBytes <= bytes; at += kBlockBytes)
     store(data + at, map(change, load<Words>(data + at)));
+  for (; at < bytes; ++at) data[at] |= static_cast<std::byte>(zero);
 }
 
 template <class T>

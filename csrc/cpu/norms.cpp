@@ -57,10 +57,10 @@ NormSum norm_sum(const ExactSum& sum) {
 }
 
 // The sum of every tensor; `units` are the largest magnitudes of slow tensors.
-std::vector<NormSum> sums_of(const std::vector<Span>& spans, const Plan& plan,
-                             const NormOrder& order, const std::vector<double>& units) {
-  std::vector<NormSum> sums(spans.size());
-  std::vector<ExactSum> partials(plan.partials);
+Table<NormSum> sums_of(std::span<const Span> spans, const Plan& plan,
+                             const NormOrder& order, const Table<double>& units) {
+  Table<NormSum> sums(spans.size());
+  Table<ExactSum> partials(plan.partials);
   for_each_chunk(plan, Pass::forward, [&](const Chunk& chunk) {
     const Span& span = spans[chunk.tensor];
     const TypeKernels& type = kernels().of(span.dtype);
@@ -104,11 +104,11 @@ std::vector<NormSum> sums_of(const std::vector<Span>& spans, const Plan& plan,
 
 }  // namespace
 
-std::vector<NormSum> measure(const std::vector<Span>& spans, const Plan& plan,
+Table<NormSum> measure(std::span<const Span> spans, const Plan& plan,
                              const NormOrder& order) {
   const DefaultFloatEnvironment environment;  // also for what is added up here
   if (order.kind == NormOrder::infinity) {
-    std::vector<NormSum> result;
+    Table<NormSum> result;
     result.reserve(spans.size());
     const auto largest = [&](const Chunk& chunk) { return largest_of(spans[chunk.tensor], chunk); };
     for (const double m : largest_by_tensor(spans.size(), plan, largest))
@@ -122,8 +122,8 @@ std::vector<NormSum> measure(const std::vector<Span>& spans, const Plan& plan,
     const Span& span = spans[chunk.tensor];
     return slow(span) ? largest_of(span, chunk) : 0.0;
   };
-  const std::vector<double> units = largest_by_tensor(spans.size(), plan, largest);
-  std::vector<NormSum> sums = sums_of(spans, plan, order, units);
+  const Table<double> units = largest_by_tensor(spans.size(), plan, largest);
+  Table<NormSum> sums = sums_of(spans, plan, order, units);
   for (std::size_t i = 0; i < spans.size(); ++i) {
     if (!slow(spans[i])) continue;
     const double sum = is_finite(units[i]) ? narrow({sums[i].value, sums[i].exponent}) : 1.0;

@@ -1,0 +1,1 @@
+"""The benchmark suite: cases, baselines, timing, report. ``python -m bench`` runs it."""

@@ -1,0 +1,13 @@
+"""One workload at a time: the large ones fill gigabytes."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench.cases import CASES
+from bench.jobs import Workload
+
+
+@pytest.fixture(scope="session")
+def workload(request: pytest.FixtureRequest) -> Workload:
+    return Workload(CASES[request.param])
