@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <climits>
 #include <cstdlib>
 
 #include "bindings/calls.hpp"
@@ -24,8 +26,10 @@ int checked_thread_count(const py::object& n) {
   if (PyBool_Check(n.ptr()) || !PyIndex_Check(n.ptr()))
     throw py::type_error("n: expected an integer number of threads, got " +
                          std::string(Py_TYPE(n.ptr())->tp_name));
-  const Py_ssize_t count = PyNumber_AsSsize_t(n.ptr(), nullptr);
-  return count > 1'000'000 ? 1'000'000 : count < 0 ? 0 : static_cast<int>(count);
+  const Py_ssize_t count = PyNumber_AsSsize_t(n.ptr(), nullptr);  // clips what is too large
+  if (count == -1 && PyErr_Occurred()) throw py::error_already_set();
+  // The engine says what is wrong with a number that is too small or too large.
+  return static_cast<int>(std::clamp<Py_ssize_t>(count, INT_MIN, INT_MAX));
 }
 
 }  // namespace

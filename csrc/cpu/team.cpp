@@ -67,7 +67,22 @@ class Team {
     return static_cast<int>(helpers_.size());
   }
 
-  std::atomic_flag busy;  // set by the call that has the team
+  // The right to use the team, which one call at a time has.
+  class Use {
+   public:
+    explicit Use(Team& team)
+        : busy_(team.busy_), mine_(!busy_.test_and_set(std::memory_order_acquire)) {}
+    ~Use() {
+      if (mine_) busy_.clear(std::memory_order_release);
+    }
+    Use(const Use&) = delete;
+    Use& operator=(const Use&) = delete;
+    explicit operator bool() const { return mine_; }
+
+   private:
+    std::atomic_flag& busy_;
+    bool mine_;
+  };
 
  private:
   bool start_helper() {
@@ -115,6 +130,7 @@ class Team {
     wake_.wait(lock, [&] { return generation_.load(std::memory_order_relaxed) != seen; });
   }
 
+  std::atomic_flag busy_;
   std::mutex mutex_;
   std::condition_variable wake_;
   std::vector<std::thread> helpers_;
@@ -202,7 +218,6 @@ void run_tasks(std::size_t tasks, int threads, bool last_first,
   if (threads <= 1) return alone();
   Team* const helpers = team();
   if (!helpers) return alone();
-  if (helpers->busy.test_and_set(std::memory_order_acquire)) return alone();
 
   const auto shares = static_cast<std::size_t>(threads);
   const auto share = std::make_unique<Share[]>(shares);
@@ -210,6 +225,8 @@ void run_tasks(std::size_t tasks, int threads, bool last_first,
     share[s].begin = tasks * s / shares;
     share[s].size = tasks * (s + 1) / shares - share[s].begin;
   }
+  const Team::Use use(*helpers);
+  if (!use) return alone();
   helpers->run(threads, [&](int thread) {
     for (std::size_t s = 0; s < shares; ++s) {
       Share& mine = share[(static_cast<std::size_t>(thread) + s) % shares];
@@ -220,7 +237,6 @@ void run_tasks(std::size_t tasks, int threads, bool last_first,
       }
     }
   });
-  helpers->busy.clear(std::memory_order_release);
 }
 
 }  // namespace gradclip::cpu

@@ -12,9 +12,9 @@
 namespace gradclip::test {
 
 enum class Values { ordinary, huge, tiny, any_finite, zeros, one_infinity, one_nan, any_pattern };
-inline constexpr Values kAllValues[] = {Values::ordinary, Values::huge,         Values::tiny,
-                                        Values::any_finite, Values::zeros,      Values::one_infinity,
-                                        Values::one_nan,  Values::any_pattern};
+inline constexpr Values kAllValues[] = {
+    Values::ordinary, Values::huge,         Values::tiny,    Values::any_finite,
+    Values::zeros,    Values::one_infinity, Values::one_nan, Values::any_pattern};
 
 // The exponents of the smallest and the largest numbers of T.
 template <class T>
@@ -68,12 +68,12 @@ std::vector<T> sample(Values values, std::size_t count, Random& random) {
 // Numbers of elements of up to one tile: one less and one more than every boundary in it.
 template <class T>
 std::vector<std::size_t> sizes_in_a_tile() {
-  constexpr std::size_t kBlock = order::kBlockBytes / sizeof(T), kRow = order::kRowBytes / sizeof(T),
-                        kTile = order::kTileBytes / sizeof(T);
+  constexpr std::size_t kBlock = order::kBlockBytes / sizeof(T),
+                        kRow = order::kRowBytes / sizeof(T), kTile = order::kTileBytes / sizeof(T);
   std::vector<std::size_t> sizes{0, 1, 2, 3};
-  for (const std::size_t boundary : {kBlock / 4, kBlock / 2, kBlock, 2 * kBlock, 3 * kBlock,
-                                     7 * kBlock, kRow, kRow + kBlock, 2 * kRow, 3 * kRow + 5 * kBlock,
-                                     kTile - kRow, kTile - kBlock})
+  for (const std::size_t boundary :
+       {kBlock / 4, kBlock / 2, kBlock, 2 * kBlock, 3 * kBlock, 7 * kBlock, kRow, kRow + kBlock,
+        2 * kRow, 3 * kRow + 5 * kBlock, kTile - kRow, kTile - kBlock})
     sizes.insert(sizes.end(), {boundary - 1, boundary, boundary + 1});
   sizes.insert(sizes.end(), {kTile - 1, kTile});
   return sizes;

@@ -63,56 +63,56 @@ void with_each_span(Values values, Test test) {
 }  // namespace
 
 TEST_CASE("scale") {
-  with_each_span(Values::any_pattern, [](Matrix& matrix, bool strided, const auto& spans,
-                                         const Plan& plan) {
-    const auto before = matrix.memory;
-    cpu::scale(spans, plan, std::vector{1.0});
-    CHECK(same_bits(matrix.memory, before));
-    cpu::scale(spans, plan, std::vector{0.3});
-    CHECK(same_bits(matrix.memory, changed(before, strided, [](float& x) { x *= 0.3f; })));
-  });
+  with_each_span(
+      Values::any_pattern, [](Matrix& matrix, bool strided, const auto& spans, const Plan& plan) {
+        const auto before = matrix.memory;
+        cpu::scale(spans, plan, std::vector{1.0});
+        CHECK(same_bits(matrix.memory, before));
+        cpu::scale(spans, plan, std::vector{0.3});
+        CHECK(same_bits(matrix.memory, changed(before, strided, [](float& x) { x *= 0.3f; })));
+      });
 }
 
 TEST_CASE("set to zero") {
-  with_each_span(Values::any_pattern, [](Matrix& matrix, bool strided, const auto& spans,
-                                         const Plan& plan) {
-    const auto before = matrix.memory;
-    cpu::set_to_zero(spans, plan);
-    CHECK(same_bits(matrix.memory, changed(before, strided, [](float& x) { x = 0.0f; })));
-  });
+  with_each_span(
+      Values::any_pattern, [](Matrix& matrix, bool strided, const auto& spans, const Plan& plan) {
+        const auto before = matrix.memory;
+        cpu::set_to_zero(spans, plan);
+        CHECK(same_bits(matrix.memory, changed(before, strided, [](float& x) { x = 0.0f; })));
+      });
 }
 
 TEST_CASE("clip by value") {
-  with_each_span(Values::ordinary, [](Matrix& matrix, bool strided, const auto& spans,
-                                      const Plan& plan) {
-    const auto before = matrix.memory;
-    float largest = 0.0f;
-    const auto clamped = changed(before, strided, [&](float& x) {
-      largest = std::max(largest, std::fabs(x));
-      x = std::clamp(x, -20.0f, 20.0f);
-    });
-    const cpu::ValueClip nothing = cpu::clip_by_value(spans, plan, largest);
-    CHECK_FALSE(nothing.clipped);
-    CHECK(same_bits(matrix.memory, before));
-    const cpu::ValueClip result = cpu::clip_by_value(spans, plan, 20.0);
-    CHECK(result.clipped);
-    CHECK(result.largest[0].value == largest);
-    CHECK(same_bits(matrix.memory, clamped));
-  });
+  with_each_span(Values::ordinary,
+                 [](Matrix& matrix, bool strided, const auto& spans, const Plan& plan) {
+                   const auto before = matrix.memory;
+                   float largest = 0.0f;
+                   const auto clamped = changed(before, strided, [&](float& x) {
+                     largest = std::max(largest, std::fabs(x));
+                     x = std::clamp(x, -20.0f, 20.0f);
+                   });
+                   const cpu::ValueClip nothing = cpu::clip_by_value(spans, plan, largest);
+                   CHECK_FALSE(nothing.clipped);
+                   CHECK(same_bits(matrix.memory, before));
+                   const cpu::ValueClip result = cpu::clip_by_value(spans, plan, 20.0);
+                   CHECK(result.clipped);
+                   CHECK(result.largest[0].value == largest);
+                   CHECK(same_bits(matrix.memory, clamped));
+                 });
 }
 
 TEST_CASE("count of what is not finite; a complex element counts once, as NaN if it has any") {
-  with_each_span(Values::any_pattern, [](Matrix& matrix, bool strided, const auto& spans,
-                                         const Plan&) {
-    std::int64_t nan = 0, infinity = 0;
-    changed(matrix.memory, strided, [&](float& x) {
-      nan += std::isnan(x);
-      infinity += std::isinf(x);
-    });
-    const cpu::NonFiniteCounts counts = cpu::count_nonfinite(spans[0]);
-    CHECK(counts.nan == nan);
-    CHECK(counts.infinity == infinity);
-  });
+  with_each_span(Values::any_pattern,
+                 [](Matrix& matrix, bool strided, const auto& spans, const Plan&) {
+                   std::int64_t nan = 0, infinity = 0;
+                   changed(matrix.memory, strided, [&](float& x) {
+                     nan += std::isnan(x);
+                     infinity += std::isinf(x);
+                   });
+                   const cpu::NonFiniteCounts counts = cpu::count_nonfinite(spans[0]);
+                   CHECK(counts.nan == nan);
+                   CHECK(counts.infinity == infinity);
+                 });
   std::vector<float> parts{1.0f, NAN, INFINITY, NAN, -INFINITY, 2.0f, 3.0f, INFINITY, 0.0f, 0.0f};
   const Span span{reinterpret_cast<std::byte*>(parts.data()), 5, nullptr, DType::complex64};
   const cpu::NonFiniteCounts counts = cpu::count_nonfinite(span);

@@ -120,8 +120,8 @@ TEST_CASE("a norm beyond float64, of finite gradients, is not finite and no grad
   CHECK(decision.norms[0] == 0x1p1023);
   CHECK(decision.total_norm == std::sqrt(2.0) * 0x1p1023);
   const std::vector<NormSum> more(5, {1.0, 2046, 0.0});
-  const ClipDecision beyond = decide_clip(kTwo, more, {}, sums_of_groups(kTwo, more, {}), false,
-                                          1.0, 1.0, NonFinite::skip);
+  const ClipDecision beyond =
+      decide_clip(kTwo, more, {}, sums_of_groups(kTwo, more, {}), false, 1.0, 1.0, NonFinite::skip);
   CHECK(beyond.total_norm == INFINITY);
   CHECK(beyond.nonfinite_norm);
   CHECK(beyond.nonfinite.empty());
@@ -140,8 +140,8 @@ TEST_CASE("reduced sums: the total is over all processes, the norms are this one
 }
 
 TEST_CASE("sums make norms, and survive the way through one float64 where they fit") {
-  const NormOrder orders[] = {kTwo, {NormOrder::one, 1.0}, {NormOrder::infinity, INFINITY},
-                              {NormOrder::other, 3.0}};
+  const NormOrder orders[] = {
+      kTwo, {NormOrder::one, 1.0}, {NormOrder::infinity, INFINITY}, {NormOrder::other, 3.0}};
   const double expected[] = {3.0, 9.0, 9.0, 6.0};
   for (int i = 0; i < 4; ++i) {
     const NormSum sum{i == 3 ? 1.0 : 9.0, 0, i == 3 ? 6.0 : 0.0};
@@ -157,10 +157,11 @@ TEST_CASE("sums make norms, and survive the way through one float64 where they f
 
 TEST_CASE("the total does not depend on the grouping or the order, for any ord") {
   test::Random random(1);
-  for (const NormOrder& order : {kTwo, NormOrder{NormOrder::one, 1.0},
-                                 NormOrder{NormOrder::infinity, INFINITY}}) {
+  for (const NormOrder& order :
+       {kTwo, NormOrder{NormOrder::one, 1.0}, NormOrder{NormOrder::infinity, INFINITY}}) {
     std::vector<NormSum> tensors;
-    for (int i = 0; i < 100; ++i) tensors.push_back({test::random_magnitude(random, -300, 300), 0, 0.0});
+    for (int i = 0; i < 100; ++i)
+      tensors.push_back({test::random_magnitude(random, -300, 300), 0, 0.0});
     const double total = norm_of(order, group_sums(order, tensors, {}, 1)[0]);
     random.shuffle(tensors);
     CHECK(norm_of(order, group_sums(order, tensors, {}, 1)[0]) == total);

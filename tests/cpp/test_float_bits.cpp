@@ -106,9 +106,7 @@ TEST_CASE_TEMPLATE("rounding of random float32 patterns and of the extremes", Ha
 }
 
 TEST_CASE_TEMPLATE("patterns without their sign are ordered as magnitudes", T, GRADCLIP_ALL_TYPES) {
-  const auto pattern = [](double x) {
-    return bit_copy<WordOf<T>>(element<T>(x)) & kMagnitude<T>;
-  };
+  const auto pattern = [](double x) { return bit_copy<WordOf<T>>(element<T>(x)) & kMagnitude<T>; };
   double below = 0.0;
   for (const double x : {0x1p-24, 0x1p-14, 0.5, 1.0, 1.5, 65504.0, double(INFINITY)}) {
     CHECK(pattern(below) < pattern(x));

@@ -57,11 +57,12 @@ T scaled(const T& x, double factor) {
     return x * factor;
   } else {
     const double size = std::fabs(factor);
-    const bool fits = size == 0.0 || std::isnan(factor) || (size >= 0x1p-126 && size <= 0x1.fffffep127);
+    const bool fits =
+        size == 0.0 || std::isnan(factor) || (size >= 0x1p-126 && size <= 0x1.fffffep127);
     T result;
-    round_to(fits ? to_float(x) * static_cast<float>(factor)
-                  : static_cast<float>(to_double(x) * factor),
-             result);
+    round_to(
+        fits ? to_float(x) * static_cast<float>(factor) : static_cast<float>(to_double(x) * factor),
+        result);
     return result;
   }
 }
@@ -165,7 +166,8 @@ TEST_CASE_TEMPLATE("pattern_below: the largest number of the type that is not ab
     check(std::nextafter(x, 0.0));
     check(std::nextafter(x, INFINITY));
   }
-  for (const double limit : {0x1p-1074, 1e-300, 1e-40, 65504.0, 65520.0, 3.4028235e38, 3.5e38, 1e308})
+  for (const double limit :
+       {0x1p-1074, 1e-300, 1e-40, 65504.0, 65520.0, 3.4028235e38, 3.5e38, 1e308})
     check(limit);
   CHECK(cpu::pattern_below(dtype, INFINITY) == FloatBits<T>::infinity);
 }

@@ -65,8 +65,10 @@ TEST_CASE("no tensors, empty tensors") {
 }
 
 TEST_CASE("sizes around a tile, the smallest and the largest task") {
-  for (const std::int64_t around : {kTile, kSmallest, kSmallest * kTasks, kLargest, kLargest * kTasks})
-    for (const std::int64_t by : {-kTile, std::int64_t{-2}, std::int64_t{0}, std::int64_t{2}, kTile})
+  for (const std::int64_t around :
+       {kTile, kSmallest, kSmallest * kTasks, kLargest, kLargest * kTasks})
+    for (const std::int64_t by :
+         {-kTile, std::int64_t{-2}, std::int64_t{0}, std::int64_t{2}, kTile})
       check_plan({std::max<std::int64_t>(2, around + by)});
 }
 
@@ -74,7 +76,8 @@ TEST_CASE("random lists of tensors") {
   Random random(1);
   for (int trial = 0; trial < 300; ++trial) {
     std::vector<std::int64_t> sizes(static_cast<std::size_t>(random.between(1, 60)));
-    for (std::int64_t& size : sizes) size = random.between(0, std::int64_t{1} << random.between(1, 26));
+    for (std::int64_t& size : sizes)
+      size = random.between(0, std::int64_t{1} << random.between(1, 26));
     check_plan(sizes);
   }
 }
