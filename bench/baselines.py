@@ -13,9 +13,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import gradclip
 import numpy as np
 
+import gradclip
 from bench.cases import Array, Case
 
 __all__ = ["Peer", "missing", "peers_for"]

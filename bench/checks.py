@@ -12,12 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import gradclip
-from gradclip import _core
-
 from bench.cases import CASES
 from bench.jobs import CLIPPING, NORMS
 from bench.targets import Outcome
 from bench.timing import Spread
+from gradclip import _core
 
 __all__ = ["run_checks"]
 

@@ -6,12 +6,12 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from gradclip import _core
 
 from bench import reference
 from bench.baselines import Peer, peers_for
 from bench.cases import Array, Case
 from bench.timing import Contender, Protocol
+from gradclip import _core
 
 __all__ = ["CLIPPING", "NORMS", "NOT_CLIPPING", "READ", "READ_WRITE", "Workload", "key"]
 

@@ -160,14 +160,15 @@ def clip_and_compare():
     assert gradclip.Plan(grads).tensor_norms().tobytes() == norms
     gradclip.set_num_threads(2)
     assert gradclip.tensor_norms(grads).tobytes() == norms
+
+def clip_serially():
+    clip_and_compare()
+    assert gradclip._core.num_started_threads() == 0, "the child works serially"
 """
 
 
 def test_fork_after_use() -> None:
-    code = (
-        _FORK
-        + "in_child(clip_and_compare)\nclip_and_compare()\nin_child(lambda: in_child(clip_and_compare))\n"
-    )
+    code = _FORK + "in_child(clip_serially)\nclip_and_compare()\nin_child(lambda: in_child(clip_serially))\n"
     output_of(code + "print('fine')", timeout=120)
 
 
@@ -196,7 +197,7 @@ for worker in workers:
     worker.start()
 try:
     for _ in range(15):
-        in_child(clip_and_compare)
+        in_child(clip_serially)
 finally:
     stop.set()
 for worker in workers:

@@ -83,6 +83,12 @@ std::span<const std::byte> bytes_of(const std::vector<T>& values) {
   return std::as_bytes(std::span(values));
 }
 
+// Any list as a std::vector, to compare with one.
+template <class List>
+auto listed(const List& list) {
+  return std::vector(list.begin(), list.end());
+}
+
 // A copy of some bytes, `offset` bytes above a multiple of 64, between guards that must not change
 // (under the address sanitizer: must not be touched).
 class Guarded {

@@ -136,7 +136,7 @@ TEST_CASE("the probes read all and change nothing") {
   for (const std::size_t size : sizes<float>()) {
     const std::vector<float> before = sample<float>(Values::any_pattern, size, random);
     std::uint32_t all = 0;
-    for (const std::byte byte : bytes_of(before)) all |= static_cast<std::uint32_t>(byte);
+    for (const float x : before) all |= bit_copy<std::uint32_t>(x);
     for_each_isa([&](const cpu::Kernels& kernels) {
       Guarded memory(4, bytes_of(before));
       CHECK(kernels.read(memory.data(), memory.size()) == all);

@@ -31,7 +31,7 @@ Plan plan_of(const std::vector<Span>& spans) {
   return make_plan(bytes);
 }
 
-std::vector<NormSum> measure(const std::vector<Span>& spans, const NormOrder& order) {
+Table<NormSum> measure(const std::vector<Span>& spans, const NormOrder& order) {
   return cpu::measure(spans, plan_of(spans), order);
 }
 
@@ -104,7 +104,7 @@ TEST_CASE_TEMPLATE("a tensor has the bits of the model, for any number of thread
     for (const int threads : {1, 2, 3, 8}) {
       cpu::set_num_threads(threads);
       for_each_isa([&](const cpu::Kernels&) {
-        const std::vector<NormSum> sums = measure(spans, order);
+        const Table<NormSum> sums = measure(spans, order);
         for (std::size_t i = 0; i < sums.size(); ++i) {
           CAPTURE(threads);
           CAPTURE(i);

@@ -192,12 +192,13 @@ TEST_CASE("memory shared by two of several spans") {
 }
 
 TEST_CASE("empty spans share nothing, interleaved and adjacent ones neither") {
+  const auto shared = [](const std::vector<Span>& spans) { return find_shared_memory(spans); };
   const Sample even(DType::float32, arena, {{8, 8}}), odd(DType::float32, arena + 4, {{8, 8}});
   const Span empty{arena, 0, nullptr, DType::float32},
       after{arena + 64, 4, nullptr, DType::float32};
-  CHECK_FALSE(find_shared_memory({even.view(), odd.view(), empty, after, empty}));
+  CHECK_FALSE(shared({even.view(), odd.view(), empty, after, empty}));
   const Span across{arena + 60, 2, nullptr, DType::float32};
-  const auto found = find_shared_memory({after, odd.view(), empty, across});
+  const auto found = shared({after, odd.view(), empty, across});
   REQUIRE(found);
   CHECK(found->second == 3);
 }
