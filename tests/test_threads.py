@@ -128,10 +128,12 @@ def test_no_thread_for_small_work() -> None:
 
 
 _FORK = """
-import os, signal, sys, threading, time
+import os, signal, sys, threading, time, warnings
 import numpy as np
 import gradclip
 
+# Newer Pythons warn about any fork of a process with threads; that is the subject here.
+warnings.simplefilter("ignore", DeprecationWarning)
 gradclip.set_num_threads(3)
 rng = np.random.default_rng(1)
 grads = [rng.standard_normal(n).astype(np.float32) for n in (5, 3_000_001, 1_500_000)]
@@ -204,9 +206,7 @@ for worker in workers:
     worker.join()
 assert gradclip.tensor_norms(grads).tobytes() == norms
 """
-    # Newer Pythons warn about any fork of a process with threads; that is the subject here.
-    quiet = "import warnings\nwarnings.simplefilter('ignore', DeprecationWarning)\n"
-    output_of(quiet + _FORK + code, timeout=300)
+    output_of(_FORK + code, timeout=300)
 
 
 def test_exit_while_a_thread_is_in_a_call() -> None:

@@ -5,7 +5,6 @@ See https://arxiv.org/abs/1211.5063 for what clipping is, ``docs/`` for how this
 
 from gradclip import _core
 from gradclip._api import (
-    Plan,
     clip_by_global_norm_,
     clip_by_norm_,
     clip_by_value_,
@@ -16,6 +15,7 @@ from gradclip._api import (
     show_config,
     tensor_norms,
 )
+from gradclip._plan import Plan
 from gradclip._result import ClipResult, NonFiniteGradientError
 
 __all__ = [

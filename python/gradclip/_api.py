@@ -12,7 +12,6 @@ from gradclip import _core
 from gradclip._result import ClipResult, finish
 
 __all__ = [
-    "Plan",
     "clip_by_global_norm_",
     "clip_by_norm_",
     "clip_by_value_",
@@ -223,93 +222,6 @@ def scale_(grads: Gradients, factor: SupportsFloat) -> None:
         [array([0.5, 1. ])]
     """
     _core.scale(grads, factor)
-
-
-class Plan:
-    """Gradients that stay where they are, read and checked once and clipped many times.
-
-    The methods do what the functions of the same name do, without reading and checking every array
-    again. The plan keeps the arrays alive. It sees whatever their memory holds at each call; an array
-    that is replaced by another (instead of being written in place) needs a new plan.
-
-    Args:
-        grads: As for :func:`tensor_norms`.
-
-    Raises:
-        TypeError: As for :func:`tensor_norms`.
-        ValueError: As for :func:`tensor_norms`.
-
-    Example:
-        >>> import numpy as np, gradclip
-        >>> grads = [np.array([3.0, 4.0]), np.array([12.0])]
-        >>> plan = gradclip.Plan(grads)
-        >>> plan
-        Plan(2 gradients, 3 elements, 24 bytes)
-        >>> plan.clip_by_global_norm_(6.5).coefficient
-        0.5
-        >>> plan.global_norm()
-        6.5
-    """
-
-    __slots__ = ("_plan",)
-
-    def __init__(self, grads: Gradients) -> None:
-        self._plan = _core.Plan(grads)
-
-    @property
-    def names(self) -> tuple[str, ...] | None:
-        """The keys of the mapping that the plan was made of; ``None`` for a sequence."""
-        return self._plan.names
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all gradients together."""
-        return self._plan.nbytes
-
-    def __len__(self) -> int:
-        return len(self._plan)
-
-    def __repr__(self) -> str:
-        return f"Plan({len(self)} gradients, {self._plan.num_elements} elements, {self.nbytes} bytes)"
-
-    def tensor_norms(self, ord: float = 2) -> npt.NDArray[np.float64]:
-        """As :func:`gradclip.tensor_norms`."""
-        return self._plan.tensor_norms(ord)
-
-    def global_norm(self, ord: float = 2) -> float:
-        """As :func:`gradclip.global_norm`."""
-        return self._plan.global_norm(ord)
-
-    def clip_by_global_norm_(
-        self,
-        max_norm: SupportsFloat,
-        ord: float = 2,
-        groups: Groups = None,
-        grad_scale: float = 1.0,
-        nonfinite: NonFinite = "raise",
-        reduce: Reduce | None = None,
-    ) -> ClipResult:
-        """As :func:`gradclip.clip_by_global_norm_`."""
-        return finish(*self._plan.clip(max_norm, ord, groups, grad_scale, nonfinite, reduce))
-
-    def clip_by_norm_(
-        self,
-        max_norm: SupportsFloat,
-        ord: float = 2,
-        grad_scale: float = 1.0,
-        nonfinite: NonFinite = "raise",
-        reduce: Reduce | None = None,
-    ) -> ClipResult:
-        """As :func:`gradclip.clip_by_norm_`."""
-        return finish(*self._plan.clip(max_norm, ord, "tensor", grad_scale, nonfinite, reduce))
-
-    def clip_by_value_(self, limit: SupportsFloat) -> ClipResult:
-        """As :func:`gradclip.clip_by_value_`."""
-        return finish(*self._plan.clip_by_value(limit))
-
-    def scale_(self, factor: SupportsFloat) -> None:
-        """As :func:`gradclip.scale_`."""
-        self._plan.scale(factor)
 
 
 def set_num_threads(n: int) -> None:

@@ -11,10 +11,21 @@
 
 namespace gradclip::test {
 
-enum class Values { ordinary, huge, tiny, any_finite, zeros, one_infinity, one_nan, any_pattern };
+enum class Values {
+  ordinary,
+  huge,         // squares overflow
+  tiny,         // squares underflow
+  hardly_kept,  // sums on both sides of the one below which a tile is done again
+  any_finite,
+  zeros,
+  one_infinity,
+  one_nan,
+  any_pattern,
+};
 inline constexpr Values kAllValues[] = {
-    Values::ordinary, Values::huge,         Values::tiny,    Values::any_finite,
-    Values::zeros,    Values::one_infinity, Values::one_nan, Values::any_pattern};
+    Values::ordinary,     Values::huge,       Values::tiny,
+    Values::hardly_kept,  Values::any_finite, Values::zeros,
+    Values::one_infinity, Values::one_nan,    Values::any_pattern};
 
 // The exponents of the smallest and the largest numbers of T.
 template <class T>
@@ -33,6 +44,11 @@ template <>
 inline constexpr int kHighestExponent<Float16> = 15;
 template <>
 inline constexpr int kHighestExponent<BFloat16> = 127;
+// Half the exponent of the smallest sum that is trusted; float16 cannot go so low.
+template <class T>
+inline constexpr int kHardlyKept = sizeof(T) == 8 ? -450 : -50;
+template <>
+inline constexpr int kHardlyKept<Float16> = -18;
 
 template <class T>
 T random_pattern(Random& random, bool finite) {
@@ -53,6 +69,7 @@ std::vector<T> sample(Values values, std::size_t count, Random& random) {
     switch (values) {
       case Values::huge: x = between(kHighestExponent<T> - 3, kHighestExponent<T> - 1); break;
       case Values::tiny: x = between(kLowestExponent<T>, kLowestExponent<T> + 12); break;
+      case Values::hardly_kept: x = between(kHardlyKept<T> - 6, kHardlyKept<T> + 6); break;
       case Values::any_finite: x = random_pattern<T>(random, true); break;
       case Values::any_pattern: x = random_pattern<T>(random, false); break;
       case Values::zeros: x = element<T>(random.bits() % 2 ? 0.0 : -0.0); break;
