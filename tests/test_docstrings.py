@@ -5,23 +5,32 @@ from __future__ import annotations
 import doctest
 import importlib
 import inspect
+import pkgutil
 
 import pytest
 
 import gradclip
 
 _FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+# Where the code is; the compiled module and the command lines have no examples.
+_MODULES = ["gradclip"] + [
+    f"gradclip.{module.name}"
+    for module in pkgutil.iter_modules(gradclip.__path__)
+    if not module.ispkg and module.name not in ("_core", "__main__")
+]
 _PUBLIC = sorted(name for name in gradclip.__all__ if callable(getattr(gradclip, name)))
 
 
-@pytest.mark.parametrize("module", ["gradclip", "gradclip._api", "gradclip._result"])
+@pytest.mark.parametrize("module", _MODULES)
 def test_examples(module: str) -> None:
     failed, _ = doctest.testmod(importlib.import_module(module), optionflags=_FLAGS)
     assert failed == 0
 
 
 def test_examples_are_found() -> None:
-    assert doctest.testmod(importlib.import_module("gradclip._api"), optionflags=_FLAGS).attempted > 20
+    finder = doctest.DocTestFinder()
+    found = [test for module in _MODULES for test in finder.find(importlib.import_module(module))]
+    assert sum(len(test.examples) for test in found) > 30
 
 
 @pytest.mark.parametrize("name", _PUBLIC)

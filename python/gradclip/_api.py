@@ -115,7 +115,8 @@ def clip_by_global_norm_(
             ``inf``), returns the sums over all processes in the same shape.
 
     Returns:
-        What was measured and done. ``result.norms`` are those of this process.
+        What was measured and done. With ``reduce``, ``total_norm`` and ``group_norms`` are over all
+        processes, ``norms`` and ``nonfinite`` of this one.
 
     Raises:
         TypeError: As for :func:`tensor_norms`; ``max_norm``, ``ord``, ``grad_scale`` or ``groups`` is
@@ -157,7 +158,7 @@ def clip_by_norm_(
         reduce: As for :func:`clip_by_global_norm_`.
 
     Returns:
-        What was measured and done; ``coefficient`` has one entry per gradient.
+        What was measured and done; ``coefficient`` is an array with one entry per gradient.
 
     Raises:
         TypeError: As for :func:`clip_by_global_norm_`.
