@@ -21,14 +21,15 @@ assert len(bits) == 1, bits
 assert abs(bits.pop() / expected - 1) < 1e-7
 
 result = gradclip.clip_by_global_norm_(grads, max_norm=1.0)
-assert result.clipped and set(result.named_norms()) == set(grads)
+assert result.clipped
+assert set(result.named_norms()) == set(grads)
 assert abs(gradclip.global_norm(grads) - 1.0) < 1e-6
 
 grads["layer3"][7] = np.nan
+told = ""
 try:
     gradclip.clip_by_global_norm_(grads, max_norm=1.0)
 except gradclip.NonFiniteGradientError as error:
-    assert "layer3" in str(error)
-else:
-    raise AssertionError("a NaN was not reported")
+    told = str(error)
+assert "layer3" in told, told
 print(f"Python {platform.python_version()}, NumPy {np.__version__}: fine")
