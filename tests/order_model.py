@@ -148,7 +148,7 @@ def slow_norm(array: Array, ord: float) -> float:
             m, largest = _magnitudes(wide * 2.0**shift)
         terms = m / largest if ord == 1 else (m / largest) ** ord
         # accumulate adds one after the other, where sum() adds in pairs.
-        sums = [float(np.add.accumulate(terms[i : i + 512])[-1]) for i in range(0, len(terms), 512)]
+        sums = [float(np.add.accumulate(terms[i : i + 32])[-1]) for i in range(0, len(terms), 32)]
         s = to_float(add_exactly([Fraction(x) for x in sums]))
         return float(np.ldexp(largest * (s if ord == 1 else np.float64(s) ** (1 / ord)), -shift))
 

@@ -1,7 +1,6 @@
 #include "bindings/arguments.hpp"
 
-#include <pybind11/numpy.h>
-
+#include <algorithm>
 #include <cmath>
 #include <string>
 
@@ -37,9 +36,11 @@ double real_number(const py::object& value, const char* name) {
   const double number = PyFloat_AsDouble(value.ptr());
   if (number == -1.0 && PyErr_Occurred()) {
     const bool too_large = PyErr_ExceptionMatches(PyExc_OverflowError);
+    if (!too_large && !PyErr_ExceptionMatches(PyExc_TypeError)) throw py::error_already_set();
     PyErr_Clear();
     if (too_large)
-      throw py::value_error(std::string(name) + ": expected a number within float64, got a larger one");
+      throw py::value_error(std::string(name) +
+                            ": expected a number within float64, got a larger one");
     throw py::type_error(std::string(name) + ": expected a real number, got " + type_name(value));
   }
   return number;
@@ -69,8 +70,8 @@ NonFinite nonfinite_policy(const py::object& policy) {
     if (text == "skip") return NonFinite::skip;
     if (text == "zero") return NonFinite::zero;
     if (text == "propagate") return NonFinite::propagate;
-    throw py::value_error(
-        "nonfinite: expected 'raise', 'skip', 'zero' or 'propagate', got " + repr(policy));
+    throw py::value_error("nonfinite: expected 'raise', 'skip', 'zero' or 'propagate', got " +
+                          repr(policy));
   }
   throw py::type_error("nonfinite: expected 'raise', 'skip', 'zero' or 'propagate', got " +
                        type_name(policy));
@@ -105,6 +106,7 @@ Groups group_labels(const py::object& groups, std::size_t tensors) {
       throw py::type_error(name + ": expected an integer label, got " + type_name(label));
     const Py_ssize_t value = PyNumber_AsSsize_t(label.ptr(), nullptr);  // clips what is too large
     if (value == -1 && PyErr_Occurred()) {
+      if (!PyErr_ExceptionMatches(PyExc_TypeError)) throw py::error_already_set();
       PyErr_Clear();
       throw py::type_error(name + ": expected an integer label, got " + type_name(label));
     }

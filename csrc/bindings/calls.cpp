@@ -45,35 +45,37 @@ double norm_of_all(const NormOrder& order, const Table<NormSum>& sums) {
 
 // Hand this process's sums to the caller's `reduce` and take the sums over all processes.
 Table<NormSum> reduce_sums(const py::object& reduce, const NormOrder& order,
-                                 const Table<NormSum>& sums) {
+                           const Table<NormSum>& sums) {
   Table<double> plain;
   {
     const Environment environment;
     for (const NormSum& sum : sums) plain.push_back(to_plain(order, sum));
   }
   const py::object returned = reduce(to_array(plain));
-  const auto reduced = py::array_t<double, py::array::c_style | py::array::forcecast>::ensure(returned);
-  if (!reduced) {
-    PyErr_Clear();
-    throw py::type_error("reduce: expected an array of float64 sums, got " +
-                         std::string(Py_TYPE(returned.ptr())->tp_name));
-  }
+  const auto any = py::array::ensure(returned);
+  if (!any) throw py::error_already_set();
+  const char kind = any.dtype().kind();
+  if (kind != 'f' && kind != 'i' && kind != 'u')
+    throw py::type_error("reduce: expected an array of float64 sums, got dtype " +
+                         py::str(any.dtype()).cast<std::string>());
+  const auto reduced = py::array_t<double, py::array::forcecast>::ensure(any);
+  if (!reduced) throw py::error_already_set();
   if (reduced.ndim() != 1 || reduced.shape(0) != static_cast<py::ssize_t>(plain.size()))
     throw py::value_error("reduce: expected sums of shape (" + std::to_string(plain.size()) +
-                          ",), got shape " +
-                          py::str(reduced.attr("shape")).cast<std::string>());
+                          ",), got shape " + py::str(reduced.attr("shape")).cast<std::string>());
   Table<NormSum> result;
   for (py::ssize_t g = 0; g < reduced.shape(0); ++g) {
     const double sum = reduced.at(g);
     if (sum < 0.0)
       throw py::value_error("reduce: expected sums that are not negative, got " +
                             std::to_string(sum) + " for group " + std::to_string(g));
-    result.push_back(from_plain(sum));
+    result.push_back(from_plain(sum + 0.0));  // no -0
   }
   return result;
 }
 
-// (index, NaN count, infinity count) of each.
+// (index, NaN count, infinity count) of those tensors that hold such elements. A sum that is not finite
+// need not mean that: the magnitude of a finite complex128 element can be beyond float64.
 py::list count_nonfinite(const Gradients& grads, const std::vector<std::size_t>& tensors) {
   py::list counts;
   for (const std::size_t i : tensors) {
@@ -82,7 +84,7 @@ py::list count_nonfinite(const Gradients& grads, const std::vector<std::size_t>&
       const GilRelease release;
       count = cpu::count_nonfinite(grads.spans()[i]);
     }
-    counts.append(py::make_tuple(i, count.nan, count.infinity));
+    if (count.nan + count.infinity > 0) counts.append(py::make_tuple(i, count.nan, count.infinity));
   }
   return counts;
 }
@@ -106,6 +108,9 @@ py::tuple clip(const Gradients& grads, const py::object& max_norm, const py::obj
   const NormOrder order = norm_order(ord);
   const Groups grouping = group_labels(groups, grads.spans().size());
   const double scale = positive_number(grad_scale, "grad_scale", false);
+  if (!is_finite(1.0 / scale))
+    throw py::value_error("grad_scale: expected a number whose reciprocal is finite, got " +
+                          py::repr(grad_scale).cast<std::string>());
   const NonFinite policy = nonfinite_policy(nonfinite);
   if (!reduce.is_none() && !PyCallable_Check(reduce.ptr()))
     throw py::type_error("reduce: expected a callable or None, got " +
@@ -124,9 +129,11 @@ py::tuple clip(const Gradients& grads, const py::object& max_norm, const py::obj
     return decide_clip(order, sums, grouping, group, reduced, threshold, scale, policy);
   }();
 
-  py::object counts = py::none();
-  if (decision.nonfinite_norm && policy == NonFinite::raise)
-    counts = count_nonfinite(grads, decision.nonfinite);
+  const py::list counts = count_nonfinite(grads, decision.nonfinite);
+  py::tuple nonfinite_entries(counts.size());
+  for (std::size_t i = 0; i < counts.size(); ++i)
+    nonfinite_entries[i] = py::reinterpret_borrow<py::tuple>(counts[i])[0];
+  const bool refused = decision.nonfinite_norm && policy == NonFinite::raise;
   if (decision.action != ClipDecision::nothing) {
     const GilRelease release;
     if (decision.action == ClipDecision::scale)
@@ -138,8 +145,8 @@ py::tuple clip(const Gradients& grads, const py::object& max_norm, const py::obj
                                      ? py::object(py::float_(decision.coefficients[0]))
                                      : py::object(to_array(decision.coefficients));
   return py::make_tuple(decision.total_norm, to_array(decision.norms), coefficient,
-                        decision.clipped, to_tuple(decision.nonfinite), grads.names(),
-                        to_array(decision.group_norms), counts);
+                        decision.clipped, nonfinite_entries, grads.names(),
+                        to_array(decision.group_norms), refused ? py::object(counts) : py::none());
 }
 
 py::tuple clip_by_value(const Gradients& grads, const py::object& limit) {

@@ -18,7 +18,7 @@ namespace {
 
 Gradients writable(const py::object& grads) {
   Gradients read(grads);
-  read.find_shared();
+  read.find_overlaps();
   return read;
 }
 
@@ -38,29 +38,44 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   gb::init_numpy();
   m.doc() = "gradclip's CPU engine; gradclip._api is the public face of it.";
 
-  m.def("tensor_norms", [](const py::object& grads, const py::object& ord) {
-    return gb::tensor_norms(Gradients(grads), ord);
-  }, py::arg("grads"), py::arg("ord"));
-  m.def("global_norm", [](const py::object& grads, const py::object& ord) {
-    return gb::global_norm(Gradients(grads), ord);
-  }, py::arg("grads"), py::arg("ord"));
-  m.def("clip", [](const py::object& grads, const py::object& max_norm, const py::object& ord,
-                   const py::object& groups, const py::object& grad_scale,
-                   const py::object& nonfinite, const py::object& reduce) {
-    return gb::clip(writable(grads), max_norm, ord, groups, grad_scale, nonfinite, reduce);
-  }, py::arg("grads"), py::arg("max_norm"), py::arg("ord"), py::arg("groups"),
-     py::arg("grad_scale"), py::arg("nonfinite"), py::arg("reduce"));
-  m.def("clip_by_value", [](const py::object& grads, const py::object& limit) {
-    return gb::clip_by_value(writable(grads), limit);
-  }, py::arg("grads"), py::arg("limit"));
-  m.def("scale", [](const py::object& grads, const py::object& factor) {
-    gb::scale(writable(grads), factor);
-  }, py::arg("grads"), py::arg("factor"));
-  m.def("probe_read", [](const py::object& grads) { return gb::probe_read(Gradients(grads)); },
-        py::arg("grads"));
-  m.def("probe_read_write",
-        [](const py::object& grads) { return gb::probe_read_write(writable(grads)); },
-        py::arg("grads"));
+  m.def(
+      "tensor_norms",
+      [](const py::object& grads, const py::object& ord) {
+        return gb::tensor_norms(Gradients(grads), ord);
+      },
+      py::arg("grads"), py::arg("ord"));
+  m.def(
+      "global_norm",
+      [](const py::object& grads, const py::object& ord) {
+        return gb::global_norm(Gradients(grads), ord);
+      },
+      py::arg("grads"), py::arg("ord"));
+  m.def(
+      "clip",
+      [](const py::object& grads, const py::object& max_norm, const py::object& ord,
+         const py::object& groups, const py::object& grad_scale, const py::object& nonfinite,
+         const py::object& reduce) {
+        return gb::clip(writable(grads), max_norm, ord, groups, grad_scale, nonfinite, reduce);
+      },
+      py::arg("grads"), py::arg("max_norm"), py::arg("ord"), py::arg("groups"),
+      py::arg("grad_scale"), py::arg("nonfinite"), py::arg("reduce"));
+  m.def(
+      "clip_by_value",
+      [](const py::object& grads, const py::object& limit) {
+        return gb::clip_by_value(writable(grads), limit);
+      },
+      py::arg("grads"), py::arg("limit"));
+  m.def(
+      "scale",
+      [](const py::object& grads, const py::object& factor) { gb::scale(writable(grads), factor); },
+      py::arg("grads"), py::arg("factor"));
+  m.def(
+      "probe_read", [](const py::object& grads) { return gb::probe_read(Gradients(grads)); },
+      py::arg("grads"));
+  m.def(
+      "probe_read_write",
+      [](const py::object& grads) { return gb::probe_read_write(writable(grads)); },
+      py::arg("grads"));
 
   py::class_<Gradients>(m, "Plan")
       .def(py::init(&writable), py::arg("grads"))
@@ -72,16 +87,18 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       .def("scale", &gb::scale, py::arg("factor"))
       .def("__len__", [](const Gradients& grads) { return grads.spans().size(); })
       .def_property_readonly("names", &Gradients::names)
-      .def_property_readonly("nbytes", [](const Gradients& grads) { return grads.plan().total_bytes; })
+      .def_property_readonly("nbytes",
+                             [](const Gradients& grads) { return grads.plan().total_bytes; })
       .def_property_readonly("num_elements", [](const Gradients& grads) {
         std::int64_t elements = 0;
         for (const gradclip::Span& span : grads.spans()) elements += span.numel;
         return elements;
       });
 
-  m.def("set_num_threads",
-        [](const py::object& n) { gradclip::cpu::set_num_threads(checked_thread_count(n)); },
-        py::arg("n"));
+  m.def(
+      "set_num_threads",
+      [](const py::object& n) { gradclip::cpu::set_num_threads(checked_thread_count(n)); },
+      py::arg("n"));
   m.def("get_num_threads", &gradclip::cpu::num_threads);
   m.def("num_started_threads", &gradclip::cpu::num_started_threads);
   m.def("set_isa", &gradclip::cpu::set_isa, py::arg("name"));

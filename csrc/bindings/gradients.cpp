@@ -43,9 +43,6 @@ void Gradients::read_entry(PyObject* object) {
   if (entry.layout) {
     layouts_.push_back(std::move(*entry.layout));
     entry.span.layout = &layouts_.back();
-    if (!entry.unwritable && overlaps_itself(entry.span))
-      entry.unwritable = name.problem(Problem::value_error, "elements that do not share memory",
-                                      "an array that overlaps itself (broadcast or as_strided)");
   }
   if (entry.unwritable && !unwritable_) unwritable_ = std::move(entry.unwritable);
   spans_.push_back(entry.span);
@@ -69,6 +66,9 @@ Gradients::Gradients(const py::object& grads) {
              py::isinstance(grads, py::module_::import("collections.abc").attr("Mapping"))) {
     py::list keys, items;
     for (const py::handle item : py::list(grads.attr("items")())) {
+      if (!PyTuple_Check(item.ptr()) || PyTuple_GET_SIZE(item.ptr()) != 2)
+        throw py::type_error("grads: expected items() of pairs, got " +
+                             py::repr(item).cast<std::string>());
       const py::tuple pair = py::reinterpret_borrow<py::tuple>(item);
       if (!PyUnicode_Check(pair[0].ptr()))
         throw py::type_error("grads: expected names (str) as keys, got the key " +
@@ -89,14 +89,27 @@ Gradients::Gradients(const py::object& grads) {
   }
 
   spans_.reserve(arrays_.size());
-  for (const py::handle array : arrays_) read_entry(array.ptr());
+  const std::size_t count = arrays_.size();
+  for (std::size_t i = 0; i < count; ++i) {
+    // The last call's kernels have put the array objects out of the cache.
+    if (i + 16 < count) __builtin_prefetch(PyTuple_GET_ITEM(arrays_.ptr(), i + 16));
+    if (i + 8 < count) prefetch_shape(PyTuple_GET_ITEM(arrays_.ptr(), i + 8));
+    read_entry(PyTuple_GET_ITEM(arrays_.ptr(), i));
+  }
   Table<std::int64_t> bytes(spans_.size());
   for (std::size_t i = 0; i < spans_.size(); ++i) bytes[i] = spans_[i].nbytes();
   plan_ = make_plan(bytes);
 }
 
-void Gradients::find_shared() {
+void Gradients::find_overlaps() {
   if (unwritable_) return;
+  for (std::size_t i = 0; i < spans_.size(); ++i) {
+    if (!overlaps_itself(spans_[i])) continue;
+    unwritable_ =
+        EntryName(i, names_).problem(Problem::value_error, "elements that do not share memory",
+                                     "an array that overlaps itself (broadcast or as_strided)");
+    return;
+  }
   if (const auto shared = find_shared_memory(spans_))
     unwritable_ = EntryName(shared->second, names_)
                       .problem(Problem::value_error, "memory of its own",

@@ -54,6 +54,8 @@ struct Entry {
 // To be called once, before any of the following.
 void init_numpy();
 bool is_numpy_array(PyObject* object);
+// Asks the cache for the shape of a numpy.ndarray that will be read soon.
+void prefetch_shape(PyObject* object);
 // The case that nearly every entry is: a dense, writable numpy.ndarray of a known dtype. False if it is
 // anything else.
 bool read_plain_numpy(PyObject* object, Span& span);
@@ -68,9 +70,12 @@ class Gradients {
  public:
   // Throws a Python exception that names the entry which cannot be read.
   explicit Gradients(const py::object& grads);
+  // The layouts of spans point into the object.
+  Gradients(Gradients&&) = default;
+  Gradients(const Gradients&) = delete;
 
-  // Look for entries that share memory; what is found is told by require_writable.
-  void find_shared();
+  // Look for entries that overlap themselves or one another; require_writable tells what is found.
+  void find_overlaps();
   // Throws if some entry must not be written: read-only, immutable, overlapping.
   void require_writable() const;
   // Throws if some entry is complex.

@@ -58,25 +58,37 @@ std::string device_name(int type, int id) {
 }
 
 // What went wrong in the object's own code, as an error that names the entry.
+// Ctrl-C is not such a thing.
 [[noreturn]] void raise_from(py::error_already_set& error, const EntryName& name) {
-  const std::string got = type_name(error.value()) + ": " + py::str(error.value()).cast<std::string>();
-  const Problem problem = name.problem(Problem::value_error, "an array that DLPack can export", got);
+  if (!error.matches(PyExc_Exception)) throw error;
+  const std::string got =
+      type_name(error.value()) + ": " + py::str(error.value()).cast<std::string>();
+  const Problem problem =
+      name.problem(Problem::value_error, "an array that DLPack can export", got);
   py::raise_from(error, PyExc_ValueError, problem.message.c_str());
   throw py::error_already_set();
 }
 
-void check_device(py::handle object, const EntryName& name) {
-  std::pair<int, int> device;
+void check_device(int type, int id, const EntryName& name) {
+  // Pinned host memory is the CPU's.
+  if (type == kDLCPU || type == kDLCUDAHost || type == kDLROCMHost) return;
+  name.problem(Problem::value_error, "memory on the CPU", "an array on " + device_name(type, id))
+      .raise();
+}
+
+// Before anything is exported: an export from a GPU may wait for it, or fail.
+void ask_device(py::handle object, const EntryName& name) {
   try {
-    device = object.attr("__dlpack_device__")().cast<std::pair<int, int>>();
+    const py::object device = object.attr("__dlpack_device__")();
+    const auto [type, id] = device.cast<std::pair<int, int>>();
+    check_device(type, id, name);
   } catch (py::error_already_set& error) {
     raise_from(error, name);
+  } catch (const py::cast_error&) {
+    name.problem(Problem::type_error, "a device (type, number) from __dlpack_device__",
+                 "something else")
+        .raise();
   }
-  // Pinned host memory is the CPU's.
-  if (device.first == kDLCPU || device.first == kDLCUDAHost || device.first == kDLROCMHost) return;
-  name.problem(Problem::value_error, "memory on the CPU",
-               "an array on " + device_name(device.first, device.second))
-      .raise();
 }
 
 py::object export_capsule(py::handle object, const EntryName& name) {
@@ -114,10 +126,14 @@ DType dtype_of(const DLDataType& type, const EntryName& name) {
 }
 
 void read_tensor(const DLTensor& tensor, const EntryName& name, Entry& entry) {
+  check_device(tensor.device.device_type, tensor.device.device_id, name);
   entry.span.dtype = dtype_of(tensor.dtype, name);
   const auto axes = static_cast<std::size_t>(tensor.ndim);
-  entry.span.numel = 1;
-  for (std::size_t a = 0; a < axes; ++a) entry.span.numel *= tensor.shape[a];
+  std::int64_t bytes = entry.span.itemsize();
+  for (std::size_t a = 0; a < axes; ++a)
+    if (__builtin_mul_overflow(bytes, tensor.shape[a], &bytes))
+      name.problem(Problem::value_error, "at most 2^63 bytes", "a larger (expanded) array").raise();
+  entry.span.numel = bytes / entry.span.itemsize();
   // DLPack counts strides in elements, and none means C order.
   std::vector<std::int64_t> strides(axes);
   std::int64_t dense = 1;
@@ -138,13 +154,17 @@ void read_dlpack(py::handle object, const EntryName& name, Entry& entry) {
                  type_name(object))
         .raise();
   check_torch(object, name);
-  check_device(object, name);
+  ask_device(object, name);
   // The capsule is not consumed: it frees what it holds when the last reference to it goes.
   entry.owner = export_capsule(object, name);
   PyObject* const capsule = entry.owner.ptr();
   if (PyCapsule_IsValid(capsule, "dltensor_versioned")) {
     const auto* managed = static_cast<const DLManagedTensorVersioned*>(
         PyCapsule_GetPointer(capsule, "dltensor_versioned"));
+    if (managed->version.major != DLPACK_MAJOR_VERSION)
+      name.problem(Problem::value_error, "DLPack " + std::to_string(DLPACK_MAJOR_VERSION),
+                   "version " + std::to_string(managed->version.major))
+          .raise();
     read_tensor(managed->dl_tensor, name, entry);
     if (managed->flags & DLPACK_FLAG_BITMASK_READ_ONLY)
       entry.unwritable = name.problem(Problem::value_error, "writable memory", "a read-only array");

@@ -8,12 +8,13 @@ ClipDecision decide_clip(const NormOrder& order, std::span<const NormSum> tensor
                          const Groups& groups, std::span<const NormSum> group, bool reduced,
                          double max_norm, double grad_scale, NonFinite policy) {
   ClipDecision decision;
-  const auto unscaled_norm = [&](const NormSum& sum) { return norm_of(order, sum) / grad_scale; };
+  const auto unscaled_norm = [&](const NormSum& sum) { return norm_of(order, sum, grad_scale); };
 
   decision.norms.reserve(tensors.size());
   for (std::size_t i = 0; i < tensors.size(); ++i) {
     decision.norms.push_back(unscaled_norm(tensors[i]));
-    if (!is_finite(tensors[i].value) || !is_finite(tensors[i].unit)) decision.nonfinite.push_back(i);
+    if (!is_finite(tensors[i].value) || !is_finite(tensors[i].unit))
+      decision.nonfinite.push_back(i);
   }
   bool all_finite = decision.nonfinite.empty();
   for (const NormSum& sum : group) {

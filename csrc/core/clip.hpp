@@ -20,20 +20,18 @@ struct Groups {
   std::size_t count(std::size_t tensors) const {
     return kind == all ? 1 : kind == tensor ? tensors : labels_used;
   }
-  std::size_t of(std::size_t i) const {
-    return kind == all ? 0 : kind == tensor ? i : label[i];
-  }
+  std::size_t of(std::size_t i) const { return kind == all ? 0 : kind == tensor ? i : label[i]; }
 };
 
 struct ClipDecision {
-  double total_norm = 0.0;                // over all groups
-  Table<double> norms;              // of this process's tensors
+  double total_norm = 0.0;  // over all groups
+  Table<double> norms;      // of this process's tensors
   Table<double> group_norms;
-  Table<double> coefficients;       // one per group
-  std::vector<std::size_t> nonfinite;     // tensors that hold an infinity or a NaN
-  bool nonfinite_norm = false;            // some norm is not finite
+  Table<double> coefficients;          // one per group
+  std::vector<std::size_t> nonfinite;  // tensors that hold an infinity or a NaN
+  bool nonfinite_norm = false;         // some norm is not finite
   enum Action { nothing, scale, zero } action = nothing;
-  Table<double> factors;            // of every tensor: coefficient / grad_scale
+  Table<double> factors;  // of every tensor: coefficient / grad_scale
   bool clipped = false;
 };
 

@@ -100,8 +100,9 @@ class ExactSum {
 
 // x as one float64: 0 or infinity where it is beyond.
 GRADCLIP_INLINE double narrow(WideValue x) {
-  if (x.exponent > 1100) return x.value == 0.0 ? 0.0 : x.value * infinity();
-  if (x.exponent < -2300) return x.value * 0.0;
+  if (x.value == 0.0 || !is_finite(x.value)) return x.value;
+  if (x.exponent > 2200) return infinity();
+  if (x.exponent < -2200) return 0.0;
   // Two or three exact steps, and one that rounds: a subnormal result must not be rounded twice.
   while (x.exponent > 1000) x = {x.value * power_of_two(1000), x.exponent - 1000};
   if (x.exponent < -1022) {

@@ -47,9 +47,7 @@ GRADCLIP_INLINE bool is_nan(double x) { return x != x; }
 GRADCLIP_INLINE bool is_finite(double x) {
   return (bit_copy<std::uint64_t>(x) & FloatBits<double>::infinity) != FloatBits<double>::infinity;
 }
-GRADCLIP_INLINE double quiet_nan() {
-  return bit_copy<double>(std::uint64_t{0x7ff8000000000000u});
-}
+GRADCLIP_INLINE double quiet_nan() { return bit_copy<double>(std::uint64_t{0x7ff8000000000000u}); }
 GRADCLIP_INLINE double infinity() { return bit_copy<double>(FloatBits<double>::infinity); }
 
 // 2^exponent for -1022 <= exponent <= 1023.

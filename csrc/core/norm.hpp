@@ -30,18 +30,19 @@ struct NormSum {
 // The larger magnitude; NaN if either is NaN.
 GRADCLIP_INLINE double larger(double a, double b) { return is_nan(a) || a > b ? a : b; }
 
-inline double norm_of(const NormOrder& order, const NormSum& sum) {
+// The norm divided by `scale`: it may be within float64 where the norm itself is not.
+inline double norm_of(const NormOrder& order, const NormSum& sum, double scale = 1.0) {
   switch (order.kind) {
     case NormOrder::two: {
-      if (sum.exponent == 0) return std::sqrt(sum.value);
+      if (sum.exponent == 0) return std::sqrt(sum.value) / scale;
       // The square root of an even power of two is exact.
       const bool odd = sum.exponent & 1;
       const double root = std::sqrt(odd ? sum.value * 2.0 : sum.value);
-      return narrow({root, (sum.exponent - odd) / 2});
+      return narrow({root / scale, (sum.exponent - odd) / 2});
     }
-    case NormOrder::one: return narrow({sum.value, sum.exponent});
-    case NormOrder::infinity: return sum.value;
-    case NormOrder::other: return power(sum.value, 1.0 / order.p) * sum.unit;
+    case NormOrder::one: return narrow({sum.value / scale, sum.exponent});
+    case NormOrder::infinity: return sum.value / scale;
+    case NormOrder::other: return power(sum.value, 1.0 / order.p) * sum.unit / scale;
   }
   return quiet_nan();
 }

@@ -18,13 +18,17 @@ constexpr std::int64_t kLargestTask = 64 * static_cast<std::int64_t>(order::kTil
 
 Plan make_plan(std::span<const std::int64_t> tensor_bytes) {
   if (tensor_bytes.size() >= kWholeTensor)
-    throw std::length_error("gradclip: more than 2^32 - 2 gradients in one call");
+    throw std::length_error("grads: expected fewer than 2^32 - 1 gradients, got more");
   Plan plan;
-  for (const std::int64_t bytes : tensor_bytes) plan.total_bytes += bytes;
+  for (const std::int64_t bytes : tensor_bytes)
+    if (__builtin_add_overflow(plan.total_bytes, bytes, &plan.total_bytes))
+      throw std::length_error("grads: expected at most 2^63 bytes together, got more");
   const auto tile = static_cast<std::int64_t>(order::kTileBytes);
   const std::int64_t task_bytes =
       std::clamp(plan.total_bytes / kTasksWanted, kSmallestTask, kLargestTask) / tile * tile;
 
+  if (plan.total_bytes / task_bytes > kWholeTensor - static_cast<std::int64_t>(tensor_bytes.size()))
+    throw std::length_error("grads: expected fewer than 2^32 - 1 chunks of 1 MB, got more");
   plan.chunks.reserve(tensor_bytes.size() +
                       static_cast<std::size_t>(plan.total_bytes / task_bytes));
   plan.task_begin.push_back(0);

@@ -36,10 +36,21 @@ GRADCLIP_INLINE double exp2_of(double y) {
   int whole = static_cast<int>(y + (y < 0.0 ? -0.5 : 0.5));
   constexpr double kLn2 = 0x1.62e42fefa39efp-1;
   const double z = (y - whole) * kLn2;  // |z| < 0.347
-  constexpr double kInverseFactorials[] = {
-      1.0,         1.0,           1.0 / 2,        1.0 / 6,         1.0 / 24,
-      1.0 / 120,   1.0 / 720,     1.0 / 5040,     1.0 / 40320,     1.0 / 362880,
-      1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800, 1.0 / 87178291200};
+  constexpr double kInverseFactorials[] = {1.0,
+                                           1.0,
+                                           1.0 / 2,
+                                           1.0 / 6,
+                                           1.0 / 24,
+                                           1.0 / 120,
+                                           1.0 / 720,
+                                           1.0 / 5040,
+                                           1.0 / 40320,
+                                           1.0 / 362880,
+                                           1.0 / 3628800,
+                                           1.0 / 39916800,
+                                           1.0 / 479001600,
+                                           1.0 / 6227020800,
+                                           1.0 / 87178291200};
   double series = kInverseFactorials[14];
   for (int k = 13; k >= 0; --k) series = series * z + kInverseFactorials[k];
   double scaled = series;

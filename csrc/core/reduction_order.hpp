@@ -17,7 +17,7 @@ inline constexpr std::size_t kRowsPerTile = 32;
 inline constexpr std::size_t kTileBytes = kRowBytes * kRowsPerTile;
 
 // Terms that the slow path (other p, complex magnitudes) adds one after the other.
-inline constexpr std::size_t kTermsPerRun = 512;
+inline constexpr std::size_t kTermsPerRun = 32;
 
 // Step 2: the blocks of a row, by whatever holds the terms of one block:
 // ((b0 + b1) + (b2 + b3)) + ((b4 + b5) + (b6 + b7)). Asked for one after the other, so that memory is
@@ -50,7 +50,8 @@ GRADCLIP_INLINE bool can_be_trusted(double sum, bool input_is_float64) {
 // The k by which a float64 tile is scaled (x * 2^-k) when it is done again, from the pattern of its
 // largest magnitude, which is finite and not 0.
 GRADCLIP_INLINE int scale_exponent(std::uint64_t largest_bits) {
-  const int exponent = static_cast<int>(largest_bits >> 52) - 1023;  // of subnormals: clamped anyway
+  const int exponent =
+      static_cast<int>(largest_bits >> 52) - 1023;  // of subnormals: clamped anyway
   return exponent < -1000 ? -1000 : exponent > 1000 ? 1000 : exponent;
 }
 

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <array>
+#include <bit>
 #include <cstddef>
 #include <new>
 #include <utility>
@@ -15,7 +16,9 @@ namespace gradclip {
 // What a thread has given back: a few blocks, of a size for which malloc would ask the system.
 class SpareBlocks {
  public:
-  static constexpr std::size_t kSmallest = std::size_t{32} << 10, kLargest = std::size_t{8} << 20;
+  // Sizes are powers of two: what is given back serves whatever needs about as much. A thread keeps
+  // at most 12 blocks of 4 MB, which hold the tables of some 100 000 gradients.
+  static constexpr std::size_t kSmallest = std::size_t{32} << 10, kLargest = std::size_t{4} << 20;
 
   SpareBlocks() = default;
   SpareBlocks(const SpareBlocks&) = delete;
@@ -26,10 +29,7 @@ class SpareBlocks {
 
   void* take(std::size_t bytes) {
     for (Block& block : blocks_)
-      if (block.bytes >= bytes && block.bytes / 4 <= bytes) {
-        block.bytes = 0;
-        return std::exchange(block.memory, nullptr);
-      }
+      if (block.memory && block.bytes == bytes) return std::exchange(block.memory, nullptr);
     return ::operator new(bytes);
   }
   void give_back(void* memory, std::size_t bytes) {
@@ -68,13 +68,13 @@ struct TableAllocator {
   }
   T* allocate(std::size_t n) {
     const std::size_t bytes = n * sizeof(T);
-    return static_cast<T*>(is_kept(bytes) ? SpareBlocks::of_this_thread().take(bytes)
+    return static_cast<T*>(is_kept(bytes) ? SpareBlocks::of_this_thread().take(std::bit_ceil(bytes))
                                           : ::operator new(bytes));
   }
   void deallocate(T* memory, std::size_t n) {
     const std::size_t bytes = n * sizeof(T);
     if (is_kept(bytes))
-      SpareBlocks::of_this_thread().give_back(memory, bytes);
+      SpareBlocks::of_this_thread().give_back(memory, std::bit_ceil(bytes));
     else
       ::operator delete(memory);
   }

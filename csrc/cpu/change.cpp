@@ -60,16 +60,14 @@ NonFiniteCounts count_nonfinite(const Span& span) {
   const auto count = kernels().of(span.dtype).count_nonfinite;
   const Chunk all{0, span.nbytes(), 0, kWholeTensor};
   for_each_tile(span, all, [&](const std::byte* tile, std::size_t bytes) {
-    if (is_complex(span.dtype)) {
-      visit_magnitudes(span.dtype, tile, bytes, 1.0, [&](double m) {
-        counts.nan += is_nan(m);
-        counts.infinity += m == infinity();
-      });
-      return;
+    // A complex element, of two parts, counts once.
+    const std::size_t step = is_complex(span.dtype) ? size_of(span.dtype) : bytes;
+    for (std::size_t at = 0; at < bytes; at += step) {
+      const NonFiniteCounts here = count(tile + at, step);
+      counts.nan += is_complex(span.dtype) ? here.nan > 0 : here.nan;
+      counts.infinity +=
+          is_complex(span.dtype) ? here.nan == 0 && here.infinity > 0 : here.infinity;
     }
-    const NonFiniteCounts here = count(tile, bytes);
-    counts.nan += here.nan;
-    counts.infinity += here.infinity;
   });
   return counts;
 }

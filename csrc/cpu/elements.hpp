@@ -33,8 +33,8 @@ inline std::uint64_t pattern_below(DType dtype, double limit) {
   if (nearest > limit) --bits;
   if (real_of(dtype) == DType::float32) return bits;
   const float below = bit_copy<float>(bits);
-  std::uint64_t half = real_of(dtype) == DType::float16 ? to_float16(below).bits
-                                                        : to_bfloat16(below).bits;
+  std::uint64_t half =
+      real_of(dtype) == DType::float16 ? to_float16(below).bits : to_bfloat16(below).bits;
   if (value_of_pattern(dtype, half) > limit) --half;
   return half;
 }
@@ -72,7 +72,7 @@ void visit_magnitudes(DType dtype, const std::byte* data, std::size_t bytes, dou
 // for once.
 template <class LargestOfChunk>
 Table<double> largest_by_tensor(std::size_t tensors, const Plan& plan,
-                                      LargestOfChunk largest_of_chunk) {
+                                LargestOfChunk largest_of_chunk) {
   Table<double> result(tensors), partials(plan.partials);
   for_each_chunk(plan, Pass::forward, [&](const Chunk& chunk) {
     (chunk.partial == kWholeTensor ? result[chunk.tensor] : partials[chunk.partial]) =

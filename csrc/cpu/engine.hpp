@@ -14,8 +14,7 @@
 namespace gradclip::cpu {
 
 // The sum of every tensor, in one pass (two for `other` orders).
-Table<NormSum> measure(std::span<const Span> spans, const Plan& plan,
-                             const NormOrder& order);
+Table<NormSum> measure(std::span<const Span> spans, const Plan& plan, const NormOrder& order);
 
 // Multiply tensor i by factors[i]; where that is 1, its memory is not touched.
 void scale(std::span<const Span> spans, const Plan& plan, std::span<const double> factors);

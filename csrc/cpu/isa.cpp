@@ -12,9 +12,10 @@ struct Isa {
   bool supported;
 };
 
-// Best first. The feature lists are those of the compile flags in CMakeLists.txt.
+// Best first, and never destroyed: a daemon thread may be in a kernel while the process exits. The
+// feature lists are those of the compile flags in CMakeLists.txt.
 const std::vector<Isa>& isas() {
-  static const std::vector<Isa> all = [] {
+  static const auto& all = *new std::vector<Isa>([] {
     std::vector<Isa> list;
 #if defined(GRADCLIP_X86_KERNELS)
     __builtin_cpu_init();
@@ -27,7 +28,7 @@ const std::vector<Isa>& isas() {
 #endif
     list.push_back({"baseline", &kBaselineKernels, true});
     return list;
-  }();
+  }());
   return all;
 }
 

@@ -126,16 +126,16 @@ template <class T, Sum kSum>
     });
     return {sum, kSum == Sum::squares ? 2 * k : k};
   } else {
-    return {sum_tile(tile, bytes,
-                     [](const std::byte* block) { return wide_terms<kSum>(block, T{}); }),
-            0};
+    return {
+        sum_tile(tile, bytes, [](const std::byte* block) { return wide_terms<kSum>(block, T{}); }),
+        0};
   }
 }
 
 template <class T, Sum kSum>
 WideValue tile_sum(const std::byte* tile, std::size_t bytes) {
-  const double sum = sum_tile(
-      tile, bytes, [](const std::byte* block) { return terms<kSum>(block, T{}); });
+  const double sum =
+      sum_tile(tile, bytes, [](const std::byte* block) { return terms<kSum>(block, T{}); });
   if (order::can_be_trusted(sum, sizeof(T) == sizeof(double))) return {sum, 0};
   return sum_tile_again<T, kSum>(tile, bytes);
 }
@@ -199,8 +199,7 @@ void scale(std::byte* data, std::size_t bytes, double factor) {
     return;
   }
   const float narrow_factor = static_cast<float>(factor);
-  for (; at + kBlockBytes <= bytes; at += kBlockBytes)
-    scale_block(data + at, narrow_factor, T{});
+  for (; at + kBlockBytes <= bytes; at += kBlockBytes) scale_block(data + at, narrow_factor, T{});
   one_by_one([=](T x) { return to_float(x) * narrow_factor; });
 }
 template <>
@@ -253,8 +252,12 @@ constexpr TypeKernels kernels_of() {
 }
 
 constexpr Kernels kernels() {
-  return {kernels_of<Float16>(), kernels_of<BFloat16>(), kernels_of<float>(), kernels_of<double>(),
-          read, read_write};
+  return {kernels_of<Float16>(),
+          kernels_of<BFloat16>(),
+          kernels_of<float>(),
+          kernels_of<double>(),
+          read,
+          read_write};
 }
 
 }  // namespace

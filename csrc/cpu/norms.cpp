@@ -47,8 +47,7 @@ ExactSum sum_powers(const Span& span, const Chunk& chunk, double unit, double p)
 
 // Whether the sum of a tensor needs its largest magnitude first, and the slow way in float64.
 bool is_slow(const Span& span, const NormOrder& order) {
-  return order.kind == NormOrder::other ||
-         (order.kind == NormOrder::one && is_complex(span.dtype));
+  return order.kind == NormOrder::other || (order.kind == NormOrder::one && is_complex(span.dtype));
 }
 
 NormSum norm_sum(const ExactSum& sum) {
@@ -57,8 +56,8 @@ NormSum norm_sum(const ExactSum& sum) {
 }
 
 // The sum of every tensor; `units` are the largest magnitudes of slow tensors.
-Table<NormSum> sums_of(std::span<const Span> spans, const Plan& plan,
-                             const NormOrder& order, const Table<double>& units) {
+Table<NormSum> sums_of(std::span<const Span> spans, const Plan& plan, const NormOrder& order,
+                       const Table<double>& units) {
   Table<NormSum> sums(spans.size());
   Table<ExactSum> partials(plan.partials);
   for_each_chunk(plan, Pass::forward, [&](const Chunk& chunk) {
@@ -104,8 +103,7 @@ Table<NormSum> sums_of(std::span<const Span> spans, const Plan& plan,
 
 }  // namespace
 
-Table<NormSum> measure(std::span<const Span> spans, const Plan& plan,
-                             const NormOrder& order) {
+Table<NormSum> measure(std::span<const Span> spans, const Plan& plan, const NormOrder& order) {
   const DefaultFloatEnvironment environment;  // also for what is added up here
   if (order.kind == NormOrder::infinity) {
     Table<NormSum> result;

@@ -208,8 +208,8 @@ GRADCLIP_INLINE FloatPair split(const Words& words, BFloat16) {
 // Round products of a bfloat16 to 16 bits, each in the low half of a word, to nearest even. NaN needs
 // no care: its low 16 bits are 0, as they were in the factors, so rounding adds no carry.
 GRADCLIP_INLINE Words round_words(const Floats& x, BFloat16) {
-  return map(
-      [](WordRegister bits) { return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16; }, bits_of(x));
+  return map([](WordRegister bits) { return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16; },
+             bits_of(x));
 }
 
 // Multiply 32 elements in place.

@@ -2,16 +2,19 @@
 
 #include <pthread.h>
 #include <sched.h>
+#include <signal.h>
 
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <cstdlib>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -86,6 +89,17 @@ class Team {
 
  private:
   bool start_helper() {
+    // Signals are for the program's own threads: a helper that took one would take it with whatever
+    // mask the first large call happened to have.
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    const bool started = try_start_helper();
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    return started;
+  }
+
+  bool try_start_helper() {
     try {
       helpers_.emplace_back([this] { help(); });
       helpers_.back().detach();  // they sleep until the process ends

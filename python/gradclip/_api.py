@@ -91,7 +91,7 @@ def clip_by_global_norm_(
     nonfinite: NonFinite = "raise",
     reduce: Reduce | None = None,
 ) -> ClipResult:
-    """Clip gradients in place so that the norm of every group is at most ``max_norm``.
+    """Clip gradients in place so that the norm of every group is at most ``max_norm`` (rounded).
 
     The gradients of a group are multiplied by ``max_norm / norm`` if ``norm > max_norm`` and left
     alone otherwise: then not one byte is written. All arguments are checked before the first byte is
@@ -119,8 +119,8 @@ def clip_by_global_norm_(
         processes, ``norms`` and ``nonfinite`` of this one.
 
     Raises:
-        TypeError: As for :func:`tensor_norms`; ``max_norm``, ``ord``, ``grad_scale`` or ``groups`` is
-            of the wrong kind; an entry is immutable (``jax.Array``).
+        TypeError: As for :func:`tensor_norms`; any other argument is of the wrong kind; an entry is
+            immutable (``jax.Array``).
         ValueError: As for :func:`tensor_norms`; an entry is read-only, overlaps itself or shares memory
             with another; ``max_norm``, ``ord`` or ``grad_scale`` is not positive; ``groups`` does not
             have one label per entry; ``nonfinite`` is not one of the four.

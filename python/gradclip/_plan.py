@@ -19,7 +19,9 @@ class Plan:
 
     The methods do what the functions of the same name do, without reading and checking every array
     again. The plan keeps the arrays alive. It sees whatever their memory holds at each call; an array
-    that is replaced by another (instead of being written in place) needs a new plan.
+    that is replaced by another (instead of being written in place) needs a new plan. The memory must
+    not go away under it: no ``resize_`` of a tensor or of its storage, no ``ndarray.resize`` with
+    ``refcheck=False``.
 
     Args:
         grads: As for :func:`tensor_norms`.
