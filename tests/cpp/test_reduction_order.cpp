@@ -139,9 +139,9 @@ TEST_CASE("complex numbers are pairs of real ones for the 2-norm") {
   CHECK(same_number(wide(measure({span}, kTwo)[0]), model_sum<double>(parts, Terms::squares)));
 }
 
-TEST_CASE("other orders: terms relative to the largest magnitude, 512 at a time") {
+TEST_CASE("other orders: terms relative to the largest magnitude, 32 at a time") {
   Random random(5);
-  for (const std::size_t count : {1u, 511u, 512u, 513u, 40000u}) {
+  for (const std::size_t count : {1u, 31u, 32u, 33u, 40000u}) {
     std::vector<double> parts = sample<double>(Values::ordinary, 2 * count, random);
     std::vector<double> magnitudes;
     for (std::size_t i = 0; i < count; ++i)
@@ -149,9 +149,9 @@ TEST_CASE("other orders: terms relative to the largest magnitude, 512 at a time"
     const double largest = *std::max_element(magnitudes.begin(), magnitudes.end());
     for (const double p : {0.5, 3.0}) {
       std::vector<WideValue> runs;
-      for (std::size_t first = 0; first < count; first += 512) {
+      for (std::size_t first = 0; first < count; first += 32) {
         double run = 0.0;
-        for (std::size_t i = first; i < std::min(first + 512, count); ++i)
+        for (std::size_t i = first; i < std::min(first + 32, count); ++i)
           run += power(magnitudes[i] / largest, p);
         runs.push_back({run, 0});
       }
