@@ -1,0 +1,134 @@
+// What the GPU does with a list of gradients: the twin of cpu/engine.hpp. Arguments have been checked.
+//
+// Everything is enqueued on the stream that is given and nothing waits for the device, except where
+// it is said. Failures of the CUDA runtime are thrown as std::runtime_error.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "core/clip.hpp"
+#include "core/norm.hpp"
+#include "core/span.hpp"
+
+struct CUstream_st;
+
+namespace gradclip::cuda {
+
+using Stream = CUstream_st*;
+
+// A threshold, on the host or as a float of the device, read when the kernels run.
+struct Threshold {
+  double value = 0.0;
+  const void* device = nullptr;      // of type `dtype`, a real one
+  DType dtype = DType::float64;
+};
+
+// Where the parts of a result lie in one buffer of device memory, in bytes. The buffer must be
+// aligned to 8 bytes. float64 unless said otherwise.
+struct ResultLayout {
+  std::size_t tensors, groups;
+
+  std::size_t total_norm() const { return 0; }
+  std::size_t coefficients() const { return 8; }                    // one per group
+  std::size_t group_norms() const { return 8 + 8 * groups; }        // one per group
+  std::size_t group_sums() const { return 8 + 16 * groups; }        // one per group, for `reduce`
+  std::size_t norms() const { return 8 + 24 * groups; }             // one per tensor
+  std::size_t flags() const { return norms() + 8 * tensors; }       // a ResultFlags
+  std::size_t nonfinite() const { return flags() + 16; }            // one byte per tensor, 0 or 1
+  std::size_t bytes() const { return (nonfinite() + tensors + 7) / 8 * 8; }
+};
+
+struct ResultFlags {
+  std::uint8_t clipped;         // 0 or 1
+  std::uint8_t nonfinite_norm;  // some norm is not finite
+  std::uint8_t bad_threshold;   // a device threshold that is not positive: nothing is written
+  std::uint8_t action;          // ClipDecision::Action
+};
+
+struct Request {
+  NormOrder order = {};
+  double grad_scale = 1.0;
+  Threshold max_norm = {};
+  NonFinite policy = NonFinite::raise;
+  // norms: norms and total norm. sums: besides, the sums of the groups, to be reduced over processes
+  // and given to `decide`. clip: besides, coefficients and flags, for `change`.
+  enum Until { norms, sums, clip } until = norms;
+};
+
+class Workspace;
+
+// The gradients of a call, ready for kernels: where they lie and how they are grouped.
+class List {
+ public:
+  // For one call on `stream` of `device`, the current device: tables that do not fit into a kernel
+  // argument are copied from pinned memory. Destroy it once the call's work is enqueued.
+  List(std::span<const Span> spans, const Groups& groups, int device, Stream stream);
+  // For many calls: everything is copied now (this waits), and nothing afterwards. Calls on several
+  // streams must not overlap.
+  List(std::span<const Span> spans, const Groups& groups, int device);
+  List(List&&) noexcept;
+  ~List();
+
+  ResultLayout layout() const;
+
+  // Norms and whatever `request.until` says, in one launch; two where ord is neither 1, 2 nor
+  // infinity, or is 1 and a tensor complex.
+  void measure(const Request& request, std::byte* result, Stream stream);
+  // From sums over all processes (device memory, float64, one per group) to coefficients and flags.
+  void decide(const Request& request, const double* sums, std::byte* result, Stream stream);
+  // Multiply or set to zero as the flags and coefficients in `result` say. One launch, which leaves at
+  // once where there is nothing to do.
+  void change(double grad_scale, const std::byte* result, Stream stream);
+
+  void scale(double factor, Stream stream);
+  // Real tensors alone. norms, total_norm and flags.clipped and nonfinite of `result` are set.
+  void clip_by_value(double limit, std::byte* result, Stream stream);
+  // NaN and infinity counts of every tensor: counts[2 i], counts[2 i + 1] in device memory.
+  void count_nonfinite(std::int64_t* counts, Stream stream);
+
+  // The device's own speed over the same memory: dense tensors at multiples of 16 bytes.
+  void probe_read(std::byte* result, Stream stream);
+  void probe_read_write(Stream stream);
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+// --- The device -------------------------------------------------------------------------------------
+
+// Why no kernel can run here ("no CUDA driver", "no CUDA device", ...); empty if one can.
+std::string missing();
+
+struct DeviceInfo {
+  std::string name;
+  int major, minor, multiprocessors;
+  std::size_t memory_bytes;
+};
+int device_count();
+DeviceInfo device_info(int device);
+int runtime_version();  // 13000 is 13.0
+int driver_version();   // 0 without a driver
+std::string architectures();  // that kernels were compiled for, "75 80 ..."
+
+int current_device();
+void set_device(int device);
+bool is_capturing(Stream stream);
+// Device memory to host memory; waits.
+void copy_to_host(void* to, const void* from, std::size_t bytes, Stream stream);
+void synchronize(Stream stream);
+// `waiting` will not go on before what is now enqueued on `before` is done.
+void wait_for(Stream waiting, Stream before);
+// The device of a pointer into device memory, and whether it is managed memory; -1 if it is neither.
+struct PointerInfo {
+  int device;
+  bool managed;
+};
+PointerInfo pointer_info(const void* pointer);
+
+}  // namespace gradclip::cuda

@@ -1,0 +1,115 @@
+// Loads of 16 bytes of a tensor, counted from its first element: at once where the memory is dense
+// and aligned, else element by element.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/float_bits.hpp"
+#include "cuda/runtime.hpp"
+#include "cuda/table.hpp"
+
+namespace gradclip::cuda {
+
+// 16 bytes from elements: word_at(k) gives the bits of element k.
+template <class T, class WordAt>
+__device__ __forceinline__ uint4 make_vector(WordAt word_at) {
+  if constexpr (sizeof(T) == 8) {
+    const std::uint64_t a = word_at(0), b = word_at(1);
+    return make_uint4(static_cast<unsigned>(a), static_cast<unsigned>(a >> 32),
+                      static_cast<unsigned>(b), static_cast<unsigned>(b >> 32));
+  } else if constexpr (sizeof(T) == 4) {
+    return make_uint4(word_at(0), word_at(1), word_at(2), word_at(3));
+  } else {
+    const auto pair = [&](int k) {
+      return static_cast<unsigned>(word_at(k)) | static_cast<unsigned>(word_at(k + 1)) << 16;
+    };
+    return make_uint4(pair(0), pair(2), pair(4), pair(6));
+  }
+}
+
+// Dense memory that begins at a multiple of 16 bytes.
+template <class T>
+struct AlignedMemory {
+  using Word = typename FloatBits<T>::Word;
+  const std::byte* data;
+
+  __device__ __forceinline__ uint4 load(std::int64_t offset) const {
+    return __ldg(reinterpret_cast<const uint4*>(data + offset));
+  }
+  // Elements from `bytes` on are +0.
+  __device__ __forceinline__ uint4 load_part(std::int64_t offset, std::int64_t bytes) const {
+    if (offset + 16 <= bytes) return load(offset);
+    return make_vector<T>([&](int k) -> Word {
+      const std::int64_t at = offset + k * static_cast<std::int64_t>(sizeof(T));
+      return at < bytes ? __ldg(reinterpret_cast<const Word*>(data + at)) : Word{0};
+    });
+  }
+};
+
+// Any other memory. Elements are real: a complex one is two.
+template <class T>
+struct ElementMemory {
+  using Word = typename FloatBits<T>::Word;
+  std::byte* data;
+  const Axis* axes;
+  int axis_count;
+  bool complex;
+
+  __device__ __forceinline__ Word* address(std::int64_t offset) const {
+    if (axis_count == 0) return reinterpret_cast<Word*>(data + offset);
+    constexpr auto kSize = static_cast<std::int64_t>(sizeof(T));
+    std::int64_t index = offset / (complex ? 2 * kSize : kSize);
+    std::int64_t at = complex ? offset % (2 * kSize) : 0;
+    for (int a = axis_count - 1; a >= 0; --a) {
+      at += index % axes[a].size * axes[a].stride;
+      index /= axes[a].size;
+    }
+    return reinterpret_cast<Word*>(data + at);
+  }
+  __device__ __forceinline__ uint4 load_part(std::int64_t offset, std::int64_t bytes) const {
+    return make_vector<T>([&](int k) -> Word {
+      const std::int64_t at = offset + k * static_cast<std::int64_t>(sizeof(T));
+      return at < bytes ? *address(at) : Word{0};
+    });
+  }
+  __device__ __forceinline__ uint4 load(std::int64_t offset) const {
+    return load_part(offset, offset + 16);
+  }
+};
+
+template <class T>
+__device__ __forceinline__ ElementMemory<T> element_memory(const TensorEntry& entry,
+                                                           const TableView& table) {
+  return {entry.data, table.axes + entry.first_axis, entry.axes, is_complex(entry.dtype)};
+}
+
+__device__ __forceinline__ bool is_aligned(const TensorEntry& entry) {
+  return entry.axes == 0 && reinterpret_cast<std::uintptr_t>(entry.data) % 16 == 0;
+}
+
+// visit(T{}) with the real type of `dtype`.
+template <class Visit>
+__device__ __forceinline__ void with_real_type(DType dtype, Visit visit) {
+  switch (real_of(dtype)) {
+    case DType::float16: visit(Float16{}); break;
+    case DType::bfloat16: visit(BFloat16{}); break;
+    case DType::float32: visit(float{}); break;
+    default: visit(double{}); break;
+  }
+}
+
+// visit(memory) with the widest loads that the tensor allows.
+template <class Visit>
+__device__ __forceinline__ void with_memory(const TensorEntry& entry, const TableView& table,
+                                            Visit visit) {
+  with_real_type(entry.dtype, [&](auto type) {
+    using T = decltype(type);
+    if (is_aligned(entry))
+      visit(AlignedMemory<T>{entry.data}, type);
+    else
+      visit(element_memory<T>(entry, table), type);
+  });
+}
+
+}  // namespace gradclip::cuda

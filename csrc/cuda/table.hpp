@@ -1,0 +1,95 @@
+// What the kernels know of a list of gradients, and how its work is shared out.
+//
+// The work of a tensor is its tiles, one after the other; a tile costs its rows and a little more.
+// Warp w of W takes the tiles that begin at costs [total * w / W, total * (w + 1) / W): no table of
+// chunks, only the cost at which every tensor begins. Tile sums are added exactly, so none of this
+// can change a result.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/dtype.hpp"
+#include "core/platform.hpp"
+#include "core/span.hpp"
+#include "cuda/tuning.hpp"
+
+namespace gradclip::cuda {
+
+using Axis = StridedLayout::Axis;
+
+struct TensorEntry {
+  std::byte* data;
+  std::int64_t bytes;
+  std::int64_t first_cost;   // the cost of all tensors before it
+  std::uint32_t first_axis;  // of a tensor that is not dense
+  std::uint16_t axes;        // 0 where it is dense
+  DType dtype;
+};
+static_assert(sizeof(TensorEntry) == 32);
+
+// Tensors of no bytes have one tile, of no rows: so every tensor is met by exactly one walk.
+GRADCLIP_INLINE std::int64_t tiles_of(std::int64_t bytes) {
+  constexpr auto kTile = static_cast<std::int64_t>(order::kTileBytes);
+  return bytes == 0 ? 1 : (bytes + kTile - 1) / kTile;
+}
+GRADCLIP_INLINE std::int64_t cost_of(std::int64_t bytes) {
+  constexpr auto kRow = static_cast<std::int64_t>(order::kRowBytes);
+  return (bytes + kRow - 1) / kRow + tiles_of(bytes) * kTileEndCost;
+}
+
+struct TableView {
+  const TensorEntry* entries;  // one more than there are tensors: its first_cost is the total
+  const Axis* axes;
+  // Of groups by label, else null: the label of every tensor; the tensors of group g are
+  // members[group_begin[g]] to members[group_begin[g + 1] - 1].
+  const std::uint32_t* labels;
+  const std::uint32_t* members;
+  const std::uint32_t* group_begin;
+  std::uint32_t tensors;
+  std::uint32_t groups;
+  std::int64_t cost;
+
+  GRADCLIP_INLINE std::uint32_t group_of(std::uint32_t tensor) const {
+    return groups == 1 ? 0 : labels ? labels[tensor] : tensor;
+  }
+};
+
+// Which tiles of which tensors a warp takes.
+struct CostRange {
+  std::int64_t begin, end;
+};
+GRADCLIP_INLINE std::int64_t first_cost_of_warp(std::int64_t total, std::int64_t warp,
+                                                std::int64_t warps) {
+  // total * warp / warps without overflow.
+  return total / warps * warp + total % warps * warp / warps;
+}
+GRADCLIP_INLINE CostRange cost_range(std::int64_t total, std::int64_t warp, std::int64_t warps) {
+  return {first_cost_of_warp(total, warp, warps), first_cost_of_warp(total, warp + 1, warps)};
+}
+// The warp whose range holds `cost`.
+GRADCLIP_INLINE std::int64_t warp_at(std::int64_t total, std::int64_t cost, std::int64_t warps) {
+  auto warp = static_cast<std::int64_t>(static_cast<double>(cost) / static_cast<double>(total) *
+                                        static_cast<double>(warps));
+  if (warp >= warps) warp = warps - 1;
+  while (warp > 0 && first_cost_of_warp(total, warp, warps) > cost) --warp;
+  while (first_cost_of_warp(total, warp + 1, warps) <= cost) ++warp;
+  return warp;
+}
+
+// Tiles [begin, end) of a tensor, all of `all`.
+struct TileRange {
+  std::int64_t begin, end, all;
+  GRADCLIP_INLINE bool empty() const { return begin >= end; }
+  GRADCLIP_INLINE bool whole() const { return begin == 0 && end == all; }
+};
+GRADCLIP_INLINE std::int64_t first_tile_at(std::int64_t cost) {
+  return cost <= 0 ? 0 : (cost + kTileCost - 1) / kTileCost;
+}
+GRADCLIP_INLINE TileRange tile_range(const TensorEntry& entry, CostRange range) {
+  const std::int64_t all = tiles_of(entry.bytes);
+  const std::int64_t end = first_tile_at(range.end - entry.first_cost);
+  return {first_tile_at(range.begin - entry.first_cost), end < all ? end : all, all};
+}
+
+}  // namespace gradclip::cuda

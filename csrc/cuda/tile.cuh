@@ -1,0 +1,165 @@
+// The sum of one tile by one warp: steps 1 to 3 of docs/reduction-order.md.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/exact_sum.hpp"
+#include "core/reduction_order.hpp"
+#include "cuda/memory.cuh"
+#include "cuda/warp.cuh"
+
+namespace gradclip::cuda {
+
+#if defined(__CUDA_ARCH__)
+inline constexpr Tuning kTuning = tuning_for(__CUDA_ARCH__);
+#else
+inline constexpr Tuning kTuning = tuning_for(900);
+#endif
+
+enum class Sum { squares, magnitudes };
+
+__device__ __forceinline__ float magnitude(float x) { return fabsf(x); }
+__device__ __forceinline__ double magnitude(double x) { return fabs(x); }
+
+template <Sum kSum, class Work>
+__device__ __forceinline__ Work term(Work x) {
+  return kSum == Sum::squares ? x * x : magnitude(x);
+}
+
+// The two 16-bit elements of a 32-bit word, lower address first.
+template <class Half>
+__device__ __forceinline__ float low_half(unsigned word) {
+  return to_float(Half{static_cast<std::uint16_t>(word & 0xffffu)});
+}
+template <class Half>
+__device__ __forceinline__ float high_half(unsigned word) {
+  return to_float(Half{static_cast<std::uint16_t>(word >> 16)});
+}
+__device__ __forceinline__ double to_double(unsigned low, unsigned high) {
+  return bit_copy<double>(static_cast<std::uint64_t>(high) << 32 | low);
+}
+
+// Step 1, the terms of 16 bytes; `scale` is for float64 alone.
+template <Sum kSum, class Work, class T>
+__device__ __forceinline__ auto terms_of(uint4 v, double scale, T) {
+  if constexpr (sizeof(T) == 8) {
+    return Terms2{term<kSum>(to_double(v.x, v.y) * scale), term<kSum>(to_double(v.z, v.w) * scale)};
+  } else if constexpr (sizeof(T) == 4) {
+    const auto one = [](unsigned word) {
+      return term<kSum>(static_cast<Work>(bit_copy<float>(word)));
+    };
+    return Terms4<Work>{one(v.x), one(v.y), one(v.z), one(v.w)};
+  } else {
+    const auto two = [](unsigned word) {
+      return term<kSum>(static_cast<Work>(low_half<T>(word))) +
+             term<kSum>(static_cast<Work>(high_half<T>(word)));
+    };
+    return Terms4<Work>{two(v.x), two(v.y), two(v.z), two(v.w)};
+  }
+}
+
+// `kRows` rows are asked for before the first of them is used.
+template <Sum kSum, class Work, int kRows, class T, class Memory>
+__device__ __forceinline__ double sum_tile(const Memory& memory, std::int64_t first,
+                                           std::int64_t bytes, double scale, T type) {
+  constexpr auto kRow = static_cast<std::int64_t>(order::kRowBytes);
+  const std::int64_t end = first + bytes;
+  std::int64_t at = first + 16 * lane_id();
+  double sum = 0.0;
+  int whole_rows = static_cast<int>(bytes / kRow);
+  for (; whole_rows >= kRows; whole_rows -= kRows, at += kRows * kRow) {
+    uint4 rows[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) rows[r] = memory.load(at + r * kRow);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) sum += fold_row(terms_of<kSum, Work>(rows[r], scale, type));
+  }
+#pragma unroll 1
+  for (; at - 16 * lane_id() < end; at += kRow)
+    sum += fold_row(terms_of<kSum, Work>(memory.load_part(at, end), scale, type));
+  return fold_accumulators<sizeof(T) == 8 ? 8 : 16>(sum);
+}
+
+// The largest magnitude of the elements of a vector, as a bit pattern.
+template <class T>
+__device__ __forceinline__ typename FloatBits<T>::Word largest_of(uint4 v) {
+  using Word = typename FloatBits<T>::Word;
+  constexpr Word kMagnitude = static_cast<Word>(~FloatBits<T>::sign);
+  const auto larger_of = [](Word a, Word b) { return a > b ? a : b; };
+  const auto of_word = [&](unsigned word) -> Word {
+    if constexpr (sizeof(T) == 2)
+      return larger_of(static_cast<Word>(word & kMagnitude),
+                       static_cast<Word>(word >> 16 & kMagnitude));
+    else
+      return static_cast<Word>(word & kMagnitude);
+  };
+  if constexpr (sizeof(T) == 8) {
+    const auto bits = [](unsigned low, unsigned high) {
+      return (static_cast<Word>(high) << 32 | low) & kMagnitude;
+    };
+    return larger_of(bits(v.x, v.y), bits(v.z, v.w));
+  } else {
+    return larger_of(larger_of(of_word(v.x), of_word(v.y)),
+                     larger_of(of_word(v.z), of_word(v.w)));
+  }
+}
+
+// The largest magnitude of a tile as a pattern of T; the same in every thread of the warp.
+template <int kRows, class T, class Memory>
+__device__ __forceinline__ std::uint64_t largest_of_tile(const Memory& memory, std::int64_t first,
+                                                         std::int64_t bytes, T) {
+  using Word = typename FloatBits<T>::Word;
+  constexpr auto kRow = static_cast<std::int64_t>(order::kRowBytes);
+  const std::int64_t end = first + bytes;
+  std::int64_t at = first + 16 * lane_id();
+  Word largest = 0;
+  const auto take = [&](uint4 v) {
+    const Word here = largest_of<T>(v);
+    largest = here > largest ? here : largest;
+  };
+  int whole_rows = static_cast<int>(bytes / kRow);
+  for (; whole_rows >= kRows; whole_rows -= kRows, at += kRows * kRow) {
+    uint4 rows[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) rows[r] = memory.load(at + r * kRow);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) take(rows[r]);
+  }
+#pragma unroll 1
+  for (; at - 16 * lane_id() < end; at += kRow) take(memory.load_part(at, end));
+  if constexpr (sizeof(T) == 8)
+    return largest_in_warp(static_cast<unsigned long long>(largest));
+  else
+    return largest_in_warp(static_cast<unsigned>(largest));
+}
+
+// A tile whose sum cannot be trusted; one row at a time, for it is rare.
+template <Sum kSum, class T, class Memory>
+__device__ __forceinline__ WideValue sum_tile_again(const Memory& memory, std::int64_t first,
+                                                    std::int64_t bytes, T type) {
+  const std::uint64_t largest_bits = largest_of_tile<1>(memory, first, bytes, type);
+  if (largest_bits == 0) return {0.0, 0};
+  if (largest_bits > FloatBits<T>::infinity) return {quiet_nan(), 0};
+  if (largest_bits == FloatBits<T>::infinity) return {infinity(), 0};
+  if constexpr (sizeof(T) == 8) {
+    const int k = order::scale_exponent(largest_bits);
+    const double sum = sum_tile<kSum, double, 1>(memory, first, bytes, power_of_two(-k), type);
+    return {sum, kSum == Sum::squares ? 2 * k : k};
+  } else {
+    return {sum_tile<kSum, double, 1>(memory, first, bytes, 1.0, type), 0};
+  }
+}
+
+// The sum of a tile, the same in every thread of the warp.
+template <Sum kSum, class T, class Memory>
+__device__ __forceinline__ WideValue tile_sum(const Memory& memory, std::int64_t first,
+                                              std::int64_t bytes, T type) {
+  using Work = std::conditional_t<sizeof(T) == 8, double, float>;
+  const double sum =
+      sum_tile<kSum, Work, kTuning.rows_in_flight>(memory, first, bytes, 1.0, type);
+  if (order::can_be_trusted(sum, sizeof(T) == 8)) return {sum, 0};
+  return sum_tile_again<kSum>(memory, first, bytes, type);
+}
+
+}  // namespace gradclip::cuda

@@ -1,0 +1,41 @@
+// Geometry and tuning: the one place for numbers that change speed and never a result.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/reduction_order.hpp"
+
+namespace gradclip::cuda {
+
+struct Tuning {
+  int rows_in_flight;     // of a warp: 16 bytes a thread and row, asked for before the first is used
+  int vectors_in_flight;  // of a thread that changes memory, 16 bytes each
+};
+
+// By compute capability, major * 100 + minor * 10 as in __CUDA_ARCH__.
+constexpr Tuning tuning_for(int arch) {
+  // High-bandwidth memory (A100, H100, H200, B200) needs about 40 KB in flight for each
+  // multiprocessor: 32 warps with 8 rows of 512 bytes are 128 KB. Others need far less.
+  const bool high_bandwidth = arch == 800 || arch == 900 || arch == 1000;
+  return high_bandwidth ? Tuning{8, 4} : Tuning{4, 2};
+}
+
+inline constexpr int kThreads = 256;
+inline constexpr int kWarps = kThreads / 32;
+// Of each multiprocessor, all resident at once; they leave 64 registers for a thread.
+inline constexpr int kBlocksPerMultiprocessor = 4;
+
+// Work is counted in rows; what comes with a tile besides its rows costs as much as some rows more.
+inline constexpr std::int64_t kTileEndCost = 8;
+inline constexpr std::int64_t kTileCost =
+    static_cast<std::int64_t>(order::kRowsPerTile) + kTileEndCost;
+// The least for a block: two tiles. With one tile for each warp a model of 5 MB would keep only a
+// third of a large GPU's multiprocessors busy. At least kTileCost, so that no block has nothing.
+inline constexpr std::int64_t kLeastCostPerBlock = 2 * kTileCost;
+
+// Entries of a table that travels as a kernel argument; 32764 bytes are the most an argument may
+// have.
+inline constexpr std::uint32_t kArgumentEntries = 960;
+
+}  // namespace gradclip::cuda
