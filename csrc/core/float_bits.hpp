@@ -59,12 +59,18 @@ GRADCLIP_INLINE float to_float(BFloat16 x) {
   return bit_copy<float>(static_cast<std::uint32_t>(x.bits) << 16);
 }
 GRADCLIP_INLINE float to_float(Float16 x) {
+#if defined(__CUDA_ARCH__)
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(x.bits));
+  return result;
+#else
   const std::uint32_t magnitude = static_cast<std::uint32_t>(x.bits & 0x7fffu) << 13;
   const std::uint32_t sign = static_cast<std::uint32_t>(x.bits & 0x8000u) << 16;
   if (magnitude >= 0x0f800000u) return bit_copy<float>(sign | 0x70000000u | magnitude);  // inf, NaN
   // The exponent is 112 too low; the product also normalises subnormal numbers. It is exact.
   const float scaled = bit_copy<float>(magnitude) * bit_copy<float>(0x77800000u);
   return bit_copy<float>(sign | bit_copy<std::uint32_t>(scaled));
+#endif
 }
 GRADCLIP_INLINE float to_float(float x) { return x; }
 
@@ -74,12 +80,23 @@ GRADCLIP_INLINE double to_double(float x) { return x; }
 GRADCLIP_INLINE double to_double(double x) { return x; }
 
 GRADCLIP_INLINE BFloat16 to_bfloat16(float x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  BFloat16 result;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(x));
+  return result;
+#else
   const std::uint32_t bits = bit_copy<std::uint32_t>(x);
   if ((bits & 0x7fffffffu) > 0x7f800000u)
     return {static_cast<std::uint16_t>((bits >> 16) | 0x40u)};  // keep NaN a NaN
   return {static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+#endif
 }
 GRADCLIP_INLINE Float16 to_float16(float x) {
+#if defined(__CUDA_ARCH__)
+  Float16 result;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(x));
+  return result;
+#else
   const std::uint32_t bits = bit_copy<std::uint32_t>(x);
   const std::uint32_t sign = (bits >> 16) & 0x8000u;
   const std::uint32_t magnitude = bits & 0x7fffffffu;
@@ -95,6 +112,7 @@ GRADCLIP_INLINE Float16 to_float16(float x) {
     half = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
   }
   return {static_cast<std::uint16_t>(sign | half)};
+#endif
 }
 
 // Round to T, to nearest even.

@@ -31,7 +31,7 @@ struct NormSum {
 GRADCLIP_INLINE double larger(double a, double b) { return is_nan(a) || a > b ? a : b; }
 
 // The norm divided by `scale`: it may be within float64 where the norm itself is not.
-inline double norm_of(const NormOrder& order, const NormSum& sum, double scale = 1.0) {
+GRADCLIP_INLINE double norm_of(const NormOrder& order, const NormSum& sum, double scale = 1.0) {
   switch (order.kind) {
     case NormOrder::two: {
       if (sum.exponent == 0) return std::sqrt(sum.value) / scale;
@@ -45,6 +45,16 @@ inline double norm_of(const NormOrder& order, const NormSum& sum, double scale =
     case NormOrder::other: return power(sum.value, 1.0 / order.p) * sum.unit / scale;
   }
   return quiet_nan();
+}
+
+// value * unit as the sum of a tensor; the exponent apart, for it may be beyond float64.
+GRADCLIP_INLINE NormSum magnitude_sum(double value, double unit) {
+  if (unit == 0.0 || !is_finite(unit)) return {value * unit, 0, 0.0};
+  const bool subnormal = unit < 0x1p-1022;
+  const auto bits = bit_copy<std::uint64_t>(subnormal ? unit * 0x1p54 : unit);
+  const int exponent = static_cast<int>(bits >> 52) - 1022 - (subnormal ? 54 : 0);
+  const double mantissa = bit_copy<double>((bits & 0xfffffffffffffu) | 0x3fe0000000000000u);
+  return {value * mantissa, exponent, 0.0};
 }
 
 // The sum of each group of tensors; `labels[i]` is the group of tensor i, empty for one group.
@@ -86,11 +96,11 @@ inline Table<NormSum> group_sums(const NormOrder& order, std::span<const NormSum
 }
 
 // For adding over processes: the sum as one float64, 0 or infinite where it is beyond; and back.
-inline double to_plain(const NormOrder& order, const NormSum& sum) {
+GRADCLIP_INLINE double to_plain(const NormOrder& order, const NormSum& sum) {
   if (order.kind == NormOrder::infinity) return sum.value;
   if (order.kind == NormOrder::other) return sum.value * power(sum.unit, order.p);
   return narrow({sum.value, sum.exponent});
 }
-inline NormSum from_plain(double sum) { return {sum, 0, 1.0}; }
+GRADCLIP_INLINE NormSum from_plain(double sum) { return {sum, 0, 1.0}; }
 
 }  // namespace gradclip

@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "core/dtype.hpp"
+#include "core/element.hpp"
 #include "core/float_bits.hpp"
 #include "core/norm.hpp"
 #include "core/plan.hpp"
@@ -14,30 +15,6 @@
 #include "cpu/workers.hpp"
 
 namespace gradclip::cpu {
-
-// The value of a magnitude's bit pattern.
-inline double value_of_pattern(DType dtype, std::uint64_t bits) {
-  switch (real_of(dtype)) {
-    case DType::float16: return to_double(Float16{static_cast<std::uint16_t>(bits)});
-    case DType::bfloat16: return to_double(BFloat16{static_cast<std::uint16_t>(bits)});
-    case DType::float32: return bit_copy<float>(static_cast<std::uint32_t>(bits));
-    default: return bit_copy<double>(bits);
-  }
-}
-
-// The pattern of the largest value of the type that is not above `limit` >= 0.
-inline std::uint64_t pattern_below(DType dtype, double limit) {
-  if (real_of(dtype) == DType::float64) return bit_copy<std::uint64_t>(limit);
-  const float nearest = static_cast<float>(limit);
-  std::uint32_t bits = bit_copy<std::uint32_t>(nearest);
-  if (nearest > limit) --bits;
-  if (real_of(dtype) == DType::float32) return bits;
-  const float below = bit_copy<float>(bits);
-  std::uint64_t half =
-      real_of(dtype) == DType::float16 ? to_float16(below).bits : to_bfloat16(below).bits;
-  if (value_of_pattern(dtype, half) > limit) --half;
-  return half;
-}
 
 template <class T, class Visit>
 void visit_magnitudes_of(const std::byte* data, std::size_t bytes, bool complex, double scale,

@@ -2,6 +2,7 @@
 // order, in wider or narrower registers.
 #pragma once
 
+#include "core/element.hpp"
 #include "core/reduction_order.hpp"
 #include "cpu/kernels.hpp"
 #include "cpu/simd.hpp"
@@ -172,12 +173,6 @@ NonFiniteCounts count_nonfinite(const std::byte* data, std::size_t bytes) {
     counts.infinity += size == FloatBits<T>::infinity;
   }
   return counts;
-}
-
-// Whether 16- and 32-bit elements can be multiplied in float32: the factor must keep its bits.
-GRADCLIP_INLINE bool fits_float(double factor) {
-  const double size = factor < 0.0 ? -factor : factor;
-  return size == 0.0 || !(size < 0x1p-126 || size > 0x1.fffffep127);
 }
 
 GRADCLIP_INLINE void scale_block(std::byte* block, float factor, float) {

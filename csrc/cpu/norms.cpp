@@ -126,12 +126,7 @@ Table<NormSum> measure(std::span<const Span> spans, const Plan& plan, const Norm
     if (!slow(spans[i])) continue;
     const double sum = is_finite(units[i]) ? narrow({sums[i].value, sums[i].exponent}) : 1.0;
     sums[i] = {sum, 0, units[i]};
-    if (order.kind == NormOrder::one) {
-      // The sum itself; the exponent apart, for it may be beyond float64.
-      int exponent = 0;
-      const double mantissa = std::frexp(units[i], &exponent);
-      sums[i] = {sum * mantissa, exponent, 0.0};
-    }
+    if (order.kind == NormOrder::one) sums[i] = magnitude_sum(sum, units[i]);
   }
   return sums;
 }

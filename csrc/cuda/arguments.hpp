@@ -1,0 +1,98 @@
+// What travels to the kernels of a call.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/clip.hpp"
+#include "cuda/engine.hpp"
+#include "cuda/table.hpp"
+
+namespace gradclip::cuda {
+
+// An accumulator in global memory, whatever its type.
+struct Accumulated {
+  std::uint64_t words[5];
+};
+
+// The largest magnitude, and whether an element is infinite or NaN: of a finite complex element the
+// magnitude can be beyond float64.
+struct Largest {
+  double value = 0.0;
+  std::uint64_t nonfinite = 0;
+
+  GRADCLIP_INLINE void add(const Largest& other) {
+    value = larger(other.value, value);
+    nonfinite |= other.nonfinite;
+  }
+};
+
+// Memory of one call at a time. The counters are 0 between calls: whoever is last sets them back.
+struct Scratch {
+  std::uint32_t* blocks_done;
+  std::uint32_t* tiles_done;  // of every tensor that is spread over blocks
+  Accumulated* partials;      // two per block: of the tensor it ends, or is inside; of the one it begins
+  Accumulated* block_totals;
+  NormSum* sums;    // of every tensor
+  Largest* units;   // of every tensor, in the slow orders
+};
+
+struct ResultPointers {
+  double* total_norm;
+  double* coefficients;
+  double* group_norms;
+  double* group_sums;
+  double* norms;
+  ResultFlags* flags;
+  std::uint8_t* nonfinite;
+
+  ResultPointers(const ResultLayout& at, std::byte* result)
+      : total_norm(reinterpret_cast<double*>(result + at.total_norm())),
+        coefficients(reinterpret_cast<double*>(result + at.coefficients())),
+        group_norms(reinterpret_cast<double*>(result + at.group_norms())),
+        group_sums(reinterpret_cast<double*>(result + at.group_sums())),
+        norms(reinterpret_cast<double*>(result + at.norms())),
+        flags(reinterpret_cast<ResultFlags*>(result + at.flags())),
+        nonfinite(reinterpret_cast<std::uint8_t*>(result + at.nonfinite())) {}
+};
+
+struct MeasureArguments {
+  TableView table;
+  Scratch scratch;
+  ResultPointers result;
+  Request request;
+  Groups::Kind grouping;
+  bool units_pass;              // of two passes the first: largest magnitudes for the second
+  const double* reduced;        // for `decide`: the sums of groups over all processes
+};
+
+struct ChangeArguments {
+  TableView table;
+  // Either what a clip decided, or one factor for all.
+  const ResultFlags* flags;
+  const double* coefficients;
+  double grad_scale;
+  double factor;
+};
+
+struct ValueClipArguments {
+  TableView table;
+  Scratch scratch;
+  ResultPointers result;
+  double limit;
+};
+
+struct CountArguments {
+  TableView table;
+  unsigned long long* counts;  // two for every tensor
+  unsigned flip;               // 0
+};
+
+// Arguments with the table of a short list inside them: no copy, no memory of the device.
+template <class Arguments>
+struct WithEntries {
+  Arguments arguments;
+  TensorEntry entries[kArgumentEntries + 1];
+};
+
+}  // namespace gradclip::cuda

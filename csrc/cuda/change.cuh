@@ -1,0 +1,239 @@
+// The kernels that write: scale and zero, value clip. Element by element, so that no order matters:
+// memory is taken from a multiple of 16 bytes on, with single elements before and after.
+#pragma once
+
+#include "core/element.hpp"
+#include "cuda/measure.cuh"
+
+namespace gradclip::cuda {
+
+// The elements of a vector changed one by one: change(x) returns what is to stand there.
+template <class T, class Change>
+__device__ __forceinline__ uint4 change_vector(uint4 v, Change change) {
+  if constexpr (sizeof(T) == 8) {
+    const auto a = bit_copy<std::uint64_t>(change(to_double(v.x, v.y)));
+    const auto b = bit_copy<std::uint64_t>(change(to_double(v.z, v.w)));
+    return make_uint4(static_cast<unsigned>(a), static_cast<unsigned>(a >> 32),
+                      static_cast<unsigned>(b), static_cast<unsigned>(b >> 32));
+  } else if constexpr (sizeof(T) == 4) {
+    const auto one = [&](unsigned word) {
+      return bit_copy<unsigned>(change(bit_copy<float>(word)));
+    };
+    return make_uint4(one(v.x), one(v.y), one(v.z), one(v.w));
+  } else {
+    const auto two = [&](unsigned word) {
+      const T low = change(T{static_cast<std::uint16_t>(word & 0xffffu)});
+      const T high = change(T{static_cast<std::uint16_t>(word >> 16)});
+      return static_cast<unsigned>(low.bits) | static_cast<unsigned>(high.bits) << 16;
+    };
+    return make_uint4(two(v.x), two(v.y), two(v.z), two(v.w));
+  }
+}
+
+template <class T, class Change>
+__device__ __forceinline__ void change_element(typename FloatBits<T>::Word* at, Change change) {
+  const T x = change(bit_copy<T>(*at));
+  *at = bit_copy<typename FloatBits<T>::Word>(x);
+}
+
+// Change bytes [first, end) of a tensor, from the end to the beginning: the norms went forward, so the
+// end is still in the cache.
+template <class T, class Change>
+__device__ __forceinline__ void change_dense(std::byte* first, std::byte* end, Change change) {
+  constexpr int kVectors = kTuning.vectors_in_flight;
+  using Word = typename FloatBits<T>::Word;
+  const auto up = [](std::byte* p) { return p + (16 - reinterpret_cast<std::uintptr_t>(p) % 16) % 16; };
+  std::byte* const body = up(first) < end ? up(first) : end;
+  std::byte* const body_end = body + (end - body) / 16 * 16;
+  const auto by_element = [&](std::byte* from, std::byte* to) {
+    auto* const at = reinterpret_cast<Word*>(from) + lane_id();
+    if (reinterpret_cast<std::byte*>(at) < to) change_element<T>(at, change);
+  };
+  by_element(body_end, end);  // at most 15 bytes: 7 elements
+  std::byte* at = body_end;
+  constexpr std::ptrdiff_t kStep = 32 * 16;
+  for (; at - body >= kVectors * kStep; at -= kVectors * kStep) {
+    uint4 v[kVectors];
+    auto* const mine = reinterpret_cast<uint4*>(at - kVectors * kStep) + lane_id();
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) v[k] = mine[32 * k];
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) mine[32 * k] = change_vector<T>(v[k], change);
+  }
+  auto* const last = reinterpret_cast<uint4*>(at);
+  for (auto* mine = reinterpret_cast<uint4*>(body) + lane_id(); mine < last; mine += 32)
+    *mine = change_vector<T>(*mine, change);
+  by_element(first, body);
+}
+
+template <class T, class Change>
+__device__ __forceinline__ void change_elements(const ElementMemory<T>& memory, std::int64_t first,
+                                                std::int64_t end, Change change) {
+  constexpr auto kSize = static_cast<std::int64_t>(sizeof(T));
+  for (std::int64_t at = first + kSize * lane_id(); at < end; at += 32 * kSize)
+    change_element<T>(memory.address(at), change);
+}
+
+// Change tiles of a tensor. change(x) for every real element.
+template <class T, class Change>
+__device__ __forceinline__ void change_tiles(const TensorEntry& entry, const TableView& table,
+                                             const TileRange& tiles, Change change) {
+  constexpr auto kTile = static_cast<std::int64_t>(order::kTileBytes);
+  const std::int64_t first = tiles.begin * kTile;
+  const std::int64_t end = tiles.end == tiles.all ? entry.bytes : tiles.end * kTile;
+  if (entry.axes == 0)
+    change_dense<T>(entry.data + first, entry.data + end, change);
+  else
+    change_elements(element_memory<T>(entry, table), first, end, change);
+}
+
+__device__ __forceinline__ void scale_tiles(const TensorEntry& entry, const TableView& table,
+                                            const TileRange& tiles, double factor) {
+  with_real_type(entry.dtype, [&](auto type) {
+    using T = decltype(type);
+    if constexpr (sizeof(T) == 8) {
+      change_tiles<T>(entry, table, tiles, [=](double x) { return x * factor; });
+    } else if (fits_float(factor)) {
+      const auto narrow_factor = static_cast<float>(factor);
+      change_tiles<T>(entry, table, tiles, [=](T x) {
+        round_to(to_float(x) * narrow_factor, x);
+        return x;
+      });
+    } else {
+      change_tiles<T>(entry, table, tiles, [=](T x) {
+        round_to(static_cast<float>(to_double(x) * factor), x);
+        return x;
+      });
+    }
+  });
+}
+
+__device__ __forceinline__ void change(const ChangeArguments& arguments) {
+  auto action = static_cast<ClipDecision::Action>(
+      arguments.flags ? arguments.flags->action : static_cast<std::uint8_t>(ClipDecision::scale));
+  if (action == ClipDecision::nothing) return;
+  const TableView& table = arguments.table;
+  walk_backward(table, [&](std::uint32_t i, const TensorEntry& entry, const TileRange& tiles) {
+    if (action == ClipDecision::zero) {
+      with_real_type(entry.dtype, [&](auto type) {
+        using T = decltype(type);
+        change_tiles<T>(entry, table, tiles, [](T) { return T{}; });
+      });
+      return;
+    }
+    const double factor =
+        arguments.flags ? arguments.coefficients[table.group_of(i)] / arguments.grad_scale
+                        : arguments.factor;
+    if (factor != 1.0) scale_tiles(entry, table, tiles, factor);
+  });
+}
+
+template <class T>
+__device__ __forceinline__ bool is_beyond(T x, typename FloatBits<T>::Word top) {
+  using Word = typename FloatBits<T>::Word;
+  const Word size = bit_copy<Word>(x) & static_cast<Word>(~FloatBits<T>::sign);
+  return size > top && size <= FloatBits<T>::infinity;
+}
+
+// --- Clip by value ------------------------------------------------------------------------------------
+
+// Flags beside a largest magnitude, in the place of Largest::nonfinite.
+inline constexpr std::uint64_t kHasNonFinite = 1, kWasClipped = 2;
+
+// One tile: its largest magnitude is taken, and what is beyond the limit is changed.
+template <class T>
+__device__ __forceinline__ Largest clip_tile(const TensorEntry& entry, const TableView& table,
+                                             std::int64_t index, double limit) {
+  using Word = typename FloatBits<T>::Word;
+  const TileBytes tile = bytes_of_tile(entry, index);
+  std::uint64_t largest = 0;
+  if (is_aligned(entry))
+    largest = largest_of_tile<kTuning.rows_in_flight>(AlignedMemory<T>{entry.data}, tile.first,
+                                                      tile.bytes, T{});
+  else
+    largest = largest_of_tile<1>(element_memory<T>(entry, table), tile.first, tile.bytes, T{});
+  const double value = value_of_pattern(entry.dtype, largest);
+  std::uint64_t flags = is_finite(value) ? 0 : kHasNonFinite;
+  const auto top = static_cast<Word>(pattern_below(entry.dtype, limit));
+  if (largest > top) {
+    int clipped = 0;
+    change_tiles<T>(entry, table, {index, index + 1, tiles_of(entry.bytes)}, [&](T x) {
+      if (!is_beyond(x, top)) return x;
+      clipped = 1;
+      return bit_copy<T>(static_cast<Word>((bit_copy<Word>(x) & FloatBits<T>::sign) | top));
+    });
+    if (__any_sync(kFullWarp, clipped)) flags |= kWasClipped;
+  }
+  return {value, flags};
+}
+
+__device__ __forceinline__ void clip_by_value(const ValueClipArguments& arguments) {
+  auto& shared = shared_memory<CombineShared<Largest>>();
+  const ResultPointers& result = arguments.result;
+  const bool last = accumulate(
+      shared, arguments.table, arguments.scratch, [] {},
+      [&](std::uint32_t, const TensorEntry& entry, std::int64_t tile, Largest& running) {
+        with_real_type(entry.dtype, [&](auto type) {
+          const Largest largest =
+              clip_tile<decltype(type)>(entry, arguments.table, tile, arguments.limit);
+          if (lane_id() == 0) running.add(largest);
+        });
+      },
+      [](Largest&) {},
+      [&](std::uint32_t tensor, const Largest& largest, Largest& total) {
+        result.norms[tensor] = largest.value;
+        result.nonfinite[tensor] = (largest.nonfinite & kHasNonFinite) != 0;
+        total.add(largest);
+      });
+  if (!last || threadIdx.x != 0) return;
+  *result.total_norm = *result.group_norms = shared.threads[0].value;
+  *result.coefficients = 1.0;
+  *result.flags = {(shared.threads[0].nonfinite & kWasClipped) != 0,
+                   (shared.threads[0].nonfinite & kHasNonFinite) != 0, 0, 0};
+}
+
+// --- Telling what is not finite -------------------------------------------------------------------------
+
+// counts[2 i] NaN and counts[2 i + 1] infinite elements of tensor i, which begin as 0.
+__device__ __forceinline__ void count_nonfinite(const TableView& table, unsigned long long* counts) {
+  walk(table, [&](std::uint32_t i, const TensorEntry& entry, const TileRange& tiles) {
+    constexpr auto kTile = static_cast<std::int64_t>(order::kTileBytes);
+    const auto itemsize = static_cast<std::int64_t>(size_of(entry.dtype));
+    const std::int64_t first = tiles.begin * kTile / itemsize;
+    const std::int64_t end =
+        (tiles.end == tiles.all ? entry.bytes : tiles.end * kTile) / itemsize;
+    with_real_type(entry.dtype, [&](auto type) {
+      using T = decltype(type);
+      const ElementMemory<T> memory = element_memory<T>(entry, table);
+      unsigned nan = 0, infinite = 0;
+      for (std::int64_t at = first + lane_id(); at < end; at += 32) {
+        const double re = element_at(memory, at * itemsize);
+        const double im =
+            memory.complex
+                ? element_at(memory, at * itemsize + static_cast<std::int64_t>(sizeof(T)))
+                : 0.0;
+        const bool is_a_nan = is_nan(re) || is_nan(im);
+        nan += is_a_nan;
+        infinite += !is_a_nan && (!is_finite(re) || !is_finite(im));
+      }
+      if (nan) atomicAdd(&counts[2 * i], static_cast<unsigned long long>(nan));
+      if (infinite) atomicAdd(&counts[2 * i + 1], static_cast<unsigned long long>(infinite));
+    });
+  });
+}
+
+// --- The device's own speed -----------------------------------------------------------------------------
+
+// visit(vector, words) over the whole rows of every tensor.
+template <int kVectors, class Visit>
+__device__ __forceinline__ void probe(const TableView& table, Visit visit) {
+  walk(table, [&](std::uint32_t, const TensorEntry& entry, const TileRange& tiles) {
+    constexpr auto kTile = static_cast<std::int64_t>(order::kTileBytes);
+    constexpr auto kStep = static_cast<std::int64_t>(kVectors * order::kRowBytes);
+    const std::int64_t end = tiles.end == tiles.all ? entry.bytes : tiles.end * kTile;
+    for (std::int64_t at = tiles.begin * kTile; at + kStep <= end; at += kStep)
+      visit(reinterpret_cast<uint4*>(entry.data + at) + lane_id());
+  });
+}
+
+}  // namespace gradclip::cuda

@@ -1,0 +1,265 @@
+// Lists of gradients: their tables, and the launches over them.
+#include "cuda/engine.hpp"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+
+#include "cuda/kernels.cuh"
+#include "cuda/workspace.hpp"
+
+namespace gradclip::cuda {
+namespace {
+
+std::size_t rounded(std::size_t bytes) { return (bytes + 15) / 16 * 16; }
+
+// The parts of one piece of memory, one after the other.
+class Parts {
+ public:
+  std::size_t add(std::size_t bytes) {
+    const std::size_t at = end_;
+    end_ += rounded(bytes);
+    return at;
+  }
+  std::size_t end() const { return end_; }
+
+ private:
+  std::size_t end_ = 0;
+};
+
+int multiprocessors(int device) {
+  int count = 0;
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
+        "cudaDeviceGetAttribute");
+  return count;
+}
+
+}  // namespace
+
+struct List::State {
+  int device = 0;
+  Groups::Kind grouping = Groups::all;
+  std::size_t tensors = 0, groups = 1;
+  std::vector<TensorEntry> entries;
+  std::vector<Axis> axes;
+  std::vector<std::uint32_t> labels, members, group_begin;
+  bool any_complex = false;
+  bool by_argument = false;
+  unsigned blocks = 1;
+  TableView table{};
+  Scratch scratch{};
+  Workspace* workspace = nullptr;
+  bool is_kept = false;
+  Stream stream = nullptr;  // of a list that is not kept
+
+  State() = default;
+  State(const State&) = delete;
+  State& operator=(const State&) = delete;
+  ~State() {
+    if (is_kept) {
+      delete workspace;
+    } else if (workspace) {
+      try {
+        workspace->mark_end(stream);
+        give_back(workspace);
+      } catch (...) {
+        delete workspace;  // the device is lost: whatever was on it is gone
+      }
+    }
+  }
+
+  void read(std::span<const Span> spans, const Groups& groups_wanted);
+  void place(Stream on);
+
+  template <class Arguments>
+  void launch_over(void (*kernel)(Arguments), void (*short_kernel)(WithEntries<Arguments>),
+                   std::size_t shared_bytes, Arguments arguments, Stream on) const {
+    arguments.table = table;
+    if (!by_argument) return launch(kernel, blocks, kThreads, shared_bytes, on, arguments);
+    WithEntries<Arguments> list{arguments, {}};
+    std::copy(entries.begin(), entries.end(), list.entries);
+    launch(short_kernel, blocks, kThreads, shared_bytes, on, list);
+  }
+  template <Measure kMeasure>
+  void launch_measure(const MeasureArguments& arguments, Stream on) const {
+    using Accumulator = typename AccumulatorOf<kMeasure>::Type;
+    launch_over(measure_kernel<kMeasure, MeasureArguments>,
+                measure_kernel<kMeasure, WithEntries<MeasureArguments>>,
+                sizeof(CombineShared<Accumulator>), arguments, on);
+  }
+};
+
+void List::State::read(std::span<const Span> spans, const Groups& groups_wanted) {
+  constexpr auto kMost = std::numeric_limits<std::uint32_t>::max();
+  tensors = spans.size();
+  grouping = groups_wanted.kind;
+  groups = groups_wanted.count(tensors);
+  if (tensors >= kMost) throw std::length_error("grads: expected fewer than 2^32 - 1 gradients");
+  entries.reserve(tensors + 1);
+  std::int64_t cost = 0;
+  for (const Span& span : spans) {
+    if (tiles_of(span.nbytes()) >= kMost)
+      throw std::length_error("grads: expected gradients of less than 2^46 bytes");
+    TensorEntry entry{span.data, span.nbytes(), cost, static_cast<std::uint32_t>(axes.size()), 0,
+                      span.dtype};
+    if (span.layout) {
+      entry.axes = static_cast<std::uint16_t>(span.layout->axes.size());
+      axes.insert(axes.end(), span.layout->axes.begin(), span.layout->axes.end());
+    }
+    any_complex = any_complex || is_complex(span.dtype);
+    entries.push_back(entry);
+    cost += cost_of(span.nbytes());
+  }
+  entries.push_back({nullptr, 0, cost, 0, 0, DType::float32});
+  if (grouping == Groups::labels) {
+    labels.assign(groups_wanted.label.begin(), groups_wanted.label.end());
+    group_begin.assign(groups + 1, 0);
+    for (const std::uint32_t label : labels) ++group_begin[label + 1];
+    for (std::size_t g = 0; g < groups; ++g) group_begin[g + 1] += group_begin[g];
+    members.resize(tensors);
+    std::vector<std::uint32_t> next(group_begin.begin(), group_begin.end() - 1);
+    for (std::uint32_t i = 0; i < tensors; ++i) members[next[labels[i]]++] = i;
+  }
+  table.tensors = static_cast<std::uint32_t>(tensors);
+  table.groups = static_cast<std::uint32_t>(groups);
+  table.cost = cost;
+  const std::int64_t resident =
+      static_cast<std::int64_t>(multiprocessors(device)) * kBlocksPerMultiprocessor;
+  blocks = static_cast<unsigned>(std::clamp<std::int64_t>(cost / kLeastCostPerBlock, 1, resident));
+}
+
+void List::State::place(Stream on) {
+  by_argument =
+      !is_kept && tensors <= kArgumentEntries && axes.empty() && grouping != Groups::labels;
+  Parts parts;
+  const std::size_t at_entries = parts.add(by_argument ? 0 : entries.size() * sizeof(TensorEntry));
+  const std::size_t at_axes = parts.add(axes.size() * sizeof(Axis));
+  const std::size_t at_labels = parts.add(labels.size() * sizeof(std::uint32_t));
+  const std::size_t at_members = parts.add(members.size() * sizeof(std::uint32_t));
+  const std::size_t at_begin = parts.add(group_begin.size() * sizeof(std::uint32_t));
+  const std::size_t table_bytes = parts.end();
+  const std::size_t at_partials = parts.add(2 * blocks * sizeof(Accumulated));
+  const std::size_t at_totals = parts.add(blocks * sizeof(Accumulated));
+  const std::size_t at_sums = parts.add(tensors * sizeof(NormSum));
+  const std::size_t at_units = parts.add(tensors * sizeof(Largest));
+  workspace->reserve(4 + tensors, parts.end(), table_bytes, on);
+
+  std::byte* const memory = workspace->memory();
+  if (table_bytes != 0) {
+    std::byte* const pinned = workspace->pinned();
+    const auto put = [&](std::size_t at, const auto& items) {
+      if (!items.empty()) std::memcpy(pinned + at, items.data(), items.size() * sizeof(items[0]));
+    };
+    if (!by_argument) put(at_entries, entries);
+    put(at_axes, axes);
+    put(at_labels, labels);
+    put(at_members, members);
+    put(at_begin, group_begin);
+    check(cudaMemcpyAsync(memory, pinned, table_bytes, cudaMemcpyHostToDevice, on),
+          "cudaMemcpyAsync");
+  }
+  const auto words = [&](std::size_t at) { return reinterpret_cast<std::uint32_t*>(memory + at); };
+  table.entries = by_argument ? nullptr : reinterpret_cast<TensorEntry*>(memory + at_entries);
+  table.axes = reinterpret_cast<Axis*>(memory + at_axes);
+  const bool labelled = grouping == Groups::labels;
+  table.labels = labelled ? words(at_labels) : nullptr;
+  table.members = labelled ? words(at_members) : nullptr;
+  table.group_begin = labelled ? words(at_begin) : nullptr;
+  scratch.blocks_done = workspace->counters();
+  scratch.tiles_done = workspace->counters() + 4;
+  scratch.partials = reinterpret_cast<Accumulated*>(memory + at_partials);
+  scratch.block_totals = reinterpret_cast<Accumulated*>(memory + at_totals);
+  scratch.sums = reinterpret_cast<NormSum*>(memory + at_sums);
+  scratch.units = reinterpret_cast<Largest*>(memory + at_units);
+}
+
+List::List(std::span<const Span> spans, const Groups& groups, int device, Stream stream)
+    : state_(std::make_unique<State>()) {
+  state_->device = device;
+  state_->stream = stream;
+  state_->read(spans, groups);
+  state_->workspace = take_workspace(device);
+  state_->place(stream);
+}
+
+List::List(std::span<const Span> spans, const Groups& groups, int device)
+    : state_(std::make_unique<State>()) {
+  state_->device = device;
+  state_->is_kept = true;
+  state_->read(spans, groups);
+  state_->workspace = new Workspace(device);
+  state_->place(nullptr);
+  synchronize(nullptr);
+}
+
+List::List(List&&) noexcept = default;
+List::~List() = default;
+
+ResultLayout List::layout() const { return {state_->tensors, state_->groups}; }
+
+void List::measure(const Request& request, std::byte* result, Stream stream) {
+  const State& s = *state_;
+  MeasureArguments arguments{s.table,    s.scratch, ResultPointers(layout(), result), request,
+                             s.grouping, false,     nullptr};
+  switch (request.order.kind) {
+    case NormOrder::two: return s.launch_measure<Measure::squares>(arguments, stream);
+    case NormOrder::infinity: return s.launch_measure<Measure::largest>(arguments, stream);
+    case NormOrder::one:
+      if (!s.any_complex) return s.launch_measure<Measure::magnitudes>(arguments, stream);
+      [[fallthrough]];
+    case NormOrder::other:
+      arguments.units_pass = true;
+      s.launch_measure<Measure::largest>(arguments, stream);
+      arguments.units_pass = false;
+      s.launch_measure<Measure::powers>(arguments, stream);
+  }
+}
+
+void List::decide(const Request& request, const double* sums, std::byte* result, Stream stream) {
+  const State& s = *state_;
+  const MeasureArguments arguments{
+      s.table, s.scratch, ResultPointers(layout(), result), request, s.grouping, false, sums};
+  launch(decide_kernel, 1u, kThreads, kThreads * sizeof(ExactSum), stream, arguments);
+}
+
+void List::change(double grad_scale, const std::byte* result, Stream stream) {
+  const ResultPointers pointers(layout(), const_cast<std::byte*>(result));
+  state_->launch_over(change_kernel<ChangeArguments>, change_kernel<WithEntries<ChangeArguments>>,
+                      0, ChangeArguments{{}, pointers.flags, pointers.coefficients, grad_scale, 1.0},
+                      stream);
+}
+
+void List::scale(double factor, Stream stream) {
+  state_->launch_over(change_kernel<ChangeArguments>, change_kernel<WithEntries<ChangeArguments>>,
+                      0, ChangeArguments{{}, nullptr, nullptr, 1.0, factor}, stream);
+}
+
+void List::clip_by_value(double limit, std::byte* result, Stream stream) {
+  const State& s = *state_;
+  state_->launch_over(
+      clip_by_value_kernel<ValueClipArguments>, clip_by_value_kernel<WithEntries<ValueClipArguments>>,
+      sizeof(CombineShared<Largest>),
+      ValueClipArguments{{}, s.scratch, ResultPointers(layout(), result), limit}, stream);
+}
+
+void List::count_nonfinite(std::int64_t* counts, Stream stream) {
+  check(cudaMemsetAsync(counts, 0, 2 * state_->tensors * sizeof(*counts), stream),
+        "cudaMemsetAsync");
+  state_->launch_over(count_nonfinite_kernel<CountArguments>,
+                      count_nonfinite_kernel<WithEntries<CountArguments>>, 0,
+                      CountArguments{{}, reinterpret_cast<unsigned long long*>(counts), 0}, stream);
+}
+
+void List::probe_read(std::byte* result, Stream stream) {
+  state_->launch_over(probe_read_kernel<CountArguments>,
+                      probe_read_kernel<WithEntries<CountArguments>>, 0,
+                      CountArguments{{}, reinterpret_cast<unsigned long long*>(result), 0}, stream);
+}
+
+void List::probe_read_write(Stream stream) {
+  state_->launch_over(probe_read_write_kernel<CountArguments>,
+                      probe_read_write_kernel<WithEntries<CountArguments>>, 0,
+                      CountArguments{{}, nullptr, 0}, stream);
+}
+
+}  // namespace gradclip::cuda

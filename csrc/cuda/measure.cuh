@@ -1,0 +1,246 @@
+// The kernel of the norms: every tensor, all groups and the coefficients in one launch.
+#pragma once
+
+#include "core/element.hpp"
+#include "core/power.hpp"
+#include "cuda/combine.cuh"
+#include "cuda/decide.cuh"
+#include "cuda/tile.cuh"
+
+namespace gradclip::cuda {
+
+enum class Measure {
+  squares,     // the 2-norm
+  magnitudes,  // the 1-norm of real tensors
+  largest,     // the maximum norm; the first pass of `powers`
+  powers       // any other order, and the 1-norm where a tensor is complex; the second of two passes
+};
+
+template <Measure kMeasure>
+struct AccumulatorOf {
+  using Type = ExactSum;
+};
+template <>
+struct AccumulatorOf<Measure::largest> {
+  using Type = Largest;
+};
+
+__device__ __forceinline__ bool needs_units(const TensorEntry& entry, const NormOrder& order) {
+  return order.kind == NormOrder::other ||
+         (order.kind == NormOrder::one && is_complex(entry.dtype));
+}
+
+template <class T>
+__device__ __forceinline__ double element_at(const ElementMemory<T>& memory, std::int64_t offset) {
+  const auto word = *memory.address(offset);
+  if constexpr (sizeof(T) == 2)
+    return to_double(T{word});
+  else
+    return bit_copy<T>(word);
+}
+
+// The magnitude of scale * x, x being element `index`.
+template <class T>
+__device__ __forceinline__ double magnitude_at(const ElementMemory<T>& memory, std::int64_t index,
+                                               double scale) {
+  constexpr auto kSize = static_cast<std::int64_t>(sizeof(T));
+  if (!memory.complex) return fabs(element_at(memory, index * kSize) * scale);
+  return modulus(element_at(memory, 2 * index * kSize) * scale,
+                 element_at(memory, (2 * index + 1) * kSize) * scale);
+}
+
+__device__ __forceinline__ Largest largest_of_tile(const TensorEntry& entry, const TableView& table,
+                                                   TileBytes tile) {
+  Largest result;
+  if (is_complex(entry.dtype)) {
+    with_real_type(entry.dtype, [&](auto type) {
+      using T = decltype(type);
+      if constexpr (sizeof(T) >= 4) {
+        const ElementMemory<T> memory = element_memory<T>(entry, table);
+        constexpr auto kSize = static_cast<std::int64_t>(2 * sizeof(T));
+        const std::int64_t end = (tile.first + tile.bytes) / kSize;
+        double value = 0.0;
+        int nonfinite = 0;
+        for (std::int64_t i = tile.first / kSize + lane_id(); i < end; i += 32) {
+          value = larger(magnitude_at(memory, i, 1.0), value);
+          nonfinite |= !is_finite(element_at(memory, i * kSize)) ||
+                       !is_finite(element_at(memory, i * kSize + kSize / 2));
+        }
+        for (int step = 16; step > 0; step /= 2)
+          value = larger(__shfl_xor_sync(kFullWarp, value, step), value);
+        result = {value, __ballot_sync(kFullWarp, nonfinite) != 0};
+      }
+    });
+    return result;
+  }
+  with_memory(entry, table, [&](const auto& memory, auto type) {
+    const double value = value_of_pattern(
+        entry.dtype,
+        largest_of_tile<kTuning.rows_in_flight>(memory, tile.first, tile.bytes, type));
+    result = {value, !is_finite(value)};
+  });
+  return result;
+}
+
+template <Sum kSum>
+__device__ __forceinline__ WideValue sum_of_tile(const TensorEntry& entry, const TableView& table,
+                                                 TileBytes tile) {
+  WideValue sum;
+  with_memory(entry, table, [&](const auto& memory, auto type) {
+    sum = tile_sum<kSum>(memory, tile.first, tile.bytes, type);
+  });
+  return sum;
+}
+
+// Terms (|x| / unit)^p of a tile, each thread a run of order::kTermsPerRun, added to `mine`.
+__device__ __forceinline__ void add_powers_of_tile(const TensorEntry& entry, const TableView& table,
+                                                   TileBytes tile, double unit, double p,
+                                                   ExactSum& mine) {
+  constexpr auto kRun = static_cast<std::int64_t>(order::kTermsPerRun);
+  const double scale = unit < 0x1p-900 ? 0x1p600 : 1.0;
+  const auto itemsize = static_cast<std::int64_t>(size_of(entry.dtype));
+  const std::int64_t end = (tile.first + tile.bytes) / itemsize;
+  with_real_type(entry.dtype, [&](auto type) {
+    const auto memory = element_memory<decltype(type)>(entry, table);
+    for (std::int64_t at = tile.first / itemsize + kRun * lane_id(); at < end; at += 32 * kRun) {
+      double run = 0.0;
+      for (std::int64_t i = at; i < end && i < at + kRun; ++i)
+        run += power(magnitude_at(memory, i, scale) / (unit * scale), p);
+      mine.add(run);
+    }
+  });
+}
+
+// What a tensor of these sums is told as. By one thread.
+template <Measure kMeasure, class Accumulator>
+__device__ __forceinline__ void finish_tensor(const MeasureArguments& arguments,
+                                              std::uint32_t tensor, const NormSum& sum,
+                                              bool nonfinite, Accumulator& total) {
+  arguments.scratch.sums[tensor] = sum;
+  arguments.result.norms[tensor] =
+      norm_of(arguments.request.order, sum, arguments.request.grad_scale);
+  arguments.result.nonfinite[tensor] = nonfinite;
+  if constexpr (kMeasure == Measure::largest)
+    total.add(Largest{sum.value, nonfinite});
+  else
+    total.add(sum.value, sum.exponent);
+}
+
+template <Measure kMeasure, class Accumulator>
+__device__ __forceinline__ void finish_tensor(const MeasureArguments& arguments,
+                                              std::uint32_t tensor, const Accumulator& sum,
+                                              Accumulator& total) {
+  if constexpr (kMeasure == Measure::largest) {
+    if (arguments.units_pass)
+      arguments.scratch.units[tensor] = sum;
+    else
+      finish_tensor<kMeasure>(arguments, tensor, NormSum{sum.value, 0, 0.0}, sum.nonfinite != 0,
+                              total);
+  } else {
+    const WideValue rounded = sum.rounded();
+    NormSum norm_sum{rounded.value, rounded.exponent, 0.0};
+    bool nonfinite = !is_finite(rounded.value);
+    if constexpr (kMeasure == Measure::powers) {
+      const TensorEntry& entry = arguments.table.entries[tensor];
+      if (needs_units(entry, arguments.request.order)) {
+        const Largest unit = arguments.scratch.units[tensor];
+        const double value = is_finite(unit.value) ? narrow(rounded) : 1.0;
+        nonfinite = unit.nonfinite != 0;
+        norm_sum = {value, 0, unit.value};
+        if (arguments.request.order.kind == NormOrder::one)
+          norm_sum = magnitude_sum(value, unit.value);
+      }
+    }
+    finish_tensor<kMeasure>(arguments, tensor, norm_sum, nonfinite, total);
+  }
+}
+
+// One tile, added to what this warp has of its tensor.
+template <Measure kMeasure, class Accumulator>
+__device__ __forceinline__ void add_tile(const MeasureArguments& arguments, std::uint32_t tensor,
+                                         const TensorEntry& entry, TileBytes tile,
+                                         Accumulator& running,
+                                         Accumulator& mine) {
+  const TableView& table = arguments.table;
+  if constexpr (kMeasure == Measure::largest) {
+    if (arguments.units_pass && !needs_units(entry, arguments.request.order)) return;
+    const Largest largest = largest_of_tile(entry, table, tile);
+    if (lane_id() == 0) running.add(largest);
+  } else if constexpr (kMeasure == Measure::powers) {
+    if (needs_units(entry, arguments.request.order)) {
+      const double unit = arguments.scratch.units[tensor].value;
+      if (unit != 0.0 && is_finite(unit))
+        add_powers_of_tile(entry, table, tile, unit, arguments.request.order.p, mine);
+    } else {
+      const WideValue sum = sum_of_tile<Sum::magnitudes>(entry, table, tile);
+      if (lane_id() == 0) running.add(sum);
+    }
+  } else {
+    constexpr Sum kSum = kMeasure == Measure::squares ? Sum::squares : Sum::magnitudes;
+    const WideValue sum = sum_of_tile<kSum>(entry, table, tile);
+    if (lane_id() == 0) running.add(sum);
+  }
+}
+
+// The walk of a block over its tensors: add_tile(tensor, entry, tile) for every tile, finish(tensor,
+// accumulator, total) by one thread for every tensor. True as is_last_block().
+template <class Accumulator, class Begin, class AddTile, class End, class Finish>
+__device__ __forceinline__ bool accumulate(CombineShared<Accumulator>& shared,
+                                           const TableView& table, const Scratch& scratch,
+                                           Begin begin, AddTile add_tile, End end, Finish finish) {
+  prepare(shared);
+  Accumulator& running = shared.running[warp_id()];
+  walk(table, [&](std::uint32_t i, const TensorEntry& entry, const TileRange& tiles) {
+    __syncwarp();
+    if (lane_id() == 0) running = Accumulator{};
+    begin();
+    __syncwarp();
+    for (std::int64_t tile = tiles.begin; tile < tiles.end; ++tile) add_tile(i, entry, tile, running);
+    __syncwarp();
+    if (lane_id() != 0) return;
+    end(running);
+    if (tiles.whole())
+      finish(i, running, shared.totals[warp_id()]);
+    else
+      leave_piece(shared, i, tiles);
+  });
+  combine(shared, table, scratch, finish);
+  return is_last_block(shared, scratch);
+}
+
+template <Measure kMeasure>
+__device__ __forceinline__ void measure(const MeasureArguments& arguments) {
+  using Accumulator = typename AccumulatorOf<kMeasure>::Type;
+  auto& shared = shared_memory<CombineShared<Accumulator>>();
+  // What each thread has of a tensor by itself, and what lane 0 takes of it.
+  Accumulator& mine = shared.threads[threadIdx.x];
+  const bool last = accumulate(
+      shared, arguments.table, arguments.scratch,
+      [&] {
+        if constexpr (kMeasure == Measure::powers) mine = Accumulator{};
+      },
+      [&](std::uint32_t i, const TensorEntry& entry, std::int64_t tile, Accumulator& running) {
+        add_tile<kMeasure>(arguments, i, entry, bytes_of_tile(entry, tile), running, mine);
+      },
+      [&](Accumulator& running) {
+        if constexpr (kMeasure == Measure::powers)
+          for (unsigned t = 0; t < 32; ++t) running.add(shared.threads[threadIdx.x + t]);
+      },
+      [&](std::uint32_t tensor, const Accumulator& sum, Accumulator& total) {
+        finish_tensor<kMeasure>(arguments, tensor, sum, total);
+      });
+  if (!last) return;
+  NormSum total;
+  if constexpr (kMeasure == Measure::largest) {
+    if (arguments.units_pass) return;
+    total = {shared.threads[0].value, 0, 0.0};
+  } else {
+    const WideValue sum = shared.threads[0].rounded();
+    total = {sum.value, sum.exponent, 0.0};
+  }
+  __syncthreads();
+  static_assert(sizeof(ExactSum) * kThreads <= sizeof(shared.group_sums));
+  finish_measurement(arguments, total, shared.group_sums);
+}
+
+}  // namespace gradclip::cuda

@@ -1,0 +1,103 @@
+#include "cuda/workspace.hpp"
+
+#include <algorithm>
+#include <bit>
+#include <mutex>
+#include <vector>
+
+namespace gradclip::cuda {
+
+Workspace::~Workspace() {
+  // At the end of the process the driver may be gone already: nothing to be told then.
+  cudaFree(counters_);
+  cudaFree(memory_);
+  cudaFreeHost(pinned_);
+  if (end_) cudaEventDestroy(end_);
+}
+
+void Workspace::reserve(std::size_t counters, std::size_t bytes, std::size_t pinned,
+                        cudaStream_t stream) {
+  if (counters > counter_count_) {
+    const std::size_t count = std::bit_ceil(std::max<std::size_t>(counters, 1024));
+    check(cudaFree(counters_), "cudaFree");
+    counters_ = nullptr;
+    counter_count_ = 0;
+    void* memory = nullptr;
+    check(cudaMalloc(&memory, count * sizeof(std::uint32_t)), "cudaMalloc");
+    counters_ = static_cast<std::uint32_t*>(memory);
+    counter_count_ = count;
+    check(cudaMemsetAsync(counters_, 0, count * sizeof(std::uint32_t), stream), "cudaMemsetAsync");
+  }
+  if (bytes > bytes_) {
+    const std::size_t size = std::bit_ceil(std::max<std::size_t>(bytes, std::size_t{1} << 18));
+    check(cudaFree(memory_), "cudaFree");
+    memory_ = nullptr;
+    bytes_ = 0;
+    void* memory = nullptr;
+    check(cudaMalloc(&memory, size), "cudaMalloc");
+    memory_ = static_cast<std::byte*>(memory);
+    bytes_ = size;
+  }
+  if (pinned > pinned_bytes_) {
+    const std::size_t size = std::bit_ceil(std::max<std::size_t>(pinned, std::size_t{1} << 16));
+    check(cudaFreeHost(pinned_), "cudaFreeHost");
+    pinned_ = nullptr;
+    pinned_bytes_ = 0;
+    void* memory = nullptr;
+    check(cudaMallocHost(&memory, size), "cudaMallocHost");
+    pinned_ = static_cast<std::byte*>(memory);
+    pinned_bytes_ = size;
+  }
+}
+
+void Workspace::mark_end(cudaStream_t stream) {
+  if (!end_) check(cudaEventCreateWithFlags(&end_, cudaEventDisableTiming), "cudaEventCreate");
+  check(cudaEventRecord(end_, stream), "cudaEventRecord");
+}
+
+bool Workspace::is_idle() const { return !end_ || cudaEventQuery(end_) == cudaSuccess; }
+
+void Workspace::wait_until_idle() const {
+  if (end_) check(cudaEventSynchronize(end_), "cudaEventSynchronize");
+}
+
+namespace {
+
+// Never destroyed: at the end of the process the driver goes first.
+struct Pool {
+  std::mutex mutex;
+  std::vector<Workspace*> free;  // the one given back longest ago first
+};
+Pool& pool() {
+  static Pool* const pool = new Pool;
+  return *pool;
+}
+
+// A host that runs ahead of the device needs one for every call in flight. Beyond this many it waits.
+constexpr std::ptrdiff_t kMostInFlight = 64;
+
+}  // namespace
+
+Workspace* take_workspace(int device) {
+  Pool& all = pool();
+  const std::scoped_lock lock(all.mutex);
+  const auto of_device = [&](const Workspace* w) { return w->device() == device; };
+  const auto oldest = std::find_if(all.free.begin(), all.free.end(), of_device);
+  if (oldest == all.free.end()) return new Workspace(device);
+  Workspace* const workspace = *oldest;
+  if (!workspace->is_idle()) {
+    if (std::count_if(all.free.begin(), all.free.end(), of_device) < kMostInFlight)
+      return new Workspace(device);
+    workspace->wait_until_idle();
+  }
+  all.free.erase(oldest);
+  return workspace;
+}
+
+void give_back(Workspace* workspace) {
+  Pool& all = pool();
+  const std::scoped_lock lock(all.mutex);
+  all.free.push_back(workspace);
+}
+
+}  // namespace gradclip::cuda

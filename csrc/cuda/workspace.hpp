@@ -1,0 +1,46 @@
+// Device memory that calls work in, kept from call to call: allocating it anew would cost more than a
+// small measurement.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cuda/runtime.hpp"
+
+namespace gradclip::cuda {
+
+class Workspace {
+ public:
+  explicit Workspace(int device) : device_(device) {}
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  ~Workspace();
+
+  // Room for so many counters, which are 0 between calls, and so many other bytes; `pinned` bytes of
+  // host memory for copies. What there was before is lost where it was not enough.
+  void reserve(std::size_t counters, std::size_t bytes, std::size_t pinned, cudaStream_t stream);
+
+  std::uint32_t* counters() const { return counters_; }
+  std::byte* memory() const { return memory_; }
+  std::byte* pinned() const { return pinned_; }
+  int device() const { return device_; }
+
+  // The end of a call's work, and whether the device has come to it.
+  void mark_end(cudaStream_t stream);
+  bool is_idle() const;
+  void wait_until_idle() const;
+
+ private:
+  int device_;
+  std::uint32_t* counters_ = nullptr;
+  std::byte* memory_ = nullptr;
+  std::byte* pinned_ = nullptr;
+  std::size_t counter_count_ = 0, bytes_ = 0, pinned_bytes_ = 0;
+  cudaEvent_t end_ = nullptr;
+};
+
+// One that no call of this process uses. The caller gives it back when its work is enqueued.
+Workspace* take_workspace(int device);
+void give_back(Workspace* workspace);
+
+}  // namespace gradclip::cuda
