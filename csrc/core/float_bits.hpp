@@ -11,7 +11,7 @@
 namespace gradclip {
 
 template <class To, class From>
-GRADCLIP_INLINE To bit_copy(const From& from) {
+GRADCLIP_INLINE To bit_copy(From from) {
   static_assert(sizeof(To) == sizeof(From));
   To to;
   std::memcpy(&to, &from, sizeof(to));

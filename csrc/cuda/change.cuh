@@ -11,8 +11,8 @@ namespace gradclip::cuda {
 template <class T, class Change>
 __device__ __forceinline__ uint4 change_vector(uint4 v, Change change) {
   if constexpr (sizeof(T) == 8) {
-    const auto a = bit_copy<std::uint64_t>(change(to_double(v.x, v.y)));
-    const auto b = bit_copy<std::uint64_t>(change(to_double(v.z, v.w)));
+    const auto a = bit_copy<std::uint64_t>(change(join_words(v.x, v.y)));
+    const auto b = bit_copy<std::uint64_t>(change(join_words(v.z, v.w)));
     return make_uint4(static_cast<unsigned>(a), static_cast<unsigned>(a >> 32),
                       static_cast<unsigned>(b), static_cast<unsigned>(b >> 32));
   } else if constexpr (sizeof(T) == 4) {

@@ -34,13 +34,20 @@ struct CombineShared {  // raw memory: what is read has been assigned before
 };
 static_assert(kWarps + kSlots <= 32);
 
+// The additions, each one copy of code.
+template <class Accumulator, class Part>
+__device__ __noinline__ void add_to(Accumulator& sum, const Part& part) {
+  sum.add(part);
+}
+__device__ __noinline__ WideValue rounded(const ExactSum& sum) { return sum.rounded(); }
+
 // Add up elements 0 to count - 1, count being a power of two, into element 0.
 template <class Accumulator>
 __device__ __forceinline__ void fold_in_block(Accumulator* elements, int count) {
   for (int half = count / 2; half > 0; half /= 2) {
     __syncthreads();
     const int t = static_cast<int>(threadIdx.x);
-    if (t < half) elements[t].add(elements[t + half]);
+    if (t < half) add_to(elements[t], elements[t + half]);
   }
   __syncthreads();
 }
@@ -78,7 +85,7 @@ __device__ __forceinline__ void combine(CombineShared<Accumulator>& shared, cons
     if (is_first) {
       for (int s = t + 1; s < kSlots; ++s) {
         if (shared.piece_of[s].tensor != tensor) continue;
-        shared.pieces[t].add(shared.pieces[s]);
+        add_to(shared.pieces[t], shared.pieces[s]);
         tiles.end = shared.piece_of[s].tiles.end;
       }
       if (tiles.whole()) {
@@ -109,7 +116,7 @@ __device__ __forceinline__ void combine(CombineShared<Accumulator>& shared, cons
     for (std::int64_t b = first_block + t; b <= last_block; b += kThreads) {
       Accumulator part;
       load_fresh(&scratch.partials[2 * b + (b == first_block)], part);
-      shared.threads[t].add(part);
+      add_to(shared.threads[t], part);
     }
     fold_in_block(shared.threads, kThreads);
     if (t == 0) {
@@ -140,7 +147,7 @@ __device__ __forceinline__ bool is_last_block(CombineShared<Accumulator>& shared
   for (unsigned b = threadIdx.x; b < gridDim.x; b += kThreads) {
     Accumulator part;
     load_fresh(&scratch.block_totals[b], part);
-    shared.threads[t].add(part);
+    add_to(shared.threads[t], part);
   }
   fold_in_block(shared.threads, kThreads);
   return true;

@@ -4,14 +4,19 @@
 
 #include "core/coefficient.hpp"
 #include "cuda/arguments.hpp"
-#include "cuda/walk.cuh"
+#include "cuda/combine.cuh"
 
 namespace gradclip::cuda {
+
+__device__ __noinline__ double power_of(double x, double p) { return power(x, p); }
+__device__ __noinline__ double norm(const NormOrder& order, const NormSum& sum, double scale) {
+  return norm_of(order, sum, scale);
+}
 
 // The sum of a group by one warp, step 5 of the reduction order; sum_of(k) is that of its tensor k.
 // Right in lane 0. `sums` has an element for every thread of the block.
 template <class SumOf>
-__device__ __forceinline__ NormSum group_sum(const NormOrder& order, std::uint32_t count,
+__device__ __noinline__ NormSum group_sum(const NormOrder& order, std::uint32_t count,
                                              SumOf sum_of, ExactSum* sums) {
   const auto lane = static_cast<std::uint32_t>(lane_id());
   double largest = 0.0;  // of magnitudes, or of units
@@ -30,15 +35,17 @@ __device__ __forceinline__ NormSum group_sum(const NormOrder& order, std::uint32
   for (std::uint32_t k = lane; k < count; k += 32) {
     const NormSum sum = sum_of(k);
     if (order.kind != NormOrder::other)
-      mine.add(sum.value, sum.exponent);
+      add_to(mine, WideValue{sum.value, sum.exponent});
     else if (largest != 0.0)
-      mine.add(sum.value * power(is_finite(largest) ? sum.unit / largest : 1.0, order.p));
+      add_to(mine,
+             WideValue{sum.value * power_of(is_finite(largest) ? sum.unit / largest : 1.0, order.p),
+                       0});
   }
   for (int half = 16; half > 0; half /= 2) {
     __syncwarp();
-    if (lane_id() < half) mine.add(sums[threadIdx.x + static_cast<unsigned>(half)]);
+    if (lane_id() < half) add_to(mine, sums[threadIdx.x + static_cast<unsigned>(half)]);
   }
-  const WideValue sum = mine.rounded();
+  const WideValue sum = rounded(mine);
   if (order.kind == NormOrder::other) return {narrow(sum), 0, largest};
   return {sum.value, sum.exponent, 0.0};
 }
@@ -54,7 +61,7 @@ __device__ __forceinline__ double read_threshold(const Threshold& threshold) {
 }
 
 // From the norms of groups, which the threads of this block have written, to coefficients and flags.
-__device__ __forceinline__ void decide_from_norms(const MeasureArguments& arguments) {
+__device__ __noinline__ void decide_from_norms(const MeasureArguments& arguments) {
   const ResultPointers& result = arguments.result;
   const Request& request = arguments.request;
   const std::uint32_t groups = arguments.table.groups;
@@ -87,17 +94,17 @@ __device__ __forceinline__ void decide_from_norms(const MeasureArguments& argume
                    static_cast<std::uint8_t>(action)};
 }
 
-__device__ __forceinline__ void write_group(const MeasureArguments& arguments, std::uint32_t group,
+__device__ __noinline__ void write_group(const MeasureArguments& arguments, std::uint32_t group,
                                             const NormSum& sum) {
   const Request& request = arguments.request;
-  arguments.result.group_norms[group] = norm_of(request.order, sum, request.grad_scale);
+  arguments.result.group_norms[group] = norm(request.order, sum, request.grad_scale);
   if (request.until == Request::sums)
     arguments.result.group_sums[group] = to_plain(request.order, sum);
 }
 
 // The last block of a measurement: groups and the total. `total` is the sum over all tensors, where
 // that could be taken along the way: in all orders but `other`.
-__device__ __forceinline__ void finish_measurement(const MeasureArguments& arguments, NormSum total,
+__device__ __noinline__ void finish_measurement(const MeasureArguments& arguments, NormSum total,
                                                    ExactSum* sums) {
   const TableView& table = arguments.table;
   const Request& request = arguments.request;
@@ -109,7 +116,7 @@ __device__ __forceinline__ void finish_measurement(const MeasureArguments& argum
   if (request.order.kind == NormOrder::other && warp_id() == 0)
     total = group_sum(request.order, table.tensors, sum_of, sums);
   if (threadIdx.x == 0) {
-    *arguments.result.total_norm = norm_of(request.order, total, request.grad_scale);
+    *arguments.result.total_norm = norm(request.order, total, request.grad_scale);
     if (arguments.grouping == Groups::all && request.until != Request::norms)
       write_group(arguments, 0, total);
   }
@@ -137,13 +144,13 @@ __global__ void __launch_bounds__(kThreads) decide_kernel(const MeasureArguments
     return {arguments.reduced[group] + 0.0, 0, 1.0};  // no -0
   };
   for (std::uint32_t g = threadIdx.x; g < arguments.table.groups; g += kThreads)
-    arguments.result.group_norms[g] = norm_of(request.order, sum_of(g), request.grad_scale);
+    arguments.result.group_norms[g] = norm(request.order, sum_of(g), request.grad_scale);
   if (warp_id() == 0) {
     const NormSum total = arguments.grouping == Groups::all
                               ? sum_of(0)
                               : group_sum(request.order, arguments.table.groups, sum_of, sums);
     if (lane_id() == 0)
-      *arguments.result.total_norm = norm_of(request.order, total, request.grad_scale);
+      *arguments.result.total_norm = norm(request.order, total, request.grad_scale);
   }
   decide_from_norms(arguments);
 }

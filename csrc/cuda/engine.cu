@@ -189,7 +189,7 @@ List::List(std::span<const Span> spans, const Groups& groups, int device)
   state_->read(spans, groups);
   state_->workspace = new Workspace(device);
   state_->place(nullptr);
-  synchronize(nullptr);
+  check(cudaStreamSynchronize(nullptr), "cudaStreamSynchronize");
 }
 
 List::List(List&&) noexcept = default;

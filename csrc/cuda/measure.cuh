@@ -1,6 +1,8 @@
 // The kernel of the norms: every tensor, all groups and the coefficients in one launch.
 #pragma once
 
+#include <type_traits>
+
 #include "core/element.hpp"
 #include "core/power.hpp"
 #include "cuda/combine.cuh"
@@ -49,7 +51,7 @@ __device__ __forceinline__ double magnitude_at(const ElementMemory<T>& memory, s
                  element_at(memory, (2 * index + 1) * kSize) * scale);
 }
 
-__device__ __forceinline__ Largest largest_of_tile(const TensorEntry& entry, const TableView& table,
+__device__ __noinline__ Largest largest_of_tile(const TensorEntry& entry, const TableView& table,
                                                    TileBytes tile) {
   Largest result;
   if (is_complex(entry.dtype)) {
@@ -76,7 +78,8 @@ __device__ __forceinline__ Largest largest_of_tile(const TensorEntry& entry, con
   with_memory(entry, table, [&](const auto& memory, auto type) {
     const double value = value_of_pattern(
         entry.dtype,
-        largest_of_tile<kTuning.rows_in_flight>(memory, tile.first, tile.bytes, type));
+        largest_of_tile<rows_in_flight<std::remove_cvref_t<decltype(memory)>>()>(
+            memory, tile.first, tile.bytes, type));
     result = {value, !is_finite(value)};
   });
   return result;
@@ -93,7 +96,7 @@ __device__ __forceinline__ WideValue sum_of_tile(const TensorEntry& entry, const
 }
 
 // Terms (|x| / unit)^p of a tile, each thread a run of order::kTermsPerRun, added to `mine`.
-__device__ __forceinline__ void add_powers_of_tile(const TensorEntry& entry, const TableView& table,
+__device__ __noinline__ void add_powers_of_tile(const TensorEntry& entry, const TableView& table,
                                                    TileBytes tile, double unit, double p,
                                                    ExactSum& mine) {
   constexpr auto kRun = static_cast<std::int64_t>(order::kTermsPerRun);
@@ -105,29 +108,29 @@ __device__ __forceinline__ void add_powers_of_tile(const TensorEntry& entry, con
     for (std::int64_t at = tile.first / itemsize + kRun * lane_id(); at < end; at += 32 * kRun) {
       double run = 0.0;
       for (std::int64_t i = at; i < end && i < at + kRun; ++i)
-        run += power(magnitude_at(memory, i, scale) / (unit * scale), p);
-      mine.add(run);
+        run += power_of(magnitude_at(memory, i, scale) / (unit * scale), p);
+      add_to(mine, WideValue{run, 0});
     }
   });
 }
 
 // What a tensor of these sums is told as. By one thread.
 template <Measure kMeasure, class Accumulator>
-__device__ __forceinline__ void finish_tensor(const MeasureArguments& arguments,
+__device__ __noinline__ void finish_tensor(const MeasureArguments& arguments,
                                               std::uint32_t tensor, const NormSum& sum,
                                               bool nonfinite, Accumulator& total) {
   arguments.scratch.sums[tensor] = sum;
   arguments.result.norms[tensor] =
-      norm_of(arguments.request.order, sum, arguments.request.grad_scale);
+      norm(arguments.request.order, sum, arguments.request.grad_scale);
   arguments.result.nonfinite[tensor] = nonfinite;
   if constexpr (kMeasure == Measure::largest)
     total.add(Largest{sum.value, nonfinite});
   else
-    total.add(sum.value, sum.exponent);
+    add_to(total, WideValue{sum.value, sum.exponent});
 }
 
 template <Measure kMeasure, class Accumulator>
-__device__ __forceinline__ void finish_tensor(const MeasureArguments& arguments,
+__device__ __noinline__ void finish_tensor(const MeasureArguments& arguments,
                                               std::uint32_t tensor, const Accumulator& sum,
                                               Accumulator& total) {
   if constexpr (kMeasure == Measure::largest) {
@@ -137,18 +140,18 @@ __device__ __forceinline__ void finish_tensor(const MeasureArguments& arguments,
       finish_tensor<kMeasure>(arguments, tensor, NormSum{sum.value, 0, 0.0}, sum.nonfinite != 0,
                               total);
   } else {
-    const WideValue rounded = sum.rounded();
-    NormSum norm_sum{rounded.value, rounded.exponent, 0.0};
-    bool nonfinite = !is_finite(rounded.value);
+    const WideValue value = rounded(sum);
+    NormSum norm_sum{value.value, value.exponent, 0.0};
+    bool nonfinite = !is_finite(value.value);
     if constexpr (kMeasure == Measure::powers) {
       const TensorEntry& entry = arguments.table.entries[tensor];
       if (needs_units(entry, arguments.request.order)) {
         const Largest unit = arguments.scratch.units[tensor];
-        const double value = is_finite(unit.value) ? narrow(rounded) : 1.0;
+        const double sum_of_terms = is_finite(unit.value) ? narrow(value) : 1.0;
         nonfinite = unit.nonfinite != 0;
-        norm_sum = {value, 0, unit.value};
+        norm_sum = {sum_of_terms, 0, unit.value};
         if (arguments.request.order.kind == NormOrder::one)
-          norm_sum = magnitude_sum(value, unit.value);
+          norm_sum = magnitude_sum(sum_of_terms, unit.value);
       }
     }
     finish_tensor<kMeasure>(arguments, tensor, norm_sum, nonfinite, total);
@@ -173,12 +176,12 @@ __device__ __forceinline__ void add_tile(const MeasureArguments& arguments, std:
         add_powers_of_tile(entry, table, tile, unit, arguments.request.order.p, mine);
     } else {
       const WideValue sum = sum_of_tile<Sum::magnitudes>(entry, table, tile);
-      if (lane_id() == 0) running.add(sum);
+      if (lane_id() == 0) add_to(running, sum);
     }
   } else {
     constexpr Sum kSum = kMeasure == Measure::squares ? Sum::squares : Sum::magnitudes;
     const WideValue sum = sum_of_tile<kSum>(entry, table, tile);
-    if (lane_id() == 0) running.add(sum);
+    if (lane_id() == 0) add_to(running, sum);
   }
 }
 
@@ -224,7 +227,7 @@ __device__ __forceinline__ void measure(const MeasureArguments& arguments) {
       },
       [&](Accumulator& running) {
         if constexpr (kMeasure == Measure::powers)
-          for (unsigned t = 0; t < 32; ++t) running.add(shared.threads[threadIdx.x + t]);
+          for (unsigned t = 0; t < 32; ++t) add_to(running, shared.threads[threadIdx.x + t]);
       },
       [&](std::uint32_t tensor, const Accumulator& sum, Accumulator& total) {
         finish_tensor<kMeasure>(arguments, tensor, sum, total);
@@ -235,7 +238,7 @@ __device__ __forceinline__ void measure(const MeasureArguments& arguments) {
     if (arguments.units_pass) return;
     total = {shared.threads[0].value, 0, 0.0};
   } else {
-    const WideValue sum = shared.threads[0].rounded();
+    const WideValue sum = rounded(shared.threads[0]);
     total = {sum.value, sum.exponent, 0.0};
   }
   __syncthreads();

@@ -31,6 +31,7 @@ __device__ __forceinline__ uint4 make_vector(WordAt word_at) {
 // Dense memory that begins at a multiple of 16 bytes.
 template <class T>
 struct AlignedMemory {
+  static constexpr bool kIsWide = true;
   using Word = typename FloatBits<T>::Word;
   const std::byte* data;
 
@@ -50,6 +51,7 @@ struct AlignedMemory {
 // Any other memory. Elements are real: a complex one is two.
 template <class T>
 struct ElementMemory {
+  static constexpr bool kIsWide = false;
   using Word = typename FloatBits<T>::Word;
   std::byte* data;
   const Axis* axes;

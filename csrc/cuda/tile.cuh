@@ -36,7 +36,7 @@ template <class Half>
 __device__ __forceinline__ float high_half(unsigned word) {
   return to_float(Half{static_cast<std::uint16_t>(word >> 16)});
 }
-__device__ __forceinline__ double to_double(unsigned low, unsigned high) {
+__device__ __forceinline__ double join_words(unsigned low, unsigned high) {
   return bit_copy<double>(static_cast<std::uint64_t>(high) << 32 | low);
 }
 
@@ -44,7 +44,7 @@ __device__ __forceinline__ double to_double(unsigned low, unsigned high) {
 template <Sum kSum, class Work, class T>
 __device__ __forceinline__ auto terms_of(uint4 v, double scale, T) {
   if constexpr (sizeof(T) == 8) {
-    return Terms2{term<kSum>(to_double(v.x, v.y) * scale), term<kSum>(to_double(v.z, v.w) * scale)};
+    return Terms2{term<kSum>(join_words(v.x, v.y) * scale), term<kSum>(join_words(v.z, v.w) * scale)};
   } else if constexpr (sizeof(T) == 4) {
     const auto one = [](unsigned word) {
       return term<kSum>(static_cast<Work>(bit_copy<float>(word)));
@@ -136,7 +136,7 @@ __device__ __forceinline__ std::uint64_t largest_of_tile(const Memory& memory, s
 
 // A tile whose sum cannot be trusted; one row at a time, for it is rare.
 template <Sum kSum, class T, class Memory>
-__device__ __forceinline__ WideValue sum_tile_again(const Memory& memory, std::int64_t first,
+__device__ __noinline__ WideValue sum_tile_again(const Memory& memory, std::int64_t first,
                                                     std::int64_t bytes, T type) {
   const std::uint64_t largest_bits = largest_of_tile<1>(memory, first, bytes, type);
   if (largest_bits == 0) return {0.0, 0};
@@ -151,13 +151,18 @@ __device__ __forceinline__ WideValue sum_tile_again(const Memory& memory, std::i
   }
 }
 
+template <class Memory>
+constexpr int rows_in_flight() {
+  return Memory::kIsWide ? kTuning.rows_in_flight : 1;
+}
+
 // The sum of a tile, the same in every thread of the warp.
 template <Sum kSum, class T, class Memory>
 __device__ __forceinline__ WideValue tile_sum(const Memory& memory, std::int64_t first,
                                               std::int64_t bytes, T type) {
   using Work = std::conditional_t<sizeof(T) == 8, double, float>;
   const double sum =
-      sum_tile<kSum, Work, kTuning.rows_in_flight>(memory, first, bytes, 1.0, type);
+      sum_tile<kSum, Work, rows_in_flight<Memory>()>(memory, first, bytes, 1.0, type);
   if (order::can_be_trusted(sum, sizeof(T) == 8)) return {sum, 0};
   return sum_tile_again<kSum>(memory, first, bytes, type);
 }

@@ -8,6 +8,9 @@
 
 namespace gradclip::cuda {
 
+// What is rare, or done once for a tile or a tensor, is called and not inlined (__noinline__): so the
+// hot loops keep their registers, and nvcc needs seconds instead of minutes for each architecture.
+
 inline constexpr unsigned kFullWarp = 0xffffffffu;
 
 __device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x % 32); }

@@ -1,0 +1,379 @@
+// The kernels, run on the CPU (simt/), against the CPU engine: the same bits for every dtype, size,
+// alignment, layout, list, group, policy, grid and schedule.
+#include <doctest/doctest.h>
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "core/clip.hpp"
+#include "core/reduction_order.hpp"
+#include "cpu/engine.hpp"
+#include "cuda/engine.hpp"
+#include "simt/cuda_runtime.h"
+
+namespace gradclip {
+namespace {
+
+constexpr DType kTypes[] = {DType::float16, DType::bfloat16,  DType::float32,
+                            DType::float64, DType::complex64, DType::complex128};
+
+// A tensor in memory of its own, at any offset from a multiple of 64 bytes.
+struct Tensor {
+  std::vector<std::uint64_t> memory;
+  Span span;
+
+  Tensor(DType dtype, std::int64_t numel, std::size_t offset = 0)
+      : memory(static_cast<std::size_t>(numel) * size_of(dtype) / 8 + 20) {
+    auto at = reinterpret_cast<std::uintptr_t>(memory.data());
+    at = (at + 63) / 64 * 64 + offset * size_of(real_of(dtype));
+    span.data = reinterpret_cast<std::byte*>(at);
+    span.numel = numel;
+    span.dtype = dtype;
+  }
+  void set(std::int64_t i, double x) const {
+    std::byte* const at = span.data + i * static_cast<std::int64_t>(size_of(real_of(span.dtype)));
+    const auto put = [&](auto value) { std::memcpy(at, &value, sizeof(value)); };
+    switch (real_of(span.dtype)) {
+      case DType::float16: return put(to_float16(static_cast<float>(x)));
+      case DType::bfloat16: return put(to_bfloat16(static_cast<float>(x)));
+      case DType::float32: return put(static_cast<float>(x));
+      default: return put(x);
+    }
+  }
+  void fill(unsigned seed, double scale) const {
+    std::mt19937_64 random(seed);
+    std::normal_distribution<double> normal;
+    for (std::int64_t i = 0; i < span.numel * (is_complex(span.dtype) ? 2 : 1); ++i)
+      set(i, scale * normal(random));
+  }
+};
+
+using List = std::vector<Tensor>;
+
+std::vector<Span> spans_of(const List& list) {
+  std::vector<Span> spans;
+  for (const Tensor& tensor : list) spans.push_back(tensor.span);
+  return spans;
+}
+Plan plan_of(const std::vector<Span>& spans) {
+  std::vector<std::int64_t> bytes;
+  for (const Span& span : spans) bytes.push_back(span.nbytes());
+  return make_plan(bytes);
+}
+std::vector<std::vector<std::uint64_t>> bytes_of(const List& list) {
+  std::vector<std::vector<std::uint64_t>> bytes;
+  for (const Tensor& tensor : list) bytes.push_back(tensor.memory);
+  return bytes;
+}
+void restore(List& list, const std::vector<std::vector<std::uint64_t>>& bytes) {
+  for (std::size_t i = 0; i < list.size(); ++i)
+    std::memcpy(list[i].memory.data(), bytes[i].data(), 8 * bytes[i].size());
+}
+
+std::uint64_t bits(double x) { return is_nan(x) ? ~std::uint64_t{0} : bit_copy<std::uint64_t>(x); }
+
+struct Call {
+  NormOrder order{};
+  double max_norm = 1.0, grad_scale = 1.0;
+  NonFinite policy = NonFinite::propagate;
+  Groups groups{};
+  bool kept = false;
+  bool on_device = false;  // the threshold
+};
+
+// Clip the same memory with both engines and compare everything they tell and leave.
+void compare(List& list, const Call& call) {
+  const auto before = bytes_of(list);
+  const std::vector<Span> spans = spans_of(list);
+  const Plan plan = plan_of(spans);
+  const Table<NormSum> sums = cpu::measure(spans, plan, call.order);
+  const Table<NormSum> group = sums_of_groups(call.order, sums, call.groups);
+  const ClipDecision expected = decide_clip(call.order, sums, call.groups, group, false,
+                                            call.max_norm, call.grad_scale, call.policy);
+  if (expected.action == ClipDecision::scale) cpu::scale(spans, plan, expected.factors);
+  if (expected.action == ClipDecision::zero) cpu::set_to_zero(spans, plan);
+  const auto after = bytes_of(list);
+  restore(list, before);
+
+  cuda::List gpu = call.kept ? cuda::List(spans, call.groups, 0)
+                             : cuda::List(spans, call.groups, 0, nullptr);
+  const cuda::ResultLayout at = gpu.layout();
+  std::vector<double> memory(at.bytes() / 8, -7.0);
+  auto* const result = reinterpret_cast<std::byte*>(memory.data());
+  cuda::Request request{call.order, call.grad_scale, {}, call.policy, cuda::Request::clip};
+  request.max_norm.value = call.max_norm;
+  if (call.on_device) request.max_norm = {0.0, &call.max_norm, DType::float64};
+  gpu.measure(request, result, nullptr);
+  gpu.change(call.grad_scale, result, nullptr);
+
+  const auto number = [&](std::size_t offset, std::size_t i) { return bits(memory[offset / 8 + i]); };
+  CHECK(number(at.total_norm(), 0) == bits(expected.total_norm));
+  for (std::size_t i = 0; i < list.size(); ++i) {
+    CAPTURE(i);
+    CHECK(number(at.norms(), i) == bits(expected.norms[i]));
+  }
+  for (std::size_t g = 0; g < at.groups; ++g) {
+    CAPTURE(g);
+    CHECK(number(at.group_norms(), g) == bits(expected.group_norms[g]));
+    CHECK(number(at.coefficients(), g) == bits(expected.coefficients[g]));
+  }
+  cuda::ResultFlags flags{};
+  std::memcpy(&flags, result + at.flags(), sizeof(flags));
+  CHECK(flags.clipped == expected.clipped);
+  CHECK(flags.nonfinite_norm == expected.nonfinite_norm);
+  CHECK(flags.action == expected.action);
+  CHECK(flags.bad_threshold == 0);
+  std::vector<std::size_t> nonfinite;
+  for (std::size_t i = 0; i < list.size(); ++i)
+    if (result[at.nonfinite() + i] != std::byte{0}) nonfinite.push_back(i);
+  CHECK(nonfinite == expected.nonfinite);
+  CHECK(bytes_of(list) == after);
+  restore(list, before);
+}
+
+struct Settings {
+  int multiprocessors;
+  simt::Schedule schedule;
+};
+void set(const Settings& settings) {
+  simt::multiprocessors() = settings.multiprocessors;
+  simt::schedule() = settings.schedule;
+}
+constexpr Settings kSettings[] = {{1, {0, 1}}, {3, {1, 1}}, {4, {2, 3}}, {9, {3, 5}}};
+
+std::int64_t elements_of_tile(DType dtype) {
+  return static_cast<std::int64_t>(order::kTileBytes / size_of(dtype));
+}
+
+}  // namespace
+
+TEST_CASE("every size around a vector, a row and a tile, every dtype, aligned or not") {
+  set(kSettings[2]);
+  for (const DType dtype : kTypes) {
+    const std::int64_t tile = elements_of_tile(dtype);
+    List list;
+    unsigned seed = 1;
+    for (const std::int64_t edge : {std::int64_t{0}, tile / 1024, tile / 32, tile, 3 * tile})
+      for (const std::int64_t by : {-1, 0, 1})
+        for (const std::size_t offset : {0, 1, 3}) {
+          if (edge + by < 0) continue;
+          list.emplace_back(dtype, edge + by, offset);
+          list.back().fill(seed++, 1.0);
+        }
+    CAPTURE(name_of(dtype));
+    for (const auto kind : {NormOrder::two, NormOrder::one, NormOrder::infinity}) {
+      compare(list, {.order = {kind, 2.0}});
+      compare(list, {.order = {kind, 2.0}, .max_norm = 1e30});
+    }
+  }
+}
+
+TEST_CASE("every grid and schedule") {
+  for (const Settings& settings : kSettings) {
+    set(settings);
+    List list;
+    list.emplace_back(DType::float32, 40 * 4096 + 5);
+    list.emplace_back(DType::bfloat16, 7);
+    list.emplace_back(DType::float64, 9 * 2048 + 1, 1);
+    list.emplace_back(DType::complex64, 5 * 2048);
+    for (int i = 0; i < 60; ++i) list.emplace_back(DType::float16, 100 + i);
+    list.emplace_back(DType::float32, 20 * 4096);
+    for (std::size_t i = 0; i < list.size(); ++i) list[i].fill(static_cast<unsigned>(i), 1.0);
+    compare(list, {});
+    compare(list, {.kept = true, .on_device = true});
+    compare(list, {.groups = {Groups::tensor}});
+  }
+}
+
+TEST_CASE("groups by label, other orders, grad_scale") {
+  set(kSettings[2]);
+  List list;
+  for (const DType dtype : kTypes)
+    for (const std::int64_t numel : {0, 33, 2 * 4096 + 9}) {
+      list.emplace_back(dtype, numel);
+      list.back().fill(static_cast<unsigned>(list.size()), 3.0);
+    }
+  Groups labels{Groups::labels};
+  for (std::size_t i = 0; i < list.size(); ++i) labels.label.push_back(i * 7 % 5);
+  labels.labels_used = 5;
+  for (const NormOrder order : {NormOrder{NormOrder::two, 2.0}, NormOrder{NormOrder::one, 1.0},
+                                NormOrder{NormOrder::infinity, INFINITY},
+                                NormOrder{NormOrder::other, 3.0}, NormOrder{NormOrder::other, 0.5}})
+    for (const Groups& groups : {Groups{}, Groups{Groups::tensor}, labels})
+      compare(list, {.order = order, .max_norm = 20.0, .grad_scale = 3.0, .groups = groups});
+}
+
+TEST_CASE("overflow, underflow, infinities, NaN, with every policy") {
+  set(kSettings[1]);
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  for (const DType dtype : kTypes)
+    for (const double scale : {1e-45, 1e-30, 1e30, 1e-310, 1e300}) {
+      List list;
+      list.emplace_back(dtype, 5000);
+      list.emplace_back(dtype, 100);
+      list[0].fill(1, scale);
+      list[1].fill(2, 1.0);
+      compare(list, {});
+      compare(list, {.order = {NormOrder::one, 1.0}});
+    }
+  for (const DType dtype : kTypes)
+    for (const double odd : {kInfinity, -kInfinity, std::nan("")})
+      for (const auto policy : {NonFinite::raise, NonFinite::skip, NonFinite::zero})
+        for (const auto kind : {NormOrder::two, NormOrder::one, NormOrder::infinity}) {
+          List list;
+          list.emplace_back(dtype, 300);
+          list.emplace_back(dtype, 9000);
+          for (const Tensor& tensor : list) tensor.fill(3, 1.0);
+          list[1].set(8191, odd);
+          compare(list, {.order = {kind, 1.0}, .policy = policy});
+          compare(list, {.order = {kind, 1.0}, .policy = policy, .groups = {Groups::tensor}});
+        }
+}
+
+TEST_CASE("strided tensors") {
+  set(kSettings[2]);
+  for (const DType dtype : kTypes) {
+    const auto size = static_cast<std::int64_t>(size_of(dtype));
+    List list;
+    list.emplace_back(dtype, 3 * 40 * 130);
+    list[0].fill(5, 1.0);
+    const StridedLayout layout{{{3, 40 * 130 * size}, {20, 260 * size}, {65, 2 * size}}};
+    list[0].span.layout = &layout;
+    list[0].span.numel = 3 * 20 * 65;
+    list.emplace_back(dtype, 77);
+    list[1].fill(6, 1.0);
+    compare(list, {});
+    compare(list, {.order = {NormOrder::infinity, INFINITY}});
+  }
+}
+
+TEST_CASE("more tensors than an argument holds") {
+  set(kSettings[3]);
+  List list;
+  for (int i = 0; i < 1500; ++i) {
+    list.emplace_back(kTypes[i % 4], 10 + i % 50);
+    list.back().fill(static_cast<unsigned>(i), 1.0);
+  }
+  compare(list, {});
+}
+
+TEST_CASE("no gradients at all") {
+  List list;
+  compare(list, {});
+}
+
+TEST_CASE("value clip and scale") {
+  set(kSettings[2]);
+  for (const DType dtype : {DType::float16, DType::bfloat16, DType::float32, DType::float64})
+    for (const double limit : {0.5, 1e-9, 1e9, 1.0 / 3.0}) {
+      List list;
+      list.emplace_back(dtype, 3 * elements_of_tile(dtype) + 5, 1);
+      list.emplace_back(dtype, 40);
+      for (const Tensor& tensor : list) tensor.fill(9, 1.0);
+      list[1].set(3, std::nan(""));
+      const auto before = bytes_of(list);
+      const std::vector<Span> spans = spans_of(list);
+      const Plan plan = plan_of(spans);
+      const cpu::ValueClip expected = cpu::clip_by_value(spans, plan, limit);
+      const auto clipped = bytes_of(list);
+      const Table<double> factors(list.size(), limit);
+      restore(list, before);
+      list[1].set(3, 1.0);
+      const auto finite = bytes_of(list);
+      cpu::scale(spans, plan, factors);
+      const auto scaled = bytes_of(list);
+
+      restore(list, before);
+      cuda::List gpu(spans, {}, 0, nullptr);
+      std::vector<double> memory(gpu.layout().bytes() / 8);
+      auto* const result = reinterpret_cast<std::byte*>(memory.data());
+      gpu.clip_by_value(limit, result, nullptr);
+      CHECK(bytes_of(list) == clipped);
+      cuda::ResultFlags flags{};
+      std::memcpy(&flags, result + gpu.layout().flags(), sizeof(flags));
+      CHECK(flags.clipped == expected.clipped);
+      for (std::size_t i = 0; i < list.size(); ++i)
+        CHECK(bits(memory[gpu.layout().norms() / 8 + i]) == bits(expected.largest[i].value));
+
+      std::vector<std::int64_t> counts(2 * list.size(), -1);
+      gpu.count_nonfinite(counts.data(), nullptr);
+      CHECK(counts == std::vector<std::int64_t>{0, 0, 1, 0});
+      restore(list, finite);
+      gpu.scale(limit, nullptr);
+      CHECK(bytes_of(list) == scaled);
+    }
+}
+
+TEST_CASE("sums go out to be reduced and come back") {
+  set(kSettings[2]);
+  List list;
+  list.emplace_back(DType::float32, 30000);
+  list.emplace_back(DType::float64, 3000);
+  for (const Tensor& tensor : list) tensor.fill(9, 1.0);
+  const std::vector<Span> spans = spans_of(list);
+  for (const auto kind : {NormOrder::two, NormOrder::one, NormOrder::infinity}) {
+    const NormOrder order{kind, 2.0};
+    const Groups groups{Groups::tensor};
+    const Table<NormSum> sums = cpu::measure(spans, plan_of(spans), order);
+    cuda::List gpu(spans, groups, 0, nullptr);
+    const cuda::ResultLayout at = gpu.layout();
+    std::vector<double> memory(at.bytes() / 8);
+    auto* const result = reinterpret_cast<std::byte*>(memory.data());
+    cuda::Request request{order, 1.0, {1.0}, NonFinite::skip, cuda::Request::sums};
+    gpu.measure(request, result, nullptr);
+    Table<NormSum> reduced;
+    std::vector<double> twice;
+    for (std::size_t g = 0; g < 2; ++g) {
+      CHECK(bits(memory[at.group_sums() / 8 + g]) == bits(to_plain(order, sums[g])));
+      twice.push_back(2.0 * to_plain(order, sums[g]));
+      reduced.push_back(from_plain(twice[g]));
+    }
+    request.until = cuda::Request::clip;
+    gpu.decide(request, twice.data(), result, nullptr);
+    const ClipDecision expected =
+        decide_clip(order, sums, groups, reduced, true, 1.0, 1.0, NonFinite::skip);
+    CHECK(bits(memory[0]) == bits(expected.total_norm));
+    for (std::size_t g = 0; g < 2; ++g)
+      CHECK(bits(memory[at.coefficients() / 8 + g]) == bits(expected.coefficients[g]));
+  }
+}
+
+TEST_CASE("a threshold on the device that is not positive writes nothing and says so") {
+  set(kSettings[0]);
+  List list;
+  list.emplace_back(DType::float32, 100);
+  list[0].fill(1, 1.0);
+  const auto before = bytes_of(list);
+  for (const float bad : {-1.0f, 0.0f, NAN}) {
+    cuda::List gpu(spans_of(list), {}, 0, nullptr);
+    std::vector<double> memory(gpu.layout().bytes() / 8);
+    auto* const result = reinterpret_cast<std::byte*>(memory.data());
+    cuda::Request request{{}, 1.0, {0.0, &bad, DType::float32}, NonFinite::skip,
+                          cuda::Request::clip};
+    gpu.measure(request, result, nullptr);
+    gpu.change(1.0, result, nullptr);
+    cuda::ResultFlags flags{};
+    std::memcpy(&flags, result + gpu.layout().flags(), sizeof(flags));
+    CHECK(flags.bad_threshold == 1);
+    CHECK(bytes_of(list) == before);
+  }
+}
+
+TEST_CASE("launches, copies and allocations of a call") {
+  set(kSettings[1]);
+  List list;
+  for (int i = 0; i < 300; ++i) list.emplace_back(DType::float32, 64);
+  for (const Tensor& tensor : list) tensor.fill(1, 1.0);
+  compare(list, {});  // makes the workspace
+  const simt::Counters before = simt::counters();
+  compare(list, {});
+  CHECK(simt::counters().launches == before.launches + 2);
+  CHECK(simt::counters().copies == before.copies);
+  CHECK(simt::counters().allocations == before.allocations);
+  CHECK(simt::counters().waits == before.waits);
+}
+
+}  // namespace gradclip
