@@ -31,10 +31,11 @@ struct Largest {
 struct Scratch {
   std::uint32_t* blocks_done;
   std::uint32_t* tiles_done;  // of every tensor that is spread over blocks
-  Accumulated* partials;      // two per block: of the tensor it ends, or is inside; of the one it begins
+  Accumulated*
+      partials;  // two per block: of the tensor it ends, or is inside; of the one it begins
   Accumulated* block_totals;
-  NormSum* sums;    // of every tensor
-  Largest* units;   // of every tensor, in the slow orders
+  NormSum* sums;   // of every tensor
+  Largest* units;  // of every tensor, in the slow orders
 };
 
 struct ResultPointers {
@@ -62,8 +63,8 @@ struct MeasureArguments {
   ResultPointers result;
   Request request;
   Groups::Kind grouping;
-  bool units_pass;              // of two passes the first: largest magnitudes for the second
-  const double* reduced;        // for `decide`: the sums of groups over all processes
+  bool units_pass;        // of two passes the first: largest magnitudes for the second
+  const double* reduced;  // for `decide`: the sums of groups over all processes
 };
 
 struct ChangeArguments {

@@ -42,7 +42,9 @@ template <class T, class Change>
 __device__ __forceinline__ void change_dense(std::byte* first, std::byte* end, Change change) {
   constexpr int kVectors = kTuning.vectors_in_flight;
   using Word = typename FloatBits<T>::Word;
-  const auto up = [](std::byte* p) { return p + (16 - reinterpret_cast<std::uintptr_t>(p) % 16) % 16; };
+  const auto up = [](std::byte* p) {
+    return p + (16 - reinterpret_cast<std::uintptr_t>(p) % 16) % 16;
+  };
   std::byte* const body = up(first) < end ? up(first) : end;
   std::byte* const body_end = body + (end - body) / 16 * 16;
   const auto by_element = [&](std::byte* from, std::byte* to) {
@@ -121,9 +123,9 @@ __device__ __forceinline__ void change(const ChangeArguments& arguments) {
       });
       return;
     }
-    const double factor =
-        arguments.flags ? arguments.coefficients[table.group_of(i)] / arguments.grad_scale
-                        : arguments.factor;
+    const double factor = arguments.flags
+                              ? arguments.coefficients[table.group_of(i)] / arguments.grad_scale
+                              : arguments.factor;
     if (factor != 1.0) scale_tiles(entry, table, tiles, factor);
   });
 }
@@ -195,13 +197,13 @@ __device__ __forceinline__ void clip_by_value(const ValueClipArguments& argument
 // --- Telling what is not finite -------------------------------------------------------------------------
 
 // counts[2 i] NaN and counts[2 i + 1] infinite elements of tensor i, which begin as 0.
-__device__ __forceinline__ void count_nonfinite(const TableView& table, unsigned long long* counts) {
+__device__ __forceinline__ void count_nonfinite(const TableView& table,
+                                                unsigned long long* counts) {
   walk(table, [&](std::uint32_t i, const TensorEntry& entry, const TileRange& tiles) {
     constexpr auto kTile = static_cast<std::int64_t>(order::kTileBytes);
     const auto itemsize = static_cast<std::int64_t>(size_of(entry.dtype));
     const std::int64_t first = tiles.begin * kTile / itemsize;
-    const std::int64_t end =
-        (tiles.end == tiles.all ? entry.bytes : tiles.end * kTile) / itemsize;
+    const std::int64_t end = (tiles.end == tiles.all ? entry.bytes : tiles.end * kTile) / itemsize;
     with_real_type(entry.dtype, [&](auto type) {
       using T = decltype(type);
       const ElementMemory<T> memory = element_memory<T>(entry, table);

@@ -21,9 +21,9 @@ struct Piece {
 template <class Accumulator>
 struct CombineShared {  // raw memory: what is read has been assigned before
   CombineShared() = delete;
-  Accumulator running[kWarps];    // of the tensor that a warp is at
+  Accumulator running[kWarps];  // of the tensor that a warp is at
   Accumulator pieces[kSlots];
-  Accumulator totals[32];         // over the tensors that are done: of every warp, of every slot
+  Accumulator totals[32];  // over the tensors that are done: of every warp, of every slot
   union {
     Accumulator threads[kThreads];  // of every thread, for what threads add up together
     ExactSum group_sums[kThreads];  // the same memory, for the last block
@@ -63,8 +63,8 @@ __device__ __forceinline__ void prepare(CombineShared<Accumulator>& shared) {
 
 // The piece of a tensor that this warp has, for the block to join. By one thread.
 template <class Accumulator>
-__device__ __forceinline__ void leave_piece(CombineShared<Accumulator>& shared, std::uint32_t tensor,
-                                            const TileRange& tiles) {
+__device__ __forceinline__ void leave_piece(CombineShared<Accumulator>& shared,
+                                            std::uint32_t tensor, const TileRange& tiles) {
   const int slot = 2 * warp_id() + (tiles.begin == 0);
   shared.pieces[slot] = shared.running[warp_id()];
   shared.piece_of[slot] = {tensor, tiles};

@@ -16,8 +16,8 @@ __device__ __noinline__ double norm(const NormOrder& order, const NormSum& sum, 
 // The sum of a group by one warp, step 5 of the reduction order; sum_of(k) is that of its tensor k.
 // Right in lane 0. `sums` has an element for every thread of the block.
 template <class SumOf>
-__device__ __noinline__ NormSum group_sum(const NormOrder& order, std::uint32_t count,
-                                             SumOf sum_of, ExactSum* sums) {
+__device__ __noinline__ NormSum group_sum(const NormOrder& order, std::uint32_t count, SumOf sum_of,
+                                          ExactSum* sums) {
   const auto lane = static_cast<std::uint32_t>(lane_id());
   double largest = 0.0;  // of magnitudes, or of units
   if (order.kind == NormOrder::infinity || order.kind == NormOrder::other) {
@@ -72,8 +72,8 @@ __device__ __noinline__ void decide_from_norms(const MeasureArguments& arguments
   const bool nonfinite = __syncthreads_or(odd_norm);
   const double max_norm = read_threshold(request.max_norm);
   const bool bad_threshold = !(max_norm > 0.0);
-  const bool stay = nonfinite && (request.policy == NonFinite::raise ||
-                                  request.policy == NonFinite::skip);
+  const bool stay =
+      nonfinite && (request.policy == NonFinite::raise || request.policy == NonFinite::skip);
   const bool zero = nonfinite && request.policy == NonFinite::zero && !bad_threshold;
   int clipped = 0, changed = 0;
   for (std::uint32_t g = threadIdx.x; g < groups; g += kThreads) {
@@ -88,14 +88,16 @@ __device__ __noinline__ void decide_from_norms(const MeasureArguments& arguments
   const bool any_clipped = __syncthreads_or(clipped), any_changed = __syncthreads_or(changed);
   if (threadIdx.x != 0) return;
   const bool nothing = stay || bad_threshold || (!zero && !any_changed);
-  const auto action = nothing ? ClipDecision::nothing : zero ? ClipDecision::zero : ClipDecision::scale;
+  const auto action = nothing ? ClipDecision::nothing
+                      : zero  ? ClipDecision::zero
+                              : ClipDecision::scale;
   *result.flags = {static_cast<std::uint8_t>(!stay && !bad_threshold && (zero || any_clipped)),
                    static_cast<std::uint8_t>(nonfinite), static_cast<std::uint8_t>(bad_threshold),
                    static_cast<std::uint8_t>(action)};
 }
 
 __device__ __noinline__ void write_group(const MeasureArguments& arguments, std::uint32_t group,
-                                            const NormSum& sum) {
+                                         const NormSum& sum) {
   const Request& request = arguments.request;
   arguments.result.group_norms[group] = norm(request.order, sum, request.grad_scale);
   if (request.until == Request::sums)
@@ -105,7 +107,7 @@ __device__ __noinline__ void write_group(const MeasureArguments& arguments, std:
 // The last block of a measurement: groups and the total. `total` is the sum over all tensors, where
 // that could be taken along the way: in all orders but `other`.
 __device__ __noinline__ void finish_measurement(const MeasureArguments& arguments, NormSum total,
-                                                   ExactSum* sums) {
+                                                ExactSum* sums) {
   const TableView& table = arguments.table;
   const Request& request = arguments.request;
   const auto sum_of = [&](std::uint32_t tensor) {

@@ -64,9 +64,7 @@ void copy_to_host(void* to, const void* from, std::size_t bytes, Stream stream) 
   synchronize(stream);
 }
 
-void synchronize(Stream stream) {
-  check(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
-}
+void synchronize(Stream stream) { check(cudaStreamSynchronize(stream), "cudaStreamSynchronize"); }
 
 void wait_for(Stream waiting, Stream before) {
   if (waiting == before) return;

@@ -1,10 +1,9 @@
 // Lists of gradients: their tables, and the launches over them.
-#include "cuda/engine.hpp"
-
 #include <algorithm>
 #include <cstring>
 #include <limits>
 
+#include "cuda/engine.hpp"
 #include "cuda/kernels.cuh"
 #include "cuda/workspace.hpp"
 
@@ -100,8 +99,8 @@ void List::State::read(std::span<const Span> spans, const Groups& groups_wanted)
   for (const Span& span : spans) {
     if (tiles_of(span.nbytes()) >= kMost)
       throw std::length_error("grads: expected gradients of less than 2^46 bytes");
-    TensorEntry entry{span.data, span.nbytes(), cost, static_cast<std::uint32_t>(axes.size()), 0,
-                      span.dtype};
+    TensorEntry entry{span.data, span.nbytes(), cost, static_cast<std::uint32_t>(axes.size()),
+                      0,         span.dtype};
     if (span.layout) {
       entry.axes = static_cast<std::uint16_t>(span.layout->axes.size());
       axes.insert(axes.end(), span.layout->axes.begin(), span.layout->axes.end());
@@ -199,8 +198,8 @@ ResultLayout List::layout() const { return {state_->tensors, state_->groups}; }
 
 void List::measure(const Request& request, std::byte* result, Stream stream) {
   const State& s = *state_;
-  MeasureArguments arguments{s.table,    s.scratch, ResultPointers(layout(), result), request,
-                             s.grouping, false,     nullptr};
+  MeasureArguments arguments{
+      s.table, s.scratch, ResultPointers(layout(), result), request, s.grouping, false, nullptr};
   switch (request.order.kind) {
     case NormOrder::two: return s.launch_measure<Measure::squares>(arguments, stream);
     case NormOrder::infinity: return s.launch_measure<Measure::largest>(arguments, stream);
@@ -224,9 +223,9 @@ void List::decide(const Request& request, const double* sums, std::byte* result,
 
 void List::change(double grad_scale, const std::byte* result, Stream stream) {
   const ResultPointers pointers(layout(), const_cast<std::byte*>(result));
-  state_->launch_over(change_kernel<ChangeArguments>, change_kernel<WithEntries<ChangeArguments>>,
-                      0, ChangeArguments{{}, pointers.flags, pointers.coefficients, grad_scale, 1.0},
-                      stream);
+  state_->launch_over(
+      change_kernel<ChangeArguments>, change_kernel<WithEntries<ChangeArguments>>, 0,
+      ChangeArguments{{}, pointers.flags, pointers.coefficients, grad_scale, 1.0}, stream);
 }
 
 void List::scale(double factor, Stream stream) {
@@ -237,8 +236,8 @@ void List::scale(double factor, Stream stream) {
 void List::clip_by_value(double limit, std::byte* result, Stream stream) {
   const State& s = *state_;
   state_->launch_over(
-      clip_by_value_kernel<ValueClipArguments>, clip_by_value_kernel<WithEntries<ValueClipArguments>>,
-      sizeof(CombineShared<Largest>),
+      clip_by_value_kernel<ValueClipArguments>,
+      clip_by_value_kernel<WithEntries<ValueClipArguments>>, sizeof(CombineShared<Largest>),
       ValueClipArguments{{}, s.scratch, ResultPointers(layout(), result), limit}, stream);
 }
 

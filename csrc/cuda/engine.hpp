@@ -24,7 +24,7 @@ using Stream = CUstream_st*;
 // A threshold, on the host or as a float of the device, read when the kernels run.
 struct Threshold {
   double value = 0.0;
-  const void* device = nullptr;      // of type `dtype`, a real one
+  const void* device = nullptr;  // of type `dtype`, a real one
   DType dtype = DType::float64;
 };
 
@@ -34,12 +34,12 @@ struct ResultLayout {
   std::size_t tensors, groups;
 
   std::size_t total_norm() const { return 0; }
-  std::size_t coefficients() const { return 8; }                    // one per group
-  std::size_t group_norms() const { return 8 + 8 * groups; }        // one per group
-  std::size_t group_sums() const { return 8 + 16 * groups; }        // one per group, for `reduce`
-  std::size_t norms() const { return 8 + 24 * groups; }             // one per tensor
-  std::size_t flags() const { return norms() + 8 * tensors; }       // a ResultFlags
-  std::size_t nonfinite() const { return flags() + 16; }            // one byte per tensor, 0 or 1
+  std::size_t coefficients() const { return 8; }               // one per group
+  std::size_t group_norms() const { return 8 + 8 * groups; }   // one per group
+  std::size_t group_sums() const { return 8 + 16 * groups; }   // one per group, for `reduce`
+  std::size_t norms() const { return 8 + 24 * groups; }        // one per tensor
+  std::size_t flags() const { return norms() + 8 * tensors; }  // a ResultFlags
+  std::size_t nonfinite() const { return flags() + 16; }       // one byte per tensor, 0 or 1
   std::size_t bytes() const { return (nonfinite() + tensors + 7) / 8 * 8; }
 };
 
@@ -112,8 +112,8 @@ struct DeviceInfo {
 };
 int device_count();
 DeviceInfo device_info(int device);
-int runtime_version();  // 13000 is 13.0
-int driver_version();   // 0 without a driver
+int runtime_version();        // 13000 is 13.0
+int driver_version();         // 0 without a driver
 std::string architectures();  // that kernels were compiled for, "75 80 ..."
 
 int current_device();

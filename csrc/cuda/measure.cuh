@@ -15,7 +15,7 @@ enum class Measure {
   squares,     // the 2-norm
   magnitudes,  // the 1-norm of real tensors
   largest,     // the maximum norm; the first pass of `powers`
-  powers       // any other order, and the 1-norm where a tensor is complex; the second of two passes
+  powers  // any other order, and the 1-norm where a tensor is complex; the second of two passes
 };
 
 template <Measure kMeasure>
@@ -52,7 +52,7 @@ __device__ __forceinline__ double magnitude_at(const ElementMemory<T>& memory, s
 }
 
 __device__ __noinline__ Largest largest_of_tile(const TensorEntry& entry, const TableView& table,
-                                                   TileBytes tile) {
+                                                TileBytes tile) {
   Largest result;
   if (is_complex(entry.dtype)) {
     with_real_type(entry.dtype, [&](auto type) {
@@ -77,9 +77,8 @@ __device__ __noinline__ Largest largest_of_tile(const TensorEntry& entry, const 
   }
   with_memory(entry, table, [&](const auto& memory, auto type) {
     const double value = value_of_pattern(
-        entry.dtype,
-        largest_of_tile<rows_in_flight<std::remove_cvref_t<decltype(memory)>>()>(
-            memory, tile.first, tile.bytes, type));
+        entry.dtype, largest_of_tile<rows_in_flight<std::remove_cvref_t<decltype(memory)>>()>(
+                         memory, tile.first, tile.bytes, type));
     result = {value, !is_finite(value)};
   });
   return result;
@@ -97,8 +96,8 @@ __device__ __forceinline__ WideValue sum_of_tile(const TensorEntry& entry, const
 
 // Terms (|x| / unit)^p of a tile, each thread a run of order::kTermsPerRun, added to `mine`.
 __device__ __noinline__ void add_powers_of_tile(const TensorEntry& entry, const TableView& table,
-                                                   TileBytes tile, double unit, double p,
-                                                   ExactSum& mine) {
+                                                TileBytes tile, double unit, double p,
+                                                ExactSum& mine) {
   constexpr auto kRun = static_cast<std::int64_t>(order::kTermsPerRun);
   const double scale = unit < 0x1p-900 ? 0x1p600 : 1.0;
   const auto itemsize = static_cast<std::int64_t>(size_of(entry.dtype));
@@ -116,12 +115,10 @@ __device__ __noinline__ void add_powers_of_tile(const TensorEntry& entry, const 
 
 // What a tensor of these sums is told as. By one thread.
 template <Measure kMeasure, class Accumulator>
-__device__ __noinline__ void finish_tensor(const MeasureArguments& arguments,
-                                              std::uint32_t tensor, const NormSum& sum,
-                                              bool nonfinite, Accumulator& total) {
+__device__ __noinline__ void finish_tensor(const MeasureArguments& arguments, std::uint32_t tensor,
+                                           const NormSum& sum, bool nonfinite, Accumulator& total) {
   arguments.scratch.sums[tensor] = sum;
-  arguments.result.norms[tensor] =
-      norm(arguments.request.order, sum, arguments.request.grad_scale);
+  arguments.result.norms[tensor] = norm(arguments.request.order, sum, arguments.request.grad_scale);
   arguments.result.nonfinite[tensor] = nonfinite;
   if constexpr (kMeasure == Measure::largest)
     total.add(Largest{sum.value, nonfinite});
@@ -130,9 +127,8 @@ __device__ __noinline__ void finish_tensor(const MeasureArguments& arguments,
 }
 
 template <Measure kMeasure, class Accumulator>
-__device__ __noinline__ void finish_tensor(const MeasureArguments& arguments,
-                                              std::uint32_t tensor, const Accumulator& sum,
-                                              Accumulator& total) {
+__device__ __noinline__ void finish_tensor(const MeasureArguments& arguments, std::uint32_t tensor,
+                                           const Accumulator& sum, Accumulator& total) {
   if constexpr (kMeasure == Measure::largest) {
     if (arguments.units_pass)
       arguments.scratch.units[tensor] = sum;
@@ -162,8 +158,7 @@ __device__ __noinline__ void finish_tensor(const MeasureArguments& arguments,
 template <Measure kMeasure, class Accumulator>
 __device__ __forceinline__ void add_tile(const MeasureArguments& arguments, std::uint32_t tensor,
                                          const TensorEntry& entry, TileBytes tile,
-                                         Accumulator& running,
-                                         Accumulator& mine) {
+                                         Accumulator& running, Accumulator& mine) {
   const TableView& table = arguments.table;
   if constexpr (kMeasure == Measure::largest) {
     if (arguments.units_pass && !needs_units(entry, arguments.request.order)) return;
@@ -198,7 +193,8 @@ __device__ __forceinline__ bool accumulate(CombineShared<Accumulator>& shared,
     if (lane_id() == 0) running = Accumulator{};
     begin();
     __syncwarp();
-    for (std::int64_t tile = tiles.begin; tile < tiles.end; ++tile) add_tile(i, entry, tile, running);
+    for (std::int64_t tile = tiles.begin; tile < tiles.end; ++tile)
+      add_tile(i, entry, tile, running);
     __syncwarp();
     if (lane_id() != 0) return;
     end(running);

@@ -35,7 +35,7 @@ __device__ T& shared_memory() {
 template <class Arguments>
 void launch(void (*kernel)(Arguments), unsigned blocks, unsigned threads, std::size_t shared_bytes,
             cudaStream_t stream, const Arguments& arguments) {
-  kernel<<<blocks, threads, shared_bytes, stream>>>(arguments);
+  kernel<<<blocks, threads, shared_bytes, stream> > >(arguments);
   check(cudaGetLastError(), "launch of a kernel");
 }
 #endif

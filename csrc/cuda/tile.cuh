@@ -44,7 +44,8 @@ __device__ __forceinline__ double join_words(unsigned low, unsigned high) {
 template <Sum kSum, class Work, class T>
 __device__ __forceinline__ auto terms_of(uint4 v, double scale, T) {
   if constexpr (sizeof(T) == 8) {
-    return Terms2{term<kSum>(join_words(v.x, v.y) * scale), term<kSum>(join_words(v.z, v.w) * scale)};
+    return Terms2{term<kSum>(join_words(v.x, v.y) * scale),
+                  term<kSum>(join_words(v.z, v.w) * scale)};
   } else if constexpr (sizeof(T) == 4) {
     const auto one = [](unsigned word) {
       return term<kSum>(static_cast<Work>(bit_copy<float>(word)));
@@ -100,8 +101,7 @@ __device__ __forceinline__ typename FloatBits<T>::Word largest_of(uint4 v) {
     };
     return larger_of(bits(v.x, v.y), bits(v.z, v.w));
   } else {
-    return larger_of(larger_of(of_word(v.x), of_word(v.y)),
-                     larger_of(of_word(v.z), of_word(v.w)));
+    return larger_of(larger_of(of_word(v.x), of_word(v.y)), larger_of(of_word(v.z), of_word(v.w)));
   }
 }
 
@@ -137,7 +137,7 @@ __device__ __forceinline__ std::uint64_t largest_of_tile(const Memory& memory, s
 // A tile whose sum cannot be trusted; one row at a time, for it is rare.
 template <Sum kSum, class T, class Memory>
 __device__ __noinline__ WideValue sum_tile_again(const Memory& memory, std::int64_t first,
-                                                    std::int64_t bytes, T type) {
+                                                 std::int64_t bytes, T type) {
   const std::uint64_t largest_bits = largest_of_tile<1>(memory, first, bytes, type);
   if (largest_bits == 0) return {0.0, 0};
   if (largest_bits > FloatBits<T>::infinity) return {quiet_nan(), 0};

@@ -9,7 +9,7 @@
 namespace gradclip::cuda {
 
 struct Tuning {
-  int rows_in_flight;     // of a warp: 16 bytes a thread and row, asked for before the first is used
+  int rows_in_flight;  // of a warp: 16 bytes a thread and row, asked for before the first is used
   int vectors_in_flight;  // of a thread that changes memory, 16 bytes each
 };
 

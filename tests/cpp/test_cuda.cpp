@@ -98,8 +98,8 @@ void compare(List& list, const Call& call) {
   const auto after = bytes_of(list);
   restore(list, before);
 
-  cuda::List gpu = call.kept ? cuda::List(spans, call.groups, 0)
-                             : cuda::List(spans, call.groups, 0, nullptr);
+  cuda::List gpu =
+      call.kept ? cuda::List(spans, call.groups, 0) : cuda::List(spans, call.groups, 0, nullptr);
   const cuda::ResultLayout at = gpu.layout();
   std::vector<double> memory(at.bytes() / 8, -7.0);
   auto* const result = reinterpret_cast<std::byte*>(memory.data());
@@ -109,7 +109,9 @@ void compare(List& list, const Call& call) {
   gpu.measure(request, result, nullptr);
   gpu.change(call.grad_scale, result, nullptr);
 
-  const auto number = [&](std::size_t offset, std::size_t i) { return bits(memory[offset / 8 + i]); };
+  const auto number = [&](std::size_t offset, std::size_t i) {
+    return bits(memory[offset / 8 + i]);
+  };
   CHECK(number(at.total_norm(), 0) == bits(expected.total_norm));
   for (std::size_t i = 0; i < list.size(); ++i) {
     CAPTURE(i);
@@ -351,8 +353,8 @@ TEST_CASE("a threshold on the device that is not positive writes nothing and say
     cuda::List gpu(spans_of(list), {}, 0, nullptr);
     std::vector<double> memory(gpu.layout().bytes() / 8);
     auto* const result = reinterpret_cast<std::byte*>(memory.data());
-    cuda::Request request{{}, 1.0, {0.0, &bad, DType::float32}, NonFinite::skip,
-                          cuda::Request::clip};
+    cuda::Request request{
+        {}, 1.0, {0.0, &bad, DType::float32}, NonFinite::skip, cuda::Request::clip};
     gpu.measure(request, result, nullptr);
     gpu.change(1.0, result, nullptr);
     cuda::ResultFlags flags{};

@@ -100,8 +100,8 @@ void end_thread(Thread& thread) {
   spare_fibers.emplace_back(thread.fiber);
   thread.fiber = nullptr;
   if (block.arrived != 0 && !grid->error)
-    grid->error = std::make_exception_ptr(Error(text(thread) + ": ends while others wait at " +
-                                                text(block.place)));
+    grid->error = std::make_exception_ptr(
+        Error(text(thread) + ": ends while others wait at " + text(block.place)));
 }
 
 void run_thread(Thread& thread) {
