@@ -35,8 +35,10 @@ __device__ T& shared_memory() {
 template <class Arguments>
 void launch(void (*kernel)(Arguments), unsigned blocks, unsigned threads, std::size_t shared_bytes,
             cudaStream_t stream, const Arguments& arguments) {
-  kernel<<<blocks, threads, shared_bytes, stream> > >(arguments);
-  check(cudaGetLastError(), "launch of a kernel");
+  void* pointers[] = {const_cast<Arguments*>(&arguments)};
+  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(blocks), dim3(threads),
+                         pointers, shared_bytes, stream),
+        "cudaLaunchKernel");
 }
 #endif
 

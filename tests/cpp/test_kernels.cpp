@@ -99,7 +99,7 @@ TEST_CASE_TEMPLATE("scale", T, GRADCLIP_ALL_TYPES) {
 TEST_CASE_TEMPLATE("clamp", T, GRADCLIP_ALL_TYPES) {
   for (const double limit : {0.0, 0.75, 3.0, 1e4, double(INFINITY)}) {
     CAPTURE(limit);
-    const auto top = static_cast<WordOf<T>>(cpu::pattern_below(kDTypeOf<T>, limit));
+    const auto top = static_cast<WordOf<T>>(pattern_below(kDTypeOf<T>, limit));
     sweep<T>(2, [&](const cpu::TypeKernels& type, const std::vector<T>& before, Guarded& memory) {
       std::vector<T> want = before;
       bool any = false;
@@ -150,9 +150,9 @@ TEST_CASE("the probes read all and change nothing") {
 TEST_CASE_TEMPLATE("pattern_below: the largest number of the type that is not above", T,
                    GRADCLIP_ALL_TYPES) {
   const DType dtype = kDTypeOf<T>;
-  const auto value = [&](std::uint64_t bits) { return cpu::value_of_pattern(dtype, bits); };
+  const auto value = [&](std::uint64_t bits) { return value_of_pattern(dtype, bits); };
   const auto check = [&](double limit) {
-    const std::uint64_t bits = cpu::pattern_below(dtype, limit);
+    const std::uint64_t bits = pattern_below(dtype, limit);
     CAPTURE(limit);
     CAPTURE(bits);
     CHECK(value(bits) <= limit);
@@ -169,5 +169,5 @@ TEST_CASE_TEMPLATE("pattern_below: the largest number of the type that is not ab
   for (const double limit :
        {0x1p-1074, 1e-300, 1e-40, 65504.0, 65520.0, 3.4028235e38, 3.5e38, 1e308})
     check(limit);
-  CHECK(cpu::pattern_below(dtype, INFINITY) == FloatBits<T>::infinity);
+  CHECK(pattern_below(dtype, INFINITY) == FloatBits<T>::infinity);
 }
