@@ -37,7 +37,8 @@ __device__ __forceinline__ void change_element(typename FloatBits<T>::Word* at, 
 }
 
 // Change bytes [first, end) of a tensor, from the end to the beginning: the norms went forward, so the
-// end is still in the cache.
+// end is still in the cache. __ldcg and __stcg say that it is global memory, which the compiler does not
+// see where the address comes out of a table.
 template <class T, class Change>
 __device__ __forceinline__ void change_dense(std::byte* first, std::byte* end, Change change) {
   constexpr int kVectors = kTuning.vectors_in_flight;
@@ -58,13 +59,13 @@ __device__ __forceinline__ void change_dense(std::byte* first, std::byte* end, C
     uint4 v[kVectors];
     auto* const mine = reinterpret_cast<uint4*>(at - kVectors * kStep) + lane_id();
 #pragma unroll
-    for (int k = 0; k < kVectors; ++k) v[k] = mine[32 * k];
+    for (int k = 0; k < kVectors; ++k) v[k] = __ldcg(mine + 32 * k);
 #pragma unroll
-    for (int k = 0; k < kVectors; ++k) mine[32 * k] = change_vector<T>(v[k], change);
+    for (int k = 0; k < kVectors; ++k) __stcg(mine + 32 * k, change_vector<T>(v[k], change));
   }
   auto* const last = reinterpret_cast<uint4*>(at);
   for (auto* mine = reinterpret_cast<uint4*>(body) + lane_id(); mine < last; mine += 32)
-    *mine = change_vector<T>(*mine, change);
+    __stcg(mine, change_vector<T>(__ldcg(mine), change));
   by_element(first, body);
 }
 

@@ -62,10 +62,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   probe<kTuning.vectors_in_flight>(list.table, [&](uint4* mine) {
     uint4 v[kTuning.vectors_in_flight];
 #pragma unroll
-    for (int k = 0; k < kTuning.vectors_in_flight; ++k) v[k] = mine[32 * k];
+    for (int k = 0; k < kTuning.vectors_in_flight; ++k) v[k] = __ldcg(mine + 32 * k);
 #pragma unroll
     for (int k = 0; k < kTuning.vectors_in_flight; ++k)
-      mine[32 * k] = make_uint4(v[k].x ^ flip, v[k].y ^ flip, v[k].z ^ flip, v[k].w ^ flip);
+      __stcg(mine + 32 * k, make_uint4(v[k].x ^ flip, v[k].y ^ flip, v[k].z ^ flip, v[k].w ^ flip));
   });
 }
 
