@@ -55,6 +55,26 @@ double positive_number(const py::object& value, const char* name, bool may_be_in
   return number;
 }
 
+double finite_number(const py::object& value, const char* name) {
+  const double number = real_number(value, name);
+  if (!is_finite(number))
+    throw py::value_error(std::string(name) + ": expected a finite number, got " + repr(value));
+  return number;
+}
+
+double grad_scale_number(const py::object& grad_scale) {
+  const double scale = positive_number(grad_scale, "grad_scale", false);
+  if (!is_finite(1.0 / scale))
+    throw py::value_error("grad_scale: expected a number whose reciprocal is finite, got " +
+                          repr(grad_scale));
+  return scale;
+}
+
+void check_reduce(const py::object& reduce) {
+  if (!reduce.is_none() && !PyCallable_Check(reduce.ptr()))
+    throw py::type_error("reduce: expected a callable or None, got " + type_name(reduce));
+}
+
 NormOrder norm_order(const py::object& ord) {
   const double p = positive_number(ord, "ord", true);
   if (p == 2.0) return {NormOrder::two, p};

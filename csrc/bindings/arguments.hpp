@@ -16,6 +16,12 @@ double real_number(const py::object& value, const char* name);
 // Positive, infinity allowed or not. ValueError if it is not.
 double positive_number(const py::object& value, const char* name, bool may_be_infinite);
 
+double finite_number(const py::object& value, const char* name);
+// Positive, and with a finite reciprocal.
+double grad_scale_number(const py::object& grad_scale);
+// A callable or None.
+void check_reduce(const py::object& reduce);
+
 NormOrder norm_order(const py::object& ord);
 NonFinite nonfinite_policy(const py::object& policy);
 Groups group_labels(const py::object& groups, std::size_t tensors);

@@ -107,14 +107,9 @@ py::tuple clip(const Gradients& grads, const py::object& max_norm, const py::obj
   const double threshold = positive_number(max_norm, "max_norm", true);
   const NormOrder order = norm_order(ord);
   const Groups grouping = group_labels(groups, grads.spans().size());
-  const double scale = positive_number(grad_scale, "grad_scale", false);
-  if (!is_finite(1.0 / scale))
-    throw py::value_error("grad_scale: expected a number whose reciprocal is finite, got " +
-                          py::repr(grad_scale).cast<std::string>());
+  const double scale = grad_scale_number(grad_scale);
   const NonFinite policy = nonfinite_policy(nonfinite);
-  if (!reduce.is_none() && !PyCallable_Check(reduce.ptr()))
-    throw py::type_error("reduce: expected a callable or None, got " +
-                         std::string(Py_TYPE(reduce.ptr())->tp_name));
+  check_reduce(reduce);
   grads.require_writable();
 
   const Table<NormSum> sums = measure(grads, order);
@@ -169,10 +164,7 @@ py::tuple clip_by_value(const Gradients& grads, const py::object& limit) {
 }
 
 void scale(const Gradients& grads, const py::object& factor) {
-  const double number = real_number(factor, "factor");
-  if (!is_finite(number))
-    throw py::value_error("factor: expected a finite number, got " +
-                          py::repr(factor).cast<std::string>());
+  const double number = finite_number(factor, "factor");
   grads.require_writable();
   if (number == 1.0) return;
   const Table<double> factors(grads.spans().size(), number);

@@ -16,8 +16,10 @@ using gb::Gradients;
 
 namespace {
 
+Gradients readable(const py::object& grads) { return Gradients(grads, gb::HostReader{}); }
+
 Gradients writable(const py::object& grads) {
-  Gradients read(grads);
+  Gradients read = readable(grads);
   read.find_overlaps();
   return read;
 }
@@ -41,13 +43,13 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.def(
       "tensor_norms",
       [](const py::object& grads, const py::object& ord) {
-        return gb::tensor_norms(Gradients(grads), ord);
+        return gb::tensor_norms(readable(grads), ord);
       },
       py::arg("grads"), py::arg("ord"));
   m.def(
       "global_norm",
       [](const py::object& grads, const py::object& ord) {
-        return gb::global_norm(Gradients(grads), ord);
+        return gb::global_norm(readable(grads), ord);
       },
       py::arg("grads"), py::arg("ord"));
   m.def(
@@ -70,7 +72,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       [](const py::object& grads, const py::object& factor) { gb::scale(writable(grads), factor); },
       py::arg("grads"), py::arg("factor"));
   m.def(
-      "probe_read", [](const py::object& grads) { return gb::probe_read(Gradients(grads)); },
+      "probe_read", [](const py::object& grads) { return gb::probe_read(readable(grads)); },
       py::arg("grads"));
   m.def(
       "probe_read_write",
@@ -89,11 +91,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       .def_property_readonly("names", &Gradients::names)
       .def_property_readonly("nbytes",
                              [](const Gradients& grads) { return grads.plan().total_bytes; })
-      .def_property_readonly("num_elements", [](const Gradients& grads) {
-        std::int64_t elements = 0;
-        for (const gradclip::Span& span : grads.spans()) elements += span.numel;
-        return elements;
-      });
+      .def_property_readonly("num_elements", &Gradients::elements);
 
   m.def(
       "set_num_threads",

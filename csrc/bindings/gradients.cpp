@@ -13,6 +13,12 @@ std::string entry_name(std::size_t index, const py::object& names) {
   return "grads[" + py::repr(name).cast<std::string>() + "]";
 }
 
+std::string full_type_name(py::handle object) {
+  const py::handle type = py::type::handle_of(object);
+  return type.attr("__module__").cast<std::string>() + "." +
+         type.attr("__qualname__").cast<std::string>();
+}
+
 void set_layout(Entry& entry, std::byte* data, std::size_t axes, const std::int64_t* shape,
                 const std::int64_t* strides) {
   entry.span.data = data;
@@ -24,22 +30,14 @@ void set_layout(Entry& entry, std::byte* data, std::size_t axes, const std::int6
   entry.layout = std::move(ordered.layout);
 }
 
-void Gradients::read_entry(PyObject* object) {
-  if (object == Py_None) {
-    spans_.emplace_back();
-    return;
-  }
-  Span span;
-  if (read_plain_numpy(object, span)) {
-    spans_.push_back(span);
-    return;
-  }
-  const EntryName name(spans_.size(), names_);
-  Entry entry;
+void HostReader::read(PyObject* object, const EntryName& name, Entry& entry) {
   if (is_numpy_array(object))
     read_numpy(object, name, entry);
   else
-    read_dlpack(object, name, entry);
+    read_dlpack(object, name, Place{}, entry);
+}
+
+void Gradients::add(Entry&& entry) {
   if (entry.layout) {
     layouts_.push_back(std::move(*entry.layout));
     entry.span.layout = &layouts_.back();
@@ -49,7 +47,7 @@ void Gradients::read_entry(PyObject* object) {
   if (entry.owner) owners_.push_back(std::move(entry.owner));
 }
 
-Gradients::Gradients(const py::object& grads) {
+void Gradients::take_arrays(const py::object& grads) {
   const auto wrong_kind = [&](const char* hint) {
     throw py::type_error("grads: expected a sequence or a mapping of arrays, got " +
                          std::string(Py_TYPE(grads.ptr())->tp_name) + hint);
@@ -60,7 +58,8 @@ Gradients::Gradients(const py::object& grads) {
     arrays_ = py::tuple(grads);
   } else if (PyUnicode_Check(object) || PyBytes_Check(object) || PyByteArray_Check(object)) {
     wrong_kind("");
-  } else if (is_numpy_array(object) || py::hasattr(grads, "__dlpack__")) {
+  } else if (is_numpy_array(object) || py::hasattr(grads, "__dlpack__") ||
+             py::hasattr(grads, "__cuda_array_interface__")) {
     wrong_kind("; put a single array in a list");
   } else if (PyDict_Check(object) ||
              py::isinstance(grads, py::module_::import("collections.abc").attr("Mapping"))) {
@@ -89,16 +88,18 @@ Gradients::Gradients(const py::object& grads) {
   }
 
   spans_.reserve(arrays_.size());
-  const std::size_t count = arrays_.size();
-  for (std::size_t i = 0; i < count; ++i) {
-    // The last call's kernels have put the array objects out of the cache.
-    if (i + 16 < count) __builtin_prefetch(PyTuple_GET_ITEM(arrays_.ptr(), i + 16));
-    if (i + 8 < count) prefetch_shape(PyTuple_GET_ITEM(arrays_.ptr(), i + 8));
-    read_entry(PyTuple_GET_ITEM(arrays_.ptr(), i));
-  }
+}
+
+void Gradients::make_plan_of_spans() {
   Table<std::int64_t> bytes(spans_.size());
   for (std::size_t i = 0; i < spans_.size(); ++i) bytes[i] = spans_[i].nbytes();
   plan_ = make_plan(bytes);
+}
+
+std::int64_t Gradients::elements() const {
+  std::int64_t elements = 0;
+  for (const Span& span : spans_) elements += span.numel;
+  return elements;
 }
 
 void Gradients::find_overlaps() {

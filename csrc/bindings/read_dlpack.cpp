@@ -8,23 +8,17 @@
 namespace gradclip::bindings {
 namespace {
 
-std::string type_name(py::handle object) {
-  const py::handle type = py::type::handle_of(object);
-  return type.attr("__module__").cast<std::string>() + "." +
-         type.attr("__qualname__").cast<std::string>();
-}
-
 // What torch's __dlpack__ would hand out as something else than it is, or refuse without saying why.
 void check_torch(py::handle tensor, const EntryName& name) {
+  if (!is_torch_tensor(tensor)) return;
   const py::object plain = imported("torch", "Tensor");
-  if (plain.is_none() || !py::isinstance(tensor, plain)) return;
   const auto value_problem = [&](const char* expected, const char* got) {
     name.problem(Problem::value_error, expected, got).raise();
   };
   const py::handle type = py::type::handle_of(tensor);
   const py::object parameter = imported("torch.nn", "Parameter");
   if (!type.is(plain) && !type.is(parameter))
-    name.problem(Problem::type_error, "a plain torch.Tensor", type_name(tensor)).raise();
+    name.problem(Problem::type_error, "a plain torch.Tensor", full_type_name(tensor)).raise();
   if (tensor.attr("requires_grad").cast<bool>())
     value_problem("a tensor that does not require grad",
                   "one that does (pass its .grad, or .detach() it)");
@@ -46,7 +40,7 @@ bool is_immutable(py::handle object) {
 }
 
 std::string device_name(int type, int id) {
-  const std::string number = " " + std::to_string(id);
+  const std::string number = std::string(" ") + std::to_string(id);
   switch (type) {
     case kDLCUDA: return "CUDA device" + number;
     case kDLCUDAManaged: return "managed memory of CUDA device" + number;
@@ -62,26 +56,31 @@ std::string device_name(int type, int id) {
 [[noreturn]] void raise_from(py::error_already_set& error, const EntryName& name) {
   if (!error.matches(PyExc_Exception)) throw error;
   const std::string got =
-      type_name(error.value()) + ": " + py::str(error.value()).cast<std::string>();
+      full_type_name(error.value()) + ": " + py::str(error.value()).cast<std::string>();
   const Problem problem =
       name.problem(Problem::value_error, "an array that DLPack can export", got);
   py::raise_from(error, PyExc_ValueError, problem.message.c_str());
   throw py::error_already_set();
 }
 
-void check_device(int type, int id, const EntryName& name) {
+void check_device(int type, int id, const EntryName& name, const Place& place) {
   // Pinned host memory is the CPU's.
-  if (type == kDLCPU || type == kDLCUDAHost || type == kDLROCMHost) return;
-  name.problem(Problem::value_error, "memory on the CPU", "an array on " + device_name(type, id))
+  const bool on_host = type == kDLCPU || type == kDLCUDAHost || type == kDLROCMHost;
+  const bool on_cuda = type == kDLCUDA && id == place.device;
+  if (place.device < 0 ? on_host : on_cuda) return;
+  name.problem(Problem::value_error,
+               place.device < 0 ? "memory on the CPU"
+                                : "memory on " + device_name(kDLCUDA, place.device),
+               on_host ? "an array on the CPU" : "an array on " + device_name(type, id))
       .raise();
 }
 
 // Before anything is exported: an export from a GPU may wait for it, or fail.
-void ask_device(py::handle object, const EntryName& name) {
+void ask_device(py::handle object, const EntryName& name, const Place& place) {
   try {
     const py::object device = object.attr("__dlpack_device__")();
     const auto [type, id] = device.cast<std::pair<int, int>>();
-    check_device(type, id, name);
+    check_device(type, id, name, place);
   } catch (py::error_already_set& error) {
     raise_from(error, name);
   } catch (const py::cast_error&) {
@@ -91,15 +90,18 @@ void ask_device(py::handle object, const EntryName& name) {
   }
 }
 
-py::object export_capsule(py::handle object, const EntryName& name) {
+py::object export_capsule(py::handle object, const EntryName& name, const Place& place) {
+  py::dict arguments;
+  // The legacy default stream is called 1: 0 would be ambiguous.
+  if (place.device >= 0) arguments["stream"] = place.stream == 0 ? 1 : place.stream;
   try {
     const py::object method = object.attr("__dlpack__");
     try {
-      return method(py::arg("max_version") = py::make_tuple(DLPACK_MAJOR_VERSION, 0));
+      return method(py::arg("max_version") = py::make_tuple(DLPACK_MAJOR_VERSION, 0), **arguments);
     } catch (py::error_already_set& error) {
       // Before DLPack 1.0 there was no max_version.
       if (!error.matches(PyExc_TypeError)) throw;
-      return method();
+      return method(**arguments);
     }
   } catch (py::error_already_set& error) {
     raise_from(error, name);
@@ -125,8 +127,8 @@ DType dtype_of(const DLDataType& type, const EntryName& name) {
       .raise();
 }
 
-void read_tensor(const DLTensor& tensor, const EntryName& name, Entry& entry) {
-  check_device(tensor.device.device_type, tensor.device.device_id, name);
+void read_tensor(const DLTensor& tensor, const EntryName& name, const Place& place, Entry& entry) {
+  check_device(tensor.device.device_type, tensor.device.device_id, name, place);
   entry.span.dtype = dtype_of(tensor.dtype, name);
   const auto axes = static_cast<std::size_t>(tensor.ndim);
   std::int64_t bytes = entry.span.itemsize();
@@ -147,16 +149,21 @@ void read_tensor(const DLTensor& tensor, const EntryName& name, Entry& entry) {
 
 }  // namespace
 
-void read_dlpack(py::handle object, const EntryName& name, Entry& entry) {
+bool is_torch_tensor(py::handle object) {
+  const py::object tensor = imported("torch", "Tensor");
+  return !tensor.is_none() && py::isinstance(object, tensor);
+}
+
+void read_dlpack(py::handle object, const EntryName& name, const Place& place, Entry& entry) {
   if (PyType_Check(object.ptr()) || !py::hasattr(object, "__dlpack__") ||
       !py::hasattr(object, "__dlpack_device__"))
     name.problem(Problem::type_error, "an array (numpy.ndarray, or an object with __dlpack__)",
-                 type_name(object))
+                 full_type_name(object))
         .raise();
   check_torch(object, name);
-  ask_device(object, name);
+  ask_device(object, name, place);
   // The capsule is not consumed: it frees what it holds when the last reference to it goes.
-  entry.owner = export_capsule(object, name);
+  entry.owner = export_capsule(object, name, place);
   PyObject* const capsule = entry.owner.ptr();
   if (PyCapsule_IsValid(capsule, "dltensor_versioned")) {
     const auto* managed = static_cast<const DLManagedTensorVersioned*>(
@@ -165,7 +172,7 @@ void read_dlpack(py::handle object, const EntryName& name, Entry& entry) {
       name.problem(Problem::value_error, "DLPack " + std::to_string(DLPACK_MAJOR_VERSION),
                    "version " + std::to_string(managed->version.major))
           .raise();
-    read_tensor(managed->dl_tensor, name, entry);
+    read_tensor(managed->dl_tensor, name, place, entry);
     if (managed->flags & DLPACK_FLAG_BITMASK_READ_ONLY)
       entry.unwritable = name.problem(Problem::value_error, "writable memory", "a read-only array");
     else if (managed->flags & DLPACK_FLAG_BITMASK_IS_COPIED)
@@ -174,9 +181,10 @@ void read_dlpack(py::handle object, const EntryName& name, Entry& entry) {
   } else if (PyCapsule_IsValid(capsule, "dltensor")) {
     const auto* managed =
         static_cast<const DLManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
-    read_tensor(managed->dl_tensor, name, entry);
+    read_tensor(managed->dl_tensor, name, place, entry);
   } else {
-    name.problem(Problem::type_error, "a DLPack capsule from __dlpack__", type_name(entry.owner))
+    name.problem(Problem::type_error, "a DLPack capsule from __dlpack__",
+                 full_type_name(entry.owner))
         .raise();
   }
   // Without a version there is no read-only flag: jax arrays must be known by their type.

@@ -29,7 +29,7 @@ bool is_masked(PyObject* array) {
 }
 
 // The element type of a dtype in native byte order.
-std::optional<DType> dtype_of(const py::detail::PyArrayDescr1_Proxy& descr) {
+std::optional<DType> find(const py::detail::PyArrayDescr1_Proxy& descr) {
   if (descr.byteorder != '=' && descr.byteorder != '|') return std::nullopt;
   switch (descr.type_num) {
     case 23: return DType::float16;  // NPY_HALF
@@ -57,6 +57,17 @@ std::int64_t numel_of(const py::detail::PyArray_Proxy& proxy) {
 
 void init_numpy() { ndarray_type = npy_api::get().PyArray_Type_; }
 
+std::optional<DType> find_dtype(PyObject* numpy_dtype) {
+  return find(*py::detail::array_descriptor1_proxy(numpy_dtype));
+}
+
+DType dtype_of(PyObject* numpy_dtype, const EntryName& name) {
+  const std::optional<DType> dtype = find_dtype(numpy_dtype);
+  if (dtype) return *dtype;
+  const std::string got = py::str(py::handle(numpy_dtype)).cast<std::string>();
+  name.problem(Problem::type_error, kDTypes, "dtype " + got).raise();
+}
+
 bool is_numpy_array(PyObject* object) {
   return Py_TYPE(object) == ndarray_type || PyType_IsSubtype(Py_TYPE(object), ndarray_type);
 }
@@ -71,7 +82,7 @@ bool read_plain_numpy(PyObject* array, Span& span) {
   const auto& proxy = *py::detail::array_proxy(array);
   constexpr int kWritable = npy_api::NPY_ARRAY_WRITEABLE_;
   if (!(proxy.flags & kDense) || !(proxy.flags & kWritable)) return false;
-  const std::optional<DType> dtype = dtype_of(*py::detail::array_descriptor1_proxy(proxy.descr));
+  const std::optional<DType> dtype = find_dtype(proxy.descr);
   if (!dtype) return false;
   span = {reinterpret_cast<std::byte*>(proxy.data), numel_of(proxy), nullptr, *dtype};
   return true;
@@ -79,16 +90,10 @@ bool read_plain_numpy(PyObject* array, Span& span) {
 
 void read_numpy(PyObject* array, const EntryName& name, Entry& entry) {
   const auto& proxy = *py::detail::array_proxy(array);
-  const auto& descr = *py::detail::array_descriptor1_proxy(proxy.descr);
-  const std::optional<DType> dtype = dtype_of(descr);
-  if (!dtype) {
-    const std::string got = py::str(py::handle(proxy.descr)).cast<std::string>();
-    name.problem(Problem::type_error, kDTypes, "dtype " + got).raise();
-  }
+  entry.span.dtype = dtype_of(proxy.descr, name);
   if (Py_TYPE(array) != ndarray_type && is_masked(array))
     name.problem(Problem::type_error, "an array without a mask", "a masked array").raise();
 
-  entry.span.dtype = *dtype;
   entry.span.numel = numel_of(proxy);
   auto* const data = reinterpret_cast<std::byte*>(proxy.data);
   if (proxy.flags & kDense) {

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gradclip import _core
+from gradclip._dispatch import engine_of
 from gradclip._result import ClipResult, finish
 
 __all__ = [
@@ -57,7 +58,8 @@ def tensor_norms(grads: Gradients, ord: float = 2) -> npt.NDArray[np.float64]:
         >>> gradclip.tensor_norms([np.array([3.0, 4.0]), None, np.full(4, 1e200)])
         array([5.e+000, 0.e+000, 2.e+200])
     """
-    return _core.tensor_norms(grads, ord)
+    engine, grads = engine_of(grads)
+    return engine.tensor_norms(grads, ord)
 
 
 def global_norm(grads: Gradients, ord: float = 2) -> float:
@@ -79,7 +81,8 @@ def global_norm(grads: Gradients, ord: float = 2) -> float:
         >>> gradclip.global_norm({"w": np.array([3.0, 4.0]), "b": np.array([12.0])})
         13.0
     """
-    return _core.global_norm(grads, ord)
+    engine, grads = engine_of(grads)
+    return engine.global_norm(grads, ord)
 
 
 def clip_by_global_norm_(
@@ -136,7 +139,8 @@ def clip_by_global_norm_(
         >>> grads["w"], grads["b"]
         (array([1.5, 2. ]), array([6.]))
     """
-    return finish(*_core.clip(grads, max_norm, ord, groups, grad_scale, nonfinite, reduce))
+    engine, grads = engine_of(grads)
+    return finish(engine.clip(grads, max_norm, ord, groups, grad_scale, nonfinite, reduce))
 
 
 def clip_by_norm_(
@@ -171,7 +175,8 @@ def clip_by_norm_(
         >>> gradclip.clip_by_norm_(grads, max_norm=1.0).coefficient
         array([0.2, 1. ])
     """
-    return finish(*_core.clip(grads, max_norm, ord, "tensor", grad_scale, nonfinite, reduce))
+    engine, grads = engine_of(grads)
+    return finish(engine.clip(grads, max_norm, ord, "tensor", grad_scale, nonfinite, reduce))
 
 
 def clip_by_value_(grads: Gradients, limit: SupportsFloat) -> ClipResult:
@@ -201,7 +206,8 @@ def clip_by_value_(grads: Gradients, limit: SupportsFloat) -> ClipResult:
         >>> grads
         [array([ 0.1, -0.5,  0.5])]
     """
-    return finish(*_core.clip_by_value(grads, limit))
+    engine, grads = engine_of(grads)
+    return finish(engine.clip_by_value(grads, limit))
 
 
 def scale_(grads: Gradients, factor: SupportsFloat) -> None:
@@ -222,7 +228,8 @@ def scale_(grads: Gradients, factor: SupportsFloat) -> None:
         >>> grads
         [array([0.5, 1. ])]
     """
-    _core.scale(grads, factor)
+    engine, grads = engine_of(grads)
+    engine.scale(grads, factor)
 
 
 def set_num_threads(n: int) -> None:

@@ -7,8 +7,8 @@ from typing import SupportsFloat
 import numpy as np
 import numpy.typing as npt
 
-from gradclip import _core
 from gradclip._api import Gradients, Groups, NonFinite, Reduce
+from gradclip._dispatch import engine_of
 from gradclip._result import ClipResult, finish
 
 __all__ = ["Plan"]
@@ -45,7 +45,8 @@ class Plan:
     __slots__ = ("_plan",)
 
     def __init__(self, grads: Gradients) -> None:
-        self._plan = _core.Plan(grads)
+        engine, grads = engine_of(grads)
+        self._plan = engine.Plan(grads)
 
     @property
     def names(self) -> tuple[str, ...] | None:
@@ -81,7 +82,7 @@ class Plan:
         reduce: Reduce | None = None,
     ) -> ClipResult:
         """As :func:`gradclip.clip_by_global_norm_`."""
-        return finish(*self._plan.clip(max_norm, ord, groups, grad_scale, nonfinite, reduce))
+        return finish(self._plan.clip(max_norm, ord, groups, grad_scale, nonfinite, reduce))
 
     def clip_by_norm_(
         self,
@@ -92,11 +93,11 @@ class Plan:
         reduce: Reduce | None = None,
     ) -> ClipResult:
         """As :func:`gradclip.clip_by_norm_`."""
-        return finish(*self._plan.clip(max_norm, ord, "tensor", grad_scale, nonfinite, reduce))
+        return finish(self._plan.clip(max_norm, ord, "tensor", grad_scale, nonfinite, reduce))
 
     def clip_by_value_(self, limit: SupportsFloat) -> ClipResult:
         """As :func:`gradclip.clip_by_value_`."""
-        return finish(*self._plan.clip_by_value(limit))
+        return finish(self._plan.clip_by_value(limit))
 
     def scale_(self, factor: SupportsFloat) -> None:
         """As :func:`gradclip.scale_`."""

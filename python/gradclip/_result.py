@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -117,24 +118,21 @@ NonFiniteGradientError.__module__ = "gradclip"
 ClipResult.__module__ = "gradclip"
 
 
-def finish(
-    total_norm: float,
-    norms: npt.NDArray[np.float64],
-    coefficient: float | npt.NDArray[np.float64],
-    clipped: bool,
-    nonfinite: tuple[int, ...],
-    names: tuple[str, ...] | None,
-    group_norms: npt.NDArray[np.float64],
-    counts: list[tuple[int, int, int]] | None,
-) -> ClipResult:
-    """Make the public result from what ``_core`` returns; raise if it reports ``counts``."""
+def finish(told: Any) -> ClipResult:
+    """Make the public result from what an engine returns; raise if ``_core`` reports counts.
+
+    The engine of a GPU has made its result already.
+    """
+    if type(told) is not tuple:
+        return told  # type: ignore[no-any-return]
+    total_norm, norms, coefficient, clipped, nonfinite, names, group_norms, counts = told
     if counts is not None:
-        raise _nonfinite_error(counts, names, norms)
+        raise nonfinite_error(counts, names, norms)
     where = tuple(names[i] for i in nonfinite) if names is not None else nonfinite
     return ClipResult(total_norm, norms, coefficient, clipped, where, names, group_norms)
 
 
-def _nonfinite_error(
+def nonfinite_error(
     counts: list[tuple[int, int, int]],
     names: tuple[str, ...] | None,
     norms: npt.NDArray[np.float64],

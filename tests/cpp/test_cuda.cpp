@@ -141,7 +141,7 @@ struct Settings {
   simt::Schedule schedule;
 };
 void set(const Settings& settings) {
-  simt::multiprocessors() = settings.multiprocessors;
+  simt::machine().multiprocessors = settings.multiprocessors;
   simt::schedule() = settings.schedule;
 }
 constexpr Settings kSettings[] = {{1, {0, 1}}, {3, {1, 1}}, {4, {2, 3}}, {9, {3, 5}}};

@@ -7,6 +7,9 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <map>
+#include <utility>
+#include <vector>
 
 #include "simt.hpp"
 
@@ -70,20 +73,58 @@ inline const char* cudaGetErrorString(cudaError_t) { return "an error"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 using cudaStream_t = struct CUstream_st*;
-using cudaEvent_t = struct CUevent_st*;
+struct CUevent_st {
+  cudaStream_t recorded_on = nullptr;
+};
+using cudaEvent_t = CUevent_st*;
 enum { cudaEventDisableTiming = 2 };
+
+namespace simt {
+// The machine that is emulated, as tests choose it, and what they want to know about a call.
+struct Machine {
+  int multiprocessors = 1;  // of each device: the size of grids
+  int devices = 2;
+  int current_device = 0;
+  bool is_capturing = false;
+  struct Memory {
+    int device;  // -1: not of a device
+    bool managed;
+  };
+  std::map<std::uintptr_t, Memory> memory;  // by first address, to the next one; else of device 0
+  std::vector<std::pair<cudaStream_t, cudaStream_t>> waits;  // (waiting, before), in order
+};
+inline Machine& machine() {
+  static Machine machine;
+  return machine;
+}
+}  // namespace simt
+
 inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
-  *event = reinterpret_cast<cudaEvent_t>(event);
+  *event = new CUevent_st;
   return cudaSuccess;
 }
-inline cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  event->recorded_on = stream;
+  return cudaSuccess;
+}
 inline cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
 inline cudaError_t cudaEventSynchronize(cudaEvent_t) {
   ++simt::counters().waits;
   return cudaSuccess;
 }
-inline cudaError_t cudaEventDestroy(cudaEvent_t) { return cudaSuccess; }
-inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
+inline cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  delete event;
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamWaitEvent(cudaStream_t waiting, cudaEvent_t event, unsigned) {
+  simt::machine().waits.emplace_back(waiting, event->recorded_on);
+  return cudaSuccess;
+}
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
+inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = simt::machine().is_capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
   ++simt::counters().waits;
   return cudaSuccess;
@@ -118,14 +159,55 @@ inline cudaError_t cudaMemsetAsync(void* to, int value, std::size_t bytes, cudaS
 }
 
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
-namespace simt {
-// What the emulated device says it has; tests choose it to choose the grid.
-inline int& multiprocessors() {
-  static int count = 1;
-  return count;
-}
-}  // namespace simt
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = simt::multiprocessors();
+  *value = simt::machine().multiprocessors;
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetDeviceCount(int* count) {
+  *count = simt::machine().devices;
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = simt::machine().current_device;
+  return cudaSuccess;
+}
+inline cudaError_t cudaSetDevice(int device) {
+  simt::machine().current_device = device;
+  return cudaSuccess;
+}
+inline cudaError_t cudaRuntimeGetVersion(int* version) {
+  *version = 13000;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDriverGetVersion(int* version) { return cudaRuntimeGetVersion(version); }
+struct cudaDeviceProp {
+  char name[256];
+  int major, minor, multiProcessorCount;
+  std::size_t totalGlobalMem;
+};
+inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
+  *properties = {"emulated", 0, 0, simt::machine().multiprocessors, std::size_t{1} << 30};
+  return cudaSuccess;
+}
+enum cudaMemoryType {
+  cudaMemoryTypeUnregistered,
+  cudaMemoryTypeHost,
+  cudaMemoryTypeDevice,
+  cudaMemoryTypeManaged
+};
+struct cudaPointerAttributes {
+  cudaMemoryType type;
+  int device;
+};
+inline cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes,
+                                            const void* pointer) {
+  const auto& memory = simt::machine().memory;
+  const auto after = memory.upper_bound(reinterpret_cast<std::uintptr_t>(pointer));
+  simt::Machine::Memory kind{0, false};
+  if (after != memory.begin()) kind = std::prev(after)->second;
+  *attributes = {kind.device < 0 ? cudaMemoryTypeUnregistered
+                 : kind.managed  ? cudaMemoryTypeManaged
+                                 : cudaMemoryTypeDevice,
+                 kind.device};
   return cudaSuccess;
 }

@@ -1,0 +1,309 @@
+#include "bindings/device_gradients.hpp"
+
+#include <algorithm>
+
+#include "bindings/arguments.hpp"
+#include "bindings/gil.hpp"
+
+namespace gradclip::bindings {
+namespace {
+
+cuda::Stream as_stream(std::uintptr_t number) { return reinterpret_cast<cuda::Stream>(number); }
+
+// The current device while it lives.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) : before_(cuda::current_device()) {
+    if (device != before_) cuda::set_device(device);
+    changed_ = device != before_;
+  }
+  ~OnDevice() {
+    try {
+      if (changed_) cuda::set_device(before_);
+    } catch (const std::exception&) {
+      // It was the current one a moment ago: nothing on it works any more, as the next call will say.
+    }
+  }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+ private:
+  int before_;
+  bool changed_;
+};
+
+std::byte* pointer_of(const py::object& memory) {
+  return reinterpret_cast<std::byte*>(memory.attr("ptr").cast<std::uintptr_t>());
+}
+
+bool same(const Groups& a, const Groups& b) { return a.kind == b.kind && a.label == b.label; }
+
+// A number, or an array of one number on the device of the gradients.
+class ThresholdArgument {
+ public:
+  ThresholdArgument(const py::object& value, int device, cuda::Stream stream,
+                    DeviceReader::Leader leader)
+      : reader_(device, stream, leader) {
+    if (!py::hasattr(value, "__cuda_array_interface__")) {
+      threshold_.value = positive_number(value, "max_norm", true);
+      return;
+    }
+    const EntryName name("max_norm");
+    reader_.read(value.ptr(), name, entry_);
+    const auto axes = py::len(value.attr("shape"));
+    if (axes != 0)
+      name.problem(Problem::value_error, "a number or a 0-d array",
+                   "an array of " + std::to_string(axes) + " axes")
+          .raise();
+    if (is_complex(entry_.span.dtype))
+      name.problem(Problem::type_error, "a real number", name_of(entry_.span.dtype)).raise();
+    threshold_.device = entry_.span.data;
+    threshold_.dtype = entry_.span.dtype;
+  }
+  const cuda::Threshold& operator*() const { return threshold_; }
+  const DeviceReader& reader() const { return reader_; }
+
+ private:
+  DeviceReader reader_;
+  Entry entry_;
+  cuda::Threshold threshold_;
+};
+
+}  // namespace
+
+// One call: the device is the current one, the stream is ordered with the producers' before and after,
+// and the list is ready.
+class DeviceGradients::Call {
+ public:
+  Call(DeviceGradients& all, std::uintptr_t stream, const Groups& groups = {})
+      : all_(all), stream_(as_stream(stream)), on_device_(all.device_) {
+    is_capturing_ = cuda::is_capturing(stream_);
+    if (!all.is_kept_) {
+      if (is_capturing_)
+        throw std::runtime_error(
+            "grads: expected a Plan made before the stream was captured into a CUDA graph, got "
+            "arrays that have to be read and placed first");
+      own_.emplace(all.gradients_.spans(), groups, all.device_, stream_);
+    } else {
+      kept_ = &all.kept(groups, is_capturing_);
+      all.reader_.wait_for_producers(stream_);
+    }
+  }
+  void end() {
+    own_.reset();
+    all_.reader_.let_producers_wait(stream_);
+  }
+
+  cuda::List& list() { return kept_ ? kept_->list : *own_; }
+  cuda::Stream stream() const { return stream_; }
+  bool is_capturing() const { return is_capturing_; }
+  py::object allocate() {
+    return is_capturing_ ? kept_->memory : all_.allocate_for(list().layout());
+  }
+
+ private:
+  DeviceGradients& all_;
+  cuda::Stream stream_;
+  OnDevice on_device_;
+  bool is_capturing_ = false;
+  std::optional<cuda::List> own_;
+  Kept* kept_ = nullptr;
+};
+
+DeviceGradients::DeviceGradients(const py::object& grads, int device, std::uintptr_t stream,
+                                 const std::string& leader, py::object allocate, bool is_kept)
+    : device_(device),
+      leader_(DeviceReader::leader_named(leader)),
+      allocate_(std::move(allocate)),
+      reader_(device, as_stream(stream), leader_),
+      gradients_([&] {
+        const OnDevice on_device(device);
+        return Gradients(grads, reader_);
+      }()),
+      is_kept_(is_kept) {
+  gradients_.find_overlaps();
+  if (!is_kept) return;
+  const OnDevice on_device(device);
+  kept({}, cuda::is_capturing(as_stream(stream)));
+}
+
+DeviceGradients::Kept& DeviceGradients::kept(const Groups& groups, bool is_capturing) {
+  const auto found = std::ranges::find_if(
+      kept_, [&](const Kept& candidate) { return same(candidate.groups, groups); });
+  if (found != kept_.end()) return *found;
+  if (is_capturing)
+    throw std::runtime_error(
+        kept_.empty()
+            ? "grads: expected a Plan made before the stream is captured into a CUDA graph"
+            : "groups: expected a grouping that the plan has seen before the stream is "
+              "captured into a CUDA graph (call it once), got a new one");
+  cuda::List list(gradients_.spans(), groups, device_);
+  py::object memory = allocate_for(list.layout());
+  kept_.push_back({groups, std::move(list), std::move(memory)});
+  return kept_.back();
+}
+
+py::object DeviceGradients::allocate_for(const cuda::ResultLayout& layout) const {
+  return allocate_(layout.bytes());
+}
+
+py::object DeviceGradients::norms(const py::object& ord, std::uintptr_t stream) {
+  cuda::Request request;
+  request.order = norm_order(ord);
+  Call call(*this, stream);
+  const py::object memory = call.allocate();
+  std::byte* const result = pointer_of(memory);
+  {
+    const GilRelease release;
+    call.list().measure(request, result, call.stream());
+  }
+  call.end();
+  return memory;
+}
+
+py::tuple DeviceGradients::clip(const py::object& max_norm, const py::object& ord,
+                                const py::object& groups, const py::object& grad_scale,
+                                const py::object& nonfinite, const py::object& reduce,
+                                std::uintptr_t stream) {
+  const OnDevice on_device(device_);
+  const ThresholdArgument threshold(max_norm, device_, as_stream(stream), leader_);
+  cuda::Request request;
+  request.max_norm = *threshold;
+  request.order = norm_order(ord);
+  const Groups grouping = group_labels(groups, gradients_.spans().size());
+  request.grad_scale = grad_scale_number(grad_scale);
+  request.policy = nonfinite_policy(nonfinite);
+  check_reduce(reduce);
+  gradients_.require_writable();
+
+  Call call(*this, stream, grouping);
+  const bool waits = request.policy == NonFinite::raise;
+  if (waits && call.is_capturing())
+    throw py::value_error(
+        "nonfinite: expected 'skip', 'zero' or 'propagate' while the stream is captured into a "
+        "CUDA "
+        "graph, got 'raise', which waits for the device");
+  const cuda::ResultLayout layout = call.list().layout();
+  const py::object memory = call.allocate();
+  std::byte* const result = pointer_of(memory);
+  if (reduce.is_none()) {
+    const GilRelease release;
+    request.until = cuda::Request::clip;
+    call.list().measure(request, result, call.stream());
+    call.list().change(request.grad_scale, result, call.stream());
+  } else {
+    request.until = cuda::Request::sums;
+    {
+      const GilRelease release;
+      call.list().measure(request, result, call.stream());
+    }
+    const py::object reduced = reduce(memory.attr("float64")(layout.group_sums(), layout.groups));
+    DeviceReader reader(device_, call.stream(), leader_);
+    const EntryName name("reduce");
+    Entry sums;
+    reader.read(reduced.ptr(), name, sums);
+    if (sums.span.dtype != DType::float64 || sums.layout ||
+        sums.span.numel != static_cast<std::int64_t>(layout.groups))
+      name.problem(Problem::value_error,
+                   "dense float64 sums of shape (" + std::to_string(layout.groups) + ",)",
+                   std::string(name_of(sums.span.dtype)) + " of " +
+                       std::to_string(sums.span.numel) + " elements")
+          .raise();
+    {
+      const GilRelease release;
+      call.list().decide(request, reinterpret_cast<const double*>(sums.span.data), result,
+                         call.stream());
+      call.list().change(request.grad_scale, result, call.stream());
+    }
+    reader.let_producers_wait(call.stream());
+  }
+  threshold.reader().let_producers_wait(call.stream());
+
+  py::object counts = py::none();
+  if (waits) {
+    cuda::ResultFlags flags{};
+    {
+      const GilRelease release;
+      cuda::copy_to_host(&flags, result + layout.flags(), sizeof(flags), call.stream());
+    }
+    if (flags.bad_threshold)
+      throw py::value_error(
+          "max_norm: expected a positive number, got an array on the device that "
+          "holds another one; nothing was written");
+    if (flags.nonfinite_norm) counts = count_nonfinite(call.list(), call.stream());
+  }
+  call.end();
+  return py::make_tuple(memory, layout.groups, grouping.kind == Groups::all, counts);
+}
+
+// (index, NaN count, infinity count) of the tensors that hold such elements. Waits.
+py::list DeviceGradients::count_nonfinite(cuda::List& list, cuda::Stream stream) const {
+  std::vector<std::int64_t> counts(2 * gradients_.spans().size());
+  const std::size_t bytes = counts.size() * sizeof(counts[0]);
+  const py::object memory = allocate_(bytes);
+  auto* const device_counts = reinterpret_cast<std::int64_t*>(pointer_of(memory));
+  {
+    const GilRelease release;
+    list.count_nonfinite(device_counts, stream);
+    cuda::copy_to_host(counts.data(), device_counts, bytes, stream);
+  }
+  py::list found;
+  for (std::size_t i = 0; i < counts.size() / 2; ++i)
+    if (counts[2 * i] + counts[2 * i + 1] > 0)
+      found.append(py::make_tuple(i, counts[2 * i], counts[2 * i + 1]));
+  return found;
+}
+
+py::object DeviceGradients::clip_by_value(const py::object& limit, std::uintptr_t stream) {
+  const double bound = positive_number(limit, "limit", true);
+  gradients_.require_real();
+  gradients_.require_writable();
+  Call call(*this, stream);
+  const py::object memory = call.allocate();
+  std::byte* const result = pointer_of(memory);
+  {
+    const GilRelease release;
+    call.list().clip_by_value(bound, result, call.stream());
+  }
+  call.end();
+  return memory;
+}
+
+void DeviceGradients::scale(const py::object& factor, std::uintptr_t stream) {
+  const double number = finite_number(factor, "factor");
+  gradients_.require_writable();
+  if (number == 1.0) return;
+  Call call(*this, stream);
+  {
+    const GilRelease release;
+    call.list().scale(number, call.stream());
+  }
+  call.end();
+}
+
+namespace {
+
+void require_probeable(const Gradients& grads) {
+  for (const Span& span : grads.spans())
+    if (span.layout || reinterpret_cast<std::uintptr_t>(span.data) % 16 != 0)
+      throw py::value_error("grads: expected dense arrays at multiples of 16 bytes for a probe");
+}
+
+}  // namespace
+
+void DeviceGradients::probe_read(std::uintptr_t stream) {
+  require_probeable(gradients_);
+  Call call(*this, stream);
+  call.list().probe_read(pointer_of(call.allocate()), call.stream());
+  call.end();
+}
+
+void DeviceGradients::probe_read_write(std::uintptr_t stream) {
+  require_probeable(gradients_);
+  gradients_.require_writable();
+  Call call(*this, stream);
+  call.list().probe_read_write(call.stream());
+  call.end();
+}
+
+}  // namespace gradclip::bindings

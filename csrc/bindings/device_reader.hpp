@@ -1,0 +1,51 @@
+// Arrays of one CUDA device: how they are read, and how the streams of those who made them are ordered
+// with the stream of a call.
+#pragma once
+
+#include <array>
+#include <vector>
+
+#include "bindings/gradients.hpp"
+#include "cuda/engine.hpp"
+
+namespace gradclip::bindings {
+
+class DeviceReader {
+ public:
+  // Whose arrays lie on the call's stream, because it is their current one.
+  enum Leader { cupy, torch, other };
+  static Leader leader_named(const std::string& name);
+
+  // `stream` waits for what the producers of the arrays have enqueued until they are read.
+  DeviceReader(int device, cuda::Stream stream, Leader leader);
+
+  static void prefetch(PyObject* object) { __builtin_prefetch(object); }
+  // A dense cupy.ndarray. False if it is anything else.
+  bool read_plain(PyObject* object, Span& span);
+  void read(PyObject* object, const EntryName& name, Entry& entry);
+
+  // The same arrays, used again: `stream` waits for what has been enqueued since.
+  void wait_for_producers(cuda::Stream stream) const;
+  // The producers' streams wait for `stream`; the host does where a producer does not say what its
+  // stream is.
+  void let_producers_wait(cuda::Stream stream) const;
+
+ private:
+  bool is_cupy_array(PyObject* object) const;
+  void read_cupy(py::handle array, const EntryName& name, Entry& entry);
+  void read_cuda_interface(py::handle object, const EntryName& name, Entry& entry);
+  void add_stream(cuda::Stream stream);
+  bool is_device_memory(const std::byte* data);
+  void check_memory(const Span& span, const EntryName& name);
+
+  Place place_;
+  Leader leader_;
+  py::object cupy_array_;  // the type; None if nobody has imported CuPy
+  // Granules of memory whose kind has been asked for.
+  static constexpr std::size_t kGranules = 64;
+  std::array<std::uintptr_t, kGranules> known_granules_{};
+  std::vector<cuda::Stream> streams_;  // of producers, each once
+  std::vector<py::object> exporters_;  // arrays of which only __dlpack__ knows the stream
+};
+
+}  // namespace gradclip::bindings

@@ -1,0 +1,354 @@
+"""Gradients on a GPU: streams and memory of the framework that owns them, and results that stay there.
+
+Of the frameworks only those are used that the caller has imported. Nothing here waits for the device
+except where it says so.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from gradclip._result import ClipResult, nonfinite_error
+
+__all__ = ["DeviceClipResult", "DeviceEngine", "DeviceGradients", "framework_of"]
+
+_FLOAT64 = np.dtype(np.float64)
+_BOOL = np.dtype(np.bool_)
+
+
+# --- Memory and streams of a framework ----------------------------------------------------------------
+
+
+class CupyMemory:
+    """Memory from CuPy's current allocator, and arrays in it."""
+
+    __slots__ = ("pointer", "ptr")
+
+    def __init__(self, nbytes: int, device: int) -> None:
+        # The device is the current one.
+        self.pointer = sys.modules["cupy"].cuda.alloc(nbytes)
+        self.ptr = self.pointer.ptr
+
+    def array(self, shape: tuple[int, ...], dtype: np.dtype[Any], offset: int) -> Any:
+        return sys.modules["cupy"].ndarray(shape, dtype, self.pointer + offset)
+
+    def float64(self, offset: int, count: int) -> Any:
+        return self.array((count,), _FLOAT64, offset)
+
+
+class TorchMemory:
+    """Memory from torch's caching allocator, and tensors in it."""
+
+    __slots__ = ("buffer", "ptr")
+
+    def __init__(self, nbytes: int, device: int) -> None:
+        torch = sys.modules["torch"]
+        self.buffer = torch.empty(nbytes, dtype=torch.uint8, device=f"cuda:{device}")
+        self.ptr = self.buffer.data_ptr()
+
+    def array(self, shape: tuple[int, ...], dtype: np.dtype[Any], offset: int) -> Any:
+        nbytes = int(np.prod(shape)) * dtype.itemsize
+        as_torch = getattr(sys.modules["torch"], dtype.name)
+        return self.buffer[offset : offset + nbytes].view(as_torch).view(shape)
+
+    def float64(self, offset: int, count: int) -> Any:
+        return self.array((count,), _FLOAT64, offset)
+
+
+Memory = CupyMemory | TorchMemory
+
+
+class Cupy:
+    """Gradients that are CuPy arrays."""
+
+    name = "cupy"
+    memory: type[Memory] = CupyMemory
+
+    @staticmethod
+    def device_of(array: Any, cuda: Any) -> int:
+        return int(array.data.device_id)
+
+    @staticmethod
+    def stream(device: int) -> tuple[int, object]:
+        """The current stream, and what keeps it alive."""
+        stream = sys.modules["cupy"].cuda.get_current_stream(device)
+        return stream.ptr, stream
+
+
+class Torch:
+    """Gradients that are torch tensors."""
+
+    name = "torch"
+    memory: type[Memory] = TorchMemory
+
+    @staticmethod
+    def device_of(array: Any, cuda: Any) -> int:
+        return int(array.device.index)
+
+    @staticmethod
+    def stream(device: int) -> tuple[int, object]:
+        # torch never destroys its streams.
+        return sys.modules["torch"].cuda.current_stream(device).cuda_stream, None
+
+
+class Other:
+    """Gradients of anybody else, on the default stream; results are CuPy arrays, or torch tensors."""
+
+    name = "other"
+
+    def __init__(self) -> None:
+        for package, memory in (("cupy", CupyMemory), ("torch", TorchMemory)):
+            try:
+                importlib.import_module(package)
+            except ImportError:
+                continue
+            self.memory: type[Memory] = memory
+            return
+        raise RuntimeError("grads: expected CuPy or PyTorch to be installed, whose arrays hold the results")
+
+    @staticmethod
+    def device_of(array: Any, cuda: Any) -> int:
+        if hasattr(array, "__dlpack_device__"):
+            return int(array.__dlpack_device__()[1])
+        return int(cuda.device_of(array.__cuda_array_interface__["data"][0]))
+
+    @staticmethod
+    def stream(device: int) -> tuple[int, object]:
+        return 0, None
+
+
+Framework = Cupy | Torch | Other
+
+
+def framework_of(array: Any) -> Framework:
+    """Whose stream and memory a call on this array uses."""
+    cupy, torch = sys.modules.get("cupy"), sys.modules.get("torch")
+    if cupy is not None and isinstance(array, cupy.ndarray):
+        return Cupy()
+    if torch is not None and isinstance(array, torch.Tensor):
+        return Torch()
+    return Other()
+
+
+# --- Results ------------------------------------------------------------------------------------------
+
+
+class DeviceClipResult(ClipResult):
+    """What was measured and done by one clip on a GPU: a :class:`ClipResult` that stays there.
+
+    ``total_norm``, ``norms``, ``coefficient``, ``group_norms`` (float64) and ``clipped`` (bool) are
+    arrays on the device, CuPy's or torch's as the gradients were; scalars have shape ``()``. Taking one
+    does not wait. What must be known on the host waits for the clip: ``nonfinite``, ``named_norms()``,
+    ``to_host()`` and ``repr``.
+    """
+
+    __slots__ = ("_at", "_cuda", "_is_global", "_memory", "_names", "_shape", "_stream")
+
+    def __init__(
+        self,
+        gradients: DeviceGradients,
+        memory: Memory,
+        stream: tuple[int, object],
+        groups: int = 1,
+        is_global: bool = True,
+    ) -> None:
+        keep = partial(object.__setattr__, self)  # the base class is frozen
+        keep("_cuda", gradients.cuda)
+        keep("_memory", memory)
+        keep("_stream", stream)
+        keep("_shape", (len(gradients), groups))
+        keep("_is_global", is_global)
+        keep("_names", gradients.names)
+        keep("_at", _Layout(*gradients.cuda.result_layout(*self._shape)))
+
+    def _scalar(self, dtype: np.dtype[Any], offset: int) -> Any:
+        return self._memory.array((), dtype, offset)
+
+    @property
+    def total_norm(self) -> Any:  # type: ignore[override]
+        return self._scalar(_FLOAT64, self._at.total_norm)
+
+    @property
+    def norms(self) -> Any:
+        return self._memory.float64(self._at.norms, self._shape[0])
+
+    @property
+    def coefficient(self) -> Any:
+        if self._is_global:
+            return self._scalar(_FLOAT64, self._at.coefficients)
+        return self._memory.float64(self._at.coefficients, self._shape[1])
+
+    @property
+    def group_norms(self) -> Any:
+        return self._memory.float64(self._at.group_norms, self._shape[1])
+
+    @property
+    def clipped(self) -> Any:  # type: ignore[override]
+        return self._scalar(_BOOL, self._at.clipped)
+
+    @property
+    def names(self) -> tuple[str, ...] | None:  # type: ignore[override]
+        return self._names
+
+    @property
+    def nonfinite(self) -> tuple[int, ...] | tuple[str, ...]:  # type: ignore[override]
+        return self.to_host().nonfinite
+
+    def to_host(self) -> ClipResult:
+        """Wait for the clip and copy all of it: a result of Python numbers and NumPy arrays."""
+        tensors, groups = self._shape
+        at = self._at
+        copy = self._cuda.copy_to_host(self._memory.ptr, at.nbytes, self._stream[0])
+
+        def float64(offset: int, count: int) -> npt.NDArray[np.float64]:
+            return np.frombuffer(copy, np.float64, count, offset).copy()
+
+        coefficients = float64(at.coefficients, groups)
+        marked = np.flatnonzero(np.frombuffer(copy, np.uint8, tensors, at.nonfinite)).tolist()
+        return ClipResult(
+            float(float64(at.total_norm, 1)[0]),
+            float64(at.norms, tensors),
+            float(coefficients[0]) if self._is_global else coefficients,
+            copy[at.clipped] != 0,
+            tuple(marked if self._names is None else (self._names[i] for i in marked)),
+            self._names,
+            float64(at.group_norms, groups),
+        )
+
+    def named_norms(self) -> dict[str, float]:
+        """As of :class:`ClipResult`. Waits."""
+        return self.to_host().named_norms()
+
+    def __repr__(self) -> str:
+        return repr(self.to_host())
+
+
+class _Layout(NamedTuple):
+    """Where the parts of a result lie in its memory, in bytes."""
+
+    total_norm: int
+    coefficients: int
+    group_norms: int
+    norms: int
+    clipped: int
+    nonfinite: int
+    nbytes: int
+
+
+# --- Calls --------------------------------------------------------------------------------------------
+
+
+class DeviceGradients:
+    """Gradients that have been read, for one call or (``is_kept``) for many."""
+
+    __slots__ = ("_device", "_framework", "_gradients", "cuda")
+
+    def __init__(self, cuda: Any, framework: Framework, first: Any, grads: Any, is_kept: bool) -> None:
+        self.cuda = cuda
+        self._framework = framework
+        self._device = device = framework.device_of(first, cuda)
+        memory = framework.memory
+        self._gradients = cuda.Gradients(
+            grads,
+            device,
+            framework.stream(device)[0],
+            framework.name,
+            lambda nbytes: memory(nbytes, device),
+            is_kept,
+        )
+
+    @property
+    def names(self) -> tuple[str, ...] | None:
+        return self._gradients.names  # type: ignore[no-any-return]
+
+    @property
+    def nbytes(self) -> int:
+        return self._gradients.nbytes  # type: ignore[no-any-return]
+
+    @property
+    def num_elements(self) -> int:
+        return self._gradients.num_elements  # type: ignore[no-any-return]
+
+    def __len__(self) -> int:
+        return len(self._gradients)
+
+    def _norms(self, ord: object) -> DeviceClipResult:
+        stream = self._framework.stream(self._device)
+        return DeviceClipResult(self, self._gradients.norms(ord, stream[0]), stream)
+
+    def tensor_norms(self, ord: object) -> Any:
+        return self._norms(ord).norms
+
+    def global_norm(self, ord: object) -> Any:
+        return self._norms(ord).total_norm
+
+    def clip(
+        self,
+        max_norm: object,
+        ord: object,
+        groups: object,
+        grad_scale: object,
+        nonfinite: object,
+        reduce: object,
+    ) -> DeviceClipResult:
+        stream = self._framework.stream(self._device)
+        memory, count, is_global, counts = self._gradients.clip(
+            max_norm, ord, groups, grad_scale, nonfinite, reduce, stream[0]
+        )
+        result = DeviceClipResult(self, memory, stream, count, is_global)
+        if counts is not None:
+            raise nonfinite_error(counts, self.names, result.to_host().norms)
+        return result
+
+    def clip_by_value(self, limit: object) -> DeviceClipResult:
+        stream = self._framework.stream(self._device)
+        return DeviceClipResult(self, self._gradients.clip_by_value(limit, stream[0]), stream)
+
+    def scale(self, factor: object) -> None:
+        self._gradients.scale(factor, self._framework.stream(self._device)[0])
+
+    def probe_read(self) -> None:
+        """Read all memory once, as fast as the device can: for benchmarks."""
+        self._gradients.probe_read(self._framework.stream(self._device)[0])
+
+    def probe_read_write(self) -> None:
+        """Read and write all memory once, leaving it as it is: for benchmarks."""
+        self._gradients.probe_read_write(self._framework.stream(self._device)[0])
+
+
+class DeviceEngine:
+    """The calls of ``_core``, for arrays of the framework and device of ``first``."""
+
+    __slots__ = ("_cuda", "_first", "_framework")
+
+    def __init__(self, cuda: Any, first: Any) -> None:
+        self._cuda = cuda
+        self._first = first
+        self._framework = framework_of(first)
+
+    def _read(self, grads: Any) -> DeviceGradients:
+        return DeviceGradients(self._cuda, self._framework, self._first, grads, is_kept=False)
+
+    def Plan(self, grads: Any) -> DeviceGradients:
+        return DeviceGradients(self._cuda, self._framework, self._first, grads, is_kept=True)
+
+    def tensor_norms(self, grads: Any, ord: object) -> Any:
+        return self._read(grads).tensor_norms(ord)
+
+    def global_norm(self, grads: Any, ord: object) -> Any:
+        return self._read(grads).global_norm(ord)
+
+    def clip(self, grads: Any, *arguments: object) -> DeviceClipResult:
+        return self._read(grads).clip(*arguments)
+
+    def clip_by_value(self, grads: Any, limit: object) -> DeviceClipResult:
+        return self._read(grads).clip_by_value(limit)
+
+    def scale(self, grads: Any, factor: object) -> None:
+        self._read(grads).scale(factor)

@@ -1,0 +1,88 @@
+"""Which engine the gradients of a call belong to: the CPU's or the GPU's."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gradclip import _core
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from gradclip._device import DeviceEngine
+
+__all__ = ["engine_of", "why_no_gpu"]
+
+_CUDA, _CUDA_MANAGED = 2, 13  # of DLPack's device types
+
+
+def engine_of(grads: Any) -> tuple[Any, Any]:
+    """The engine for ``grads``, and ``grads`` as it is to be handed on (an iterator is used up here).
+
+    The first gradient decides; the engine says what is wrong with any other.
+    """
+    if type(grads) is not list and type(grads) is not tuple:
+        if isinstance(grads, Mapping):
+            return _engine_for(_first(grads.values())), grads
+        if isinstance(grads, (str, bytes, bytearray)) or not isinstance(grads, Iterable) or _is_array(grads):
+            return _core, grads  # which says what is wrong
+        if not isinstance(grads, Sequence):
+            grads = tuple(grads)
+    return _engine_for(_first(grads)), grads
+
+
+def why_no_gpu() -> str:
+    """What is missing to run on a GPU; empty if nothing is."""
+    cuda = _cuda_module()
+    return "built without a CUDA compiler" if cuda is None else str(cuda.missing())
+
+
+def _first(arrays: Iterable[Any]) -> Any:
+    return next((array for array in arrays if array is not None), None)
+
+
+def _engine_for(array: Any) -> Any:
+    if type(array) is np.ndarray or array is None or not is_on_cuda(array):
+        return _core
+    return _device_engine(array)
+
+
+def _is_array(value: object) -> bool:
+    return hasattr(value, "__dlpack__") or is_on_cuda(value)
+
+
+def is_on_cuda(array: Any) -> bool:
+    """Whether an array lies on a CUDA device, as far as it says so."""
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and isinstance(array, cupy.ndarray):
+        return True
+    if not hasattr(array, "__dlpack_device__"):
+        return not isinstance(array, type) and hasattr(array, "__cuda_array_interface__")
+    try:
+        return array.__dlpack_device__()[0] in (_CUDA, _CUDA_MANAGED)
+    except Exception:  # its own trouble, which _core reports with the name of the entry
+        return False
+
+
+def _cuda_module() -> ModuleType | None:
+    try:
+        from gradclip import _cuda  # noqa: PLC0415 (the only optional part)
+    except ImportError:
+        return None
+    return _cuda
+
+
+def _device_engine(array: Any) -> DeviceEngine:
+    from gradclip import _device  # noqa: PLC0415 (only where there is a GPU)
+
+    missing = why_no_gpu()
+    if missing:
+        raise RuntimeError(
+            f"grads: expected arrays on the CPU, since gradclip has no GPU here ({missing}), got a "
+            f"{type(array).__module__}.{type(array).__qualname__} on a CUDA device"
+        )
+    return _device.DeviceEngine(_cuda_module(), array)
