@@ -8,7 +8,9 @@ import pytest
 from hypothesis import settings
 
 import gradclip
+from device import Device, RealDevice, emulated_device
 from gradclip import _core
+from gradclip._dispatch import why_no_gpu
 
 # The suite gives the same answer twice; `pytest --hypothesis-profile=explore` looks further.
 settings.register_profile("suite", max_examples=150, deadline=None, derandomize=True, database=None)
@@ -22,3 +24,21 @@ def _settings_restored() -> Iterator[None]:
     yield
     gradclip.set_num_threads(threads)
     _core.set_isa(isa)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need a GPU are skipped where there is none, and say what is missing."""
+    missing = why_no_gpu()
+    for item in items:
+        if missing and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=f"no GPU: {missing}"))
+
+
+@pytest.fixture(params=["emulated", pytest.param("real", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> Iterator[Device]:
+    """A GPU: the emulator, and the machine's own where it has one."""
+    if request.param == "real":
+        yield RealDevice()
+    else:
+        with emulated_device() as emulated:
+            yield emulated

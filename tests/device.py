@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import math
+import ctypes
+import importlib
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,93 +11,105 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-import numpy.typing as npt
 
 from gradclip import _device, _dispatch
+from matrices import Array
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of a CUDA toolkit that is not there
     import cupy
 
 
-class Device:
-    """A device whose arrays tests make and read."""
+def _owner(array: Array) -> Array:
+    """The bytes that an array is a view of."""
+    owner = array
+    while isinstance(owner.base, np.ndarray):
+        owner = owner.base
+    return np.ndarray(owner.nbytes, np.uint8, owner)
 
-    def array(self, host: npt.NDArray[Any]) -> Any:
-        """A CuPy array of the same elements and layout as a NumPy array."""
-        raise NotImplementedError
 
-    def host(self, array: Any) -> npt.NDArray[Any]:
+def _view_of(array: Any, memory: Any, offset: int) -> Any:
+    return cupy.ndarray(array.shape, array.dtype, memory + offset, strides=array.strides)
+
+
+class RealDevice:
+    """The machine's GPU."""
+
+    def array(self, array: Array) -> Any:
+        """A CuPy array with the elements, strides and alignment of a NumPy array, gaps included."""
+        if array.size == 0:
+            return cupy.empty(array.shape, array.dtype)
+        owner = _owner(array)
+        lead = owner.ctypes.data % 512  # where CuPy's allocations begin
+        buffer = cupy.empty(lead + owner.nbytes, np.uint8)
+        buffer[lead:] = cupy.asarray(owner)
+        return _view_of(array, buffer.data, lead + array.ctypes.data - owner.ctypes.data)
+
+    def host(self, array: Any) -> Array:
         """A copy of a CuPy array."""
-        raise NotImplementedError
+        return np.asarray(cupy.asnumpy(array))
+
+    def surroundings(self, array: Any) -> bytes:
+        """All bytes of the memory that an array of ours is a view of."""
+        memory = array.data.mem
+        whole = cupy.ndarray((memory.size,), np.uint8, cupy.cuda.MemoryPointer(memory, 0))
+        return bytes(cupy.asnumpy(whole).tobytes())
 
 
-class RealDevice(Device):
-    def array(self, host: npt.NDArray[Any]) -> Any:
-        owner = host
-        while isinstance(owner.base, np.ndarray):
-            owner = owner.base
-        flat = np.ndarray(owner.nbytes, np.uint8, owner)
-        copy = cupy.asarray(flat)
-        offset = host.ctypes.data - flat.ctypes.data
-        return cupy.ndarray(host.shape, host.dtype, copy.data + offset, strides=host.strides)
-
-    def host(self, array: Any) -> npt.NDArray[Any]:
-        return cupy.asnumpy(array)
-
-
-class EmulatedDevice(Device):
-    """Memory of the host with a CuPy array around it: nothing is copied, the kernels are emulated."""
+class EmulatedDevice:
+    """Memory of the host, in CuPy arrays; the kernels are emulated."""
 
     def __init__(self, cuda: Any) -> None:
         self.cuda = cuda
-
-    @staticmethod
-    def memory(owner: npt.NDArray[np.uint8]) -> Any:
-        address = owner.ctypes.data
-        return cupy.cuda.MemoryPointer(cupy.cuda.UnownedMemory(address, owner.nbytes, owner, 0), 0)
 
     def allocate(self, nbytes: int) -> Any:
         """What CuPy's allocator would: memory at a multiple of 512 bytes, with anything in it."""
         owner = np.full(nbytes + 512, 0xCD, np.uint8)
         start = -owner.ctypes.data % 512
-        return self.memory(owner[start : start + max(nbytes, 1)])
+        return _memory(owner[start : start + max(nbytes, 1)])
 
-    def array(self, host: npt.NDArray[Any]) -> Any:
-        owner = host
-        while isinstance(owner.base, np.ndarray):
-            owner = owner.base
-        flat = np.ndarray(owner.nbytes, np.uint8, owner) if owner.nbytes else np.zeros(1, np.uint8)
-        offset = host.ctypes.data - flat.ctypes.data if host.size else 0
-        strides = host.strides if host.size else None
-        return cupy.ndarray(host.shape, host.dtype, self.memory(flat) + offset, strides=strides)
+    def array(self, array: Array) -> Any:
+        if array.size == 0:
+            return cupy.ndarray(array.shape, array.dtype, self.allocate(0))
+        owner = _owner(array)
+        lead = owner.ctypes.data % 512
+        memory = self.allocate(lead + owner.nbytes)
+        _bytes_at(memory.ptr + lead, owner.nbytes)[:] = owner
+        return _view_of(array, memory, lead + array.ctypes.data - owner.ctypes.data)
 
-    def host(self, array: Any) -> npt.NDArray[Any]:
+    def host(self, array: Any) -> Array:
         if array.size == 0:
             return np.zeros(array.shape, array.dtype)
-        low = sum((n - 1) * min(s, 0) for n, s in zip(array.shape, array.strides, strict=True))
-        high = sum((n - 1) * max(s, 0) for n, s in zip(array.shape, array.strides, strict=True))
-        import ctypes  # noqa: PLC0415
+        spans = [(n - 1) * step for n, step in zip(array.shape, array.strides, strict=True)]
+        low, high = sum(min(s, 0) for s in spans), sum(max(s, 0) for s in spans)
+        whole = _bytes_at(array.data.ptr + low, high - low + array.itemsize)
+        return np.ndarray(array.shape, array.dtype, whole, -low, array.strides).copy()
 
-        nbytes = high - low + array.itemsize
-        raw = np.frombuffer((ctypes.c_char * nbytes).from_address(array.data.ptr + low), np.uint8)
-        return np.ndarray(array.shape, array.dtype, raw, -low, array.strides).copy()
+    def surroundings(self, array: Any) -> bytes:
+        memory = array.data.mem
+        return _bytes_at(memory.ptr, memory.size).tobytes()
+
+
+Device = RealDevice | EmulatedDevice
+
+
+def _memory(owner: Array) -> Any:
+    """What CuPy takes for memory of device 0."""
+    return cupy.cuda.MemoryPointer(cupy.cuda.UnownedMemory(owner.ctypes.data, owner.nbytes, owner, 0), 0)
+
+
+def _bytes_at(address: int, nbytes: int) -> Array:
+    memory = memoryview((ctypes.c_uint8 * nbytes).from_address(address))
+    return np.asarray(memory.cast("B"))
 
 
 @contextmanager
 def emulated_device(**machine: int) -> Iterator[EmulatedDevice]:
     """Let gradclip and CuPy take the emulator for the machine's GPU."""
-    from gradclip import _cuda_emulated as cuda  # noqa: PLC0415 (only the test install has it)
-
+    cuda: Any = importlib.import_module("gradclip._cuda_emulated")
     cuda.set_machine(**machine)
     device = EmulatedDevice(cuda)
     stream = mock.patch.object(_device.Cupy, "stream", staticmethod(lambda device: (0, None)))
-    module = mock.patch.object(_dispatch, "_cuda_module", lambda: cuda)
-    before = cupy.cuda.get_allocator()
-    cupy.cuda.set_allocator(device.allocate)
-    try:
-        with stream, module:
-            yield device
-    finally:
-        cupy.cuda.set_allocator(before)
-        cuda.set_machine()
+    module = mock.patch.object(_dispatch, "_cuda_module", return_value=cuda)
+    with stream, module, cupy.cuda.using_allocator(device.allocate):
+        yield device

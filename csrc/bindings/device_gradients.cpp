@@ -44,7 +44,7 @@ class ThresholdArgument {
   ThresholdArgument(const py::object& value, int device, cuda::Stream stream,
                     DeviceReader::Leader leader)
       : reader_(device, stream, leader) {
-    if (!py::hasattr(value, "__cuda_array_interface__")) {
+    if (!reader_.is_device_array(value)) {
       threshold_.value = positive_number(value, "max_norm", true);
       return;
     }

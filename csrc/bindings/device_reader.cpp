@@ -105,6 +105,10 @@ bool DeviceReader::is_cupy_array(PyObject* object) const {
   return Py_TYPE(object) == type || PyType_IsSubtype(Py_TYPE(object), type);
 }
 
+bool DeviceReader::is_device_array(py::handle object) const {
+  return is_cupy_array(object.ptr()) || py::hasattr(object, "__cuda_array_interface__");
+}
+
 bool DeviceReader::read_plain(PyObject* object, Span& span) {
   if (leader_ != cupy || !is_cupy_array(object)) return false;
   static const Attribute dtype("dtype"), size("size"), is_dense("_c_contiguous");

@@ -19,6 +19,8 @@ class DeviceReader {
   // `stream` waits for what the producers of the arrays have enqueued until they are read.
   DeviceReader(int device, cuda::Stream stream, Leader leader);
 
+  // A CuPy array, or one with __cuda_array_interface__.
+  bool is_device_array(py::handle object) const;
   static void prefetch(PyObject* object) { __builtin_prefetch(object); }
   // A dense cupy.ndarray. False if it is anything else.
   bool read_plain(PyObject* object, Span& span);

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from gradclip._result import ClipResult, nonfinite_error
+from gradclip._result import ClipResult, named, nonfinite_error
 
 __all__ = ["DeviceClipResult", "DeviceEngine", "DeviceGradients", "framework_of"]
 
@@ -149,6 +149,13 @@ class DeviceClipResult(ClipResult):
     """
 
     __slots__ = ("_at", "_cuda", "_is_global", "_memory", "_names", "_shape", "_stream")
+    _at: _Layout
+    _cuda: Any
+    _is_global: bool
+    _memory: Memory
+    _names: tuple[str, ...] | None
+    _shape: tuple[int, int]  # numbers of tensors and of groups
+    _stream: tuple[int, object]
 
     def __init__(
         self,
@@ -171,7 +178,7 @@ class DeviceClipResult(ClipResult):
         return self._memory.array((), dtype, offset)
 
     @property
-    def total_norm(self) -> Any:  # type: ignore[override]
+    def total_norm(self) -> Any:
         return self._scalar(_FLOAT64, self._at.total_norm)
 
     @property
@@ -189,15 +196,15 @@ class DeviceClipResult(ClipResult):
         return self._memory.float64(self._at.group_norms, self._shape[1])
 
     @property
-    def clipped(self) -> Any:  # type: ignore[override]
+    def clipped(self) -> Any:
         return self._scalar(_BOOL, self._at.clipped)
 
     @property
-    def names(self) -> tuple[str, ...] | None:  # type: ignore[override]
+    def names(self) -> tuple[str, ...] | None:
         return self._names
 
     @property
-    def nonfinite(self) -> tuple[int, ...] | tuple[str, ...]:  # type: ignore[override]
+    def nonfinite(self) -> tuple[int, ...] | tuple[str, ...]:
         return self.to_host().nonfinite
 
     def to_host(self) -> ClipResult:
@@ -210,13 +217,13 @@ class DeviceClipResult(ClipResult):
             return np.frombuffer(copy, np.float64, count, offset).copy()
 
         coefficients = float64(at.coefficients, groups)
-        marked = np.flatnonzero(np.frombuffer(copy, np.uint8, tensors, at.nonfinite)).tolist()
+        marked = tuple(np.flatnonzero(np.frombuffer(copy, np.uint8, tensors, at.nonfinite)).tolist())
         return ClipResult(
             float(float64(at.total_norm, 1)[0]),
             float64(at.norms, tensors),
             float(coefficients[0]) if self._is_global else coefficients,
             copy[at.clipped] != 0,
-            tuple(marked if self._names is None else (self._names[i] for i in marked)),
+            named(marked, self._names),
             self._names,
             float64(at.group_norms, groups),
         )
@@ -344,8 +351,17 @@ class DeviceEngine:
     def global_norm(self, grads: Any, ord: object) -> Any:
         return self._read(grads).global_norm(ord)
 
-    def clip(self, grads: Any, *arguments: object) -> DeviceClipResult:
-        return self._read(grads).clip(*arguments)
+    def clip(
+        self,
+        grads: Any,
+        max_norm: object,
+        ord: object,
+        groups: object,
+        grad_scale: object,
+        nonfinite: object,
+        reduce: object,
+    ) -> DeviceClipResult:
+        return self._read(grads).clip(max_norm, ord, groups, grad_scale, nonfinite, reduce)
 
     def clip_by_value(self, grads: Any, limit: object) -> DeviceClipResult:
         return self._read(grads).clip_by_value(limit)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
+import numpy.typing as npt
 
 from gradclip import _core
 
@@ -15,12 +16,60 @@ if TYPE_CHECKING:
 
     from gradclip._device import DeviceEngine
 
-__all__ = ["engine_of", "why_no_gpu"]
+__all__ = ["Engine", "PlannedGradients", "engine_of", "why_no_gpu"]
 
 _CUDA, _CUDA_MANAGED = 2, 13  # of DLPack's device types
 
 
-def engine_of(grads: Any) -> tuple[Any, Any]:
+class PlannedGradients(Protocol):
+    """Gradients that an engine has read."""
+
+    def tensor_norms(self, ord: object) -> npt.NDArray[np.float64]: ...
+    def global_norm(self, ord: object) -> float: ...
+    def clip(
+        self,
+        max_norm: object,
+        ord: object,
+        groups: object,
+        grad_scale: object,
+        nonfinite: object,
+        reduce: object,
+    ) -> Any: ...
+    def clip_by_value(self, limit: object) -> Any: ...
+    def scale(self, factor: object) -> None: ...
+    def __len__(self) -> int: ...
+    @property
+    def names(self) -> tuple[str, ...] | None: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def num_elements(self) -> int: ...
+
+
+class Engine(Protocol):
+    """What the CPU (the module ``_core``) and a GPU (``_device.DeviceEngine``) do alike."""
+
+    def tensor_norms(self, grads: object, ord: object) -> npt.NDArray[np.float64]: ...
+    def global_norm(self, grads: object, ord: object) -> float: ...
+    def clip(
+        self,
+        grads: object,
+        max_norm: object,
+        ord: object,
+        groups: object,
+        grad_scale: object,
+        nonfinite: object,
+        reduce: object,
+    ) -> Any: ...
+    def clip_by_value(self, grads: object, limit: object) -> Any: ...
+    def scale(self, grads: object, factor: object) -> None: ...
+    def Plan(self, grads: object) -> PlannedGradients: ...
+
+
+_host = cast(Engine, _core)
+
+
+def engine_of(grads: Any) -> tuple[Engine, Any]:
     """The engine for ``grads``, and ``grads`` as it is to be handed on (an iterator is used up here).
 
     The first gradient decides; the engine says what is wrong with any other.
@@ -29,7 +78,7 @@ def engine_of(grads: Any) -> tuple[Any, Any]:
         if isinstance(grads, Mapping):
             return _engine_for(_first(grads.values())), grads
         if isinstance(grads, (str, bytes, bytearray)) or not isinstance(grads, Iterable) or _is_array(grads):
-            return _core, grads  # which says what is wrong
+            return _host, grads  # which says what is wrong
         if not isinstance(grads, Sequence):
             grads = tuple(grads)
     return _engine_for(_first(grads)), grads
@@ -45,9 +94,9 @@ def _first(arrays: Iterable[Any]) -> Any:
     return next((array for array in arrays if array is not None), None)
 
 
-def _engine_for(array: Any) -> Any:
+def _engine_for(array: Any) -> Engine:
     if type(array) is np.ndarray or array is None or not is_on_cuda(array):
-        return _core
+        return _host
     return _device_engine(array)
 
 

@@ -59,6 +59,13 @@ class ClipResult:
         names = self.names if self.names is not None else map(str, range(len(self.norms)))
         return dict(zip(names, self.norms.tolist(), strict=True))
 
+    def to_host(self) -> ClipResult:
+        """The same result as Python numbers and NumPy arrays: of a CPU, itself.
+
+        That of a GPU, whose fields are arrays on the device, waits for the clip and is copied.
+        """
+        return self
+
     def __repr__(self) -> str:
         coefficient = self.coefficient
         if isinstance(coefficient, np.ndarray):
@@ -128,8 +135,12 @@ def finish(told: Any) -> ClipResult:
     total_norm, norms, coefficient, clipped, nonfinite, names, group_norms, counts = told
     if counts is not None:
         raise nonfinite_error(counts, names, norms)
-    where = tuple(names[i] for i in nonfinite) if names is not None else nonfinite
-    return ClipResult(total_norm, norms, coefficient, clipped, where, names, group_norms)
+    return ClipResult(total_norm, norms, coefficient, clipped, named(nonfinite, names), names, group_norms)
+
+
+def named(indices: tuple[int, ...], names: tuple[str, ...] | None) -> tuple[int, ...] | tuple[str, ...]:
+    """Gradients by the names of the call, or by their positions if it had none."""
+    return indices if names is None else tuple(names[i] for i in indices)
 
 
 def nonfinite_error(

@@ -1,0 +1,80 @@
+"""The CUDA engine in C++, where gradclip was built with a CUDA compiler. ``gradclip._device`` uses it.
+
+Arguments are checked by the engine itself, so what may hold anything is an ``object``. Streams and
+pointers are addresses. Nothing waits for the device except where it says so.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+class _Memory(Protocol):
+    """Memory of the device, and arrays in it."""
+
+    ptr: int
+    def float64(self, offset: int, count: int) -> object: ...
+
+class Gradients:
+    """Gradients that have been read; `is_kept`: for many calls. `leader` is "cupy", "torch" or "other":
+    whose current stream `stream` is."""
+
+    def __init__(
+        self,
+        grads: object,
+        device: int,
+        stream: int,
+        leader: str,
+        allocate: Callable[[int], _Memory],
+        is_kept: bool,
+    ) -> None: ...
+    # Results are memory from `allocate`, laid out as `result_layout` says.
+    def norms(self, ord: object, stream: int) -> _Memory: ...
+    # (memory, groups, whether groups is None, and if asked to raise: per gradient that is not finite
+    # (index, NaN count, infinity count)). nonfinite="raise" waits.
+    def clip(
+        self,
+        max_norm: object,
+        ord: object,
+        groups: object,
+        grad_scale: object,
+        nonfinite: object,
+        reduce: object,
+        stream: int,
+    ) -> tuple[_Memory, int, bool, list[tuple[int, int, int]] | None]: ...
+    def clip_by_value(self, limit: object, stream: int) -> _Memory: ...
+    def scale(self, factor: object, stream: int) -> None: ...
+    # Read, or read and write, dense arrays as fast as the device can.
+    def probe_read(self, stream: int) -> None: ...
+    def probe_read_write(self, stream: int) -> None: ...
+    def __len__(self) -> int: ...
+    @property
+    def names(self) -> tuple[str, ...] | None: ...
+    @property
+    def device(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def num_elements(self) -> int: ...
+
+# Offsets in bytes: total_norm, coefficients, group_norms, norms (float64), clipped (bool), nonfinite (a
+# bool for each tensor), and the size of all.
+def result_layout(tensors: int, groups: int) -> tuple[int, int, int, int, int, int, int]: ...
+
+# Waits.
+def copy_to_host(pointer: int, bytes: int, stream: int) -> bytes: ...
+
+# The device whose memory a pointer points into; -1 if it is none's.
+def device_of(pointer: int) -> int: ...
+
+# Why nothing can run here ("no CUDA driver", ...); empty if it can.
+def missing() -> str: ...
+def device_count() -> int: ...
+
+# Name, compute capability (major, minor), multiprocessors, bytes of memory.
+def device_info(device: int) -> tuple[str, int, int, int, int]: ...
+
+# 13000 is CUDA 13.0; 0: no driver.
+def runtime_version() -> int: ...
+def driver_version() -> int: ...
+
+# That kernels were compiled for: "75 80 86".
+def architectures() -> str: ...

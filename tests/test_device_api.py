@@ -1,0 +1,298 @@
+"""CuPy arrays through the public functions: what is returned, when it waits, what a Plan keeps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import cupy
+import numpy as np
+import pytest
+
+import gradclip
+from device import Device, EmulatedDevice, emulated_device
+from gradclip import _dispatch
+from matrices import values
+
+
+@pytest.fixture
+def emulated() -> Iterator[EmulatedDevice]:
+    with emulated_device(multiprocessors=2) as device:
+        yield device
+
+
+def _gradients(device: Device, count: int = 3) -> dict[str, Any]:
+    return {f"layer{i}": device.array(values("float32", (i + 2, 5), seed=i)) for i in range(count)}
+
+
+def test_fields_are_arrays_of_the_device(device: Device) -> None:
+    result = gradclip.clip_by_global_norm_(_gradients(device), 0.5)
+    shapes = {"total_norm": (), "norms": (3,), "coefficient": (), "group_norms": (1,), "clipped": ()}
+    for name, shape in shapes.items():
+        field = getattr(result, name)
+        assert isinstance(field, cupy.ndarray), name
+        assert field.shape == shape, name
+        assert field.dtype == (np.bool_ if name == "clipped" else np.float64), name
+    assert result.names == ("layer0", "layer1", "layer2")
+    assert result.nonfinite == ()
+    assert isinstance(result, gradclip.ClipResult)
+    assert np.shape(gradclip.clip_by_norm_(_gradients(device), 0.5).coefficient) == (3,)
+    assert isinstance(gradclip.global_norm(_gradients(device)), cupy.ndarray)
+    assert gradclip.tensor_norms(_gradients(device)).shape == (3,)
+
+
+def test_what_a_person_reads(device: Device) -> None:
+    grads = _gradients(device)
+    arrays = {name: device.host(array) for name, array in grads.items()}
+    result, expected = gradclip.clip_by_norm_(grads, 0.5), gradclip.clip_by_norm_(arrays, 0.5)
+    assert repr(result) == repr(expected)
+    assert result.named_norms() == expected.named_norms()
+    assert type(result.to_host()) is gradclip.ClipResult
+    assert type(result.to_host().total_norm) is float
+    assert type(result.to_host().clipped) is bool
+
+
+def test_the_layers_that_are_not_finite(device: Device) -> None:
+    host = [np.ones(3, np.float32), np.array([1, np.nan, np.inf, np.inf], np.float32)]
+    grads = dict(zip("ab", map(device.array, host), strict=True))
+    assert gradclip.clip_by_global_norm_(grads, 1.0, nonfinite="skip").nonfinite == ("b",)
+    with pytest.raises(gradclip.NonFiniteGradientError, match=r"grads\['b'\].*1 NaN and 2 inf") as raised:
+        gradclip.clip_by_global_norm_(grads, 1.0)
+    assert raised.value.entries == [("b", 1, 2)]
+    assert all(
+        device.host(array).tobytes() == was.tobytes() for array, was in zip(grads.values(), host, strict=True)
+    )
+
+
+def test_sequences_mappings_iterators_and_none(device: Device) -> None:
+    array = values("float32", 100, seed=0)
+    expected = gradclip.global_norm([array])
+    grads = [None, device.array(array), None]
+    assert device.host(gradclip.tensor_norms(grads)).tolist() == [0.0, expected, 0.0]
+    for same in (
+        tuple(grads),
+        iter(grads),
+        dict(zip("abc", grads, strict=True)),
+        {1: grads}[1:] if 0 else grads,
+    ):
+        assert float(device.host(gradclip.global_norm(same))) == expected
+    assert float(device.host(gradclip.global_norm(dict(enumerate(grads)).values()))) == expected
+
+
+def test_nothing_at_all() -> None:
+    """Without an array there is no device: the CPU's answer."""
+    nothing: tuple[Any, ...] = ([], [None, None], {}, iter(()))
+    for empty in nothing:
+        assert gradclip.global_norm(empty) == 0.0
+    assert gradclip.clip_by_global_norm_([None], 1.0).to_host().total_norm == 0.0
+
+
+def test_empty_arrays(device: Device) -> None:
+    grads = [device.array(np.zeros((0, 3), np.float32)), device.array(np.full(4, 3.0))]
+    assert gradclip.clip_by_global_norm_(grads, 1.0).to_host().norms.tolist() == [0.0, 6.0]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_a_threshold_on_the_device(device: Device, dtype: type[np.floating[Any]]) -> None:
+    array = values("float32", 1000, seed=3)
+    on_gpu = device.array(array)
+    threshold = device.array(np.array(0.75, dtype))
+    result = gradclip.clip_by_global_norm_([on_gpu], threshold)
+    expected = gradclip.clip_by_global_norm_([array], 0.75)
+    assert result.to_host().coefficient == expected.coefficient
+    assert device.host(on_gpu).tobytes() == array.tobytes()
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, math.nan])
+def test_a_threshold_on_the_device_that_is_not_positive(device: Device, bad: float) -> None:
+    array = values("float32", 1000, seed=3)
+    on_gpu = device.array(array)
+    threshold = device.array(np.array(bad))
+    with pytest.raises(ValueError, match=r"^max_norm: expected a positive number"):
+        gradclip.clip_by_global_norm_([on_gpu], threshold)
+    result = gradclip.clip_by_global_norm_([on_gpu], threshold, nonfinite="propagate").to_host()
+    assert math.isnan(float(result.coefficient))
+    assert device.host(on_gpu).tobytes() == array.tobytes()
+
+
+def test_a_threshold_array_that_is_refused(device: Device) -> None:
+    grads = [device.array(np.ones(3))]
+    with pytest.raises(ValueError, match=r"^max_norm: expected .* 0-d array, got an array of 1 axes"):
+        gradclip.clip_by_global_norm_(grads, device.array(np.ones(1)))
+    with pytest.raises(TypeError, match=r"^max_norm: expected a real number, got complex64"):
+        gradclip.clip_by_global_norm_(grads, device.array(np.array(1, np.complex64)))
+    with pytest.raises(TypeError, match=r"^max_norm: expected dtype .*, got dtype int64"):
+        gradclip.clip_by_global_norm_(grads, device.array(np.array(1)))
+
+
+@pytest.mark.parametrize("ord", [2, 1, math.inf, 3])
+def test_reduce(device: Device, ord: float) -> None:
+    arrays = [values("float32", n, seed=n) for n in (10, 3000)]
+    grads = [device.array(array) for array in arrays]
+    four = device.array(np.array([4.0, 4.0]))
+    seen = []
+
+    def from_two_processes(sums: Any) -> Any:
+        seen.append(device.host(sums))
+        if isinstance(device, EmulatedDevice):  # CuPy's own kernels are not emulated
+            return device.array(4.0 * seen[-1])
+        return sums * four
+
+    result = gradclip.clip_by_global_norm_(grads, 0.5, ord, "tensor", reduce=from_two_processes).to_host()
+    on_cpu = gradclip.clip_by_global_norm_(arrays, 0.5, ord, "tensor", reduce=lambda sums: 4.0 * sums)
+    assert result.group_norms.tobytes() == on_cpu.group_norms.tobytes()
+    assert result.norms.tobytes() == on_cpu.norms.tobytes()
+    assert np.asarray(result.coefficient).tobytes() == np.asarray(on_cpu.coefficient).tobytes()
+    assert all(device.host(g).tobytes() == array.tobytes() for g, array in zip(grads, arrays, strict=True))
+
+
+def test_reduce_that_returns_something_else(device: Device) -> None:
+    array = values("float32", 50, seed=1)
+    grads = [device.array(array)]
+    cases: tuple[tuple[Any, type[Exception], str], ...] = (
+        (np.ones(1), ValueError, r"^reduce: expected memory on CUDA device 0, got a NumPy array"),
+        (device.array(np.ones(2)), ValueError, r"^reduce: expected dense float64 sums of shape \(1,\), got"),
+        (device.array(np.ones(1, np.float32)), ValueError, r"^reduce: expected dense float64 sums"),
+        (None, TypeError, r"^reduce: expected an array"),
+    )
+    for returned, error, message in cases:
+        reduce = mock.Mock(return_value=returned)
+        with pytest.raises(error, match=message):
+            gradclip.clip_by_global_norm_(grads, 0.5, reduce=reduce)
+    assert device.host(grads[0]).tobytes() == array.tobytes()
+
+
+def test_a_plan_sees_what_memory_holds(device: Device) -> None:
+    array = values("float32", (30, 40), seed=0)
+    on_gpu = device.array(array)
+    plan = gradclip.Plan({"w": on_gpu})
+    assert repr(plan) == "Plan(1 gradients, 1200 elements, 4800 bytes)"
+    assert plan.names == ("w",)
+    for max_norm in (100.0, 3.0, 0.5):
+        expected = gradclip.clip_by_global_norm_({"w": array}, max_norm)
+        result = plan.clip_by_global_norm_(max_norm)
+        assert result.to_host().total_norm == expected.total_norm
+        assert device.host(on_gpu).tobytes() == array.tobytes()
+    assert float(device.host(plan.global_norm())) == gradclip.global_norm([array])
+    assert (
+        plan.clip_by_norm_(0.25).to_host().norms.tolist()
+        == gradclip.clip_by_norm_([array], 0.25).norms.tolist()
+    )
+    assert plan.clip_by_value_(0.01).to_host().clipped == gradclip.clip_by_value_([array], 0.01).clipped
+    plan.scale_(3.0)
+    gradclip.scale_([array], 3.0)
+    assert device.host(on_gpu).tobytes() == array.tobytes()
+    assert device.host(plan.tensor_norms(1)).tolist() == gradclip.tensor_norms([array], 1).tolist()
+
+
+def test_results_of_a_plan_are_its_callers(device: Device) -> None:
+    """A later call leaves an earlier result as it was."""
+    plan = gradclip.Plan([device.array(np.full(4, 3.0))])
+    first = plan.clip_by_global_norm_(5.0)
+    second = plan.clip_by_global_norm_(1.0)
+    assert (first.to_host().total_norm, second.to_host().total_norm) == (6.0, 5.0)
+
+
+# --- Launches, waits and memory -----------------------------------------------------------------------
+
+
+def _cost(device: EmulatedDevice, call: Any) -> tuple[int, ...]:
+    """(launches, allocations of the engine, copies, host waits) of a call."""
+    before = device.cuda.counters()
+    call()
+    return tuple(after - was for after, was in zip(device.cuda.counters(), before, strict=True))
+
+
+@pytest.mark.parametrize("count", [1, 300, 960, 961, 3000])
+def test_two_launches_and_no_wait(emulated: EmulatedDevice, count: int) -> None:
+    grads = [emulated.array(np.ones(3, np.float32)) for _ in range(count)]
+    copies = 1 if count > 960 else 0  # of the table, where it does not fit into an argument
+
+    def clip(max_norm: Any = 0.5, nonfinite: Any = "skip", **options: Any) -> gradclip.ClipResult:
+        return gradclip.clip_by_global_norm_(grads, max_norm, nonfinite=nonfinite, **options)
+
+    clip()  # the engine's own memory is made
+    assert _cost(emulated, clip) == (2, 0, copies, 0)
+    assert _cost(emulated, lambda: clip(groups="tensor")) == (2, 0, copies, 0)
+    assert _cost(emulated, lambda: clip(math.inf)) == (2, 0, copies, 0)
+    assert _cost(emulated, lambda: clip(ord=3)) == (3, 0, copies, 0)
+    assert _cost(emulated, lambda: gradclip.global_norm(grads)) == (1, 0, copies, 0)
+    assert _cost(emulated, lambda: gradclip.scale_(grads, 0.5)) == (1, 0, copies, 0)
+    assert _cost(emulated, lambda: gradclip.clip_by_value_(grads, 0.5)) == (1, 0, copies, 0)
+    # The default looks at the flags: one small copy, waited for.
+    assert _cost(emulated, lambda: clip(nonfinite="raise")) == (2, 0, copies + 1, 1)
+
+
+def test_a_plan_copies_nothing(emulated: EmulatedDevice) -> None:
+    plan = gradclip.Plan([emulated.array(np.ones(3, np.float32)) for _ in range(2000)])
+    assert _cost(emulated, lambda: plan.clip_by_global_norm_(0.5, nonfinite="zero")) == (2, 0, 0, 0)
+    assert _cost(emulated, plan.global_norm) == (1, 0, 0, 0)
+
+
+def test_only_reading_a_result_waits(emulated: EmulatedDevice) -> None:
+    grads = _gradients(emulated)
+    result = gradclip.clip_by_global_norm_(grads, 0.5, nonfinite="skip")
+    fields = ("total_norm", "norms", "coefficient", "group_norms", "clipped", "names")
+    assert _cost(emulated, lambda: [getattr(result, field) for field in fields])[3] == 0
+    for read in (result.to_host, result.named_norms, lambda: result.nonfinite, lambda: repr(result)):
+        assert _cost(emulated, read)[3] == 1
+
+
+def test_one_allocation_a_call(device: Device) -> None:
+    """The result is all that is allocated, from CuPy's current allocator."""
+    grads = list(_gradients(device).values())
+    gradclip.clip_by_global_norm_(grads, 0.5)
+    inner = device.allocate if isinstance(device, EmulatedDevice) else cupy.get_default_memory_pool().malloc
+    asked: list[int] = []
+
+    def allocator(nbytes: int) -> Any:
+        asked.append(nbytes)
+        return inner(nbytes)
+
+    with cupy.cuda.using_allocator(allocator):
+        gradclip.clip_by_global_norm_(grads, 0.5)
+        assert len(asked) == 1
+        assert asked[0] < 256
+
+
+# --- Graph capture ------------------------------------------------------------------------------------
+
+
+def test_capture_needs_a_plan(emulated: EmulatedDevice) -> None:
+    grads = list(_gradients(emulated).values())
+    plan = gradclip.Plan(grads)
+    plan.clip_by_norm_(1.0)
+    emulated.cuda.set_machine(is_capturing=True)
+    with pytest.raises(RuntimeError, match=r"^grads: expected a Plan made before the stream was captured"):
+        gradclip.clip_by_global_norm_(grads, 1.0, nonfinite="skip")
+    with pytest.raises(RuntimeError, match=r"^grads: expected a Plan made before"):
+        gradclip.Plan(grads)
+    with pytest.raises(ValueError, match=r"^nonfinite: expected 'skip', .* while the stream is captured"):
+        plan.clip_by_global_norm_(1.0)
+    with pytest.raises(RuntimeError, match=r"^groups: expected a grouping that the plan has seen"):
+        plan.clip_by_global_norm_(1.0, groups=[0, 0, 1], nonfinite="skip")
+
+    def no_memory(nbytes: int) -> Any:
+        raise AssertionError("no allocation while a stream is captured")
+
+    with cupy.cuda.using_allocator(no_memory):
+        assert _cost(emulated, lambda: plan.clip_by_global_norm_(1.0, nonfinite="skip")) == (2, 0, 0, 0)
+        assert _cost(emulated, lambda: plan.clip_by_norm_(1.0, nonfinite="zero")) == (2, 0, 0, 0)
+        assert _cost(emulated, lambda: plan.clip_by_value_(1.0)) == (1, 0, 0, 0)
+
+
+# --- No GPU -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("missing", ["no CUDA driver", "no CUDA device"])
+def test_without_a_gpu(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with emulated_device() as device:
+        array = device.array(np.ones(3))
+        monkeypatch.setattr(_dispatch, "why_no_gpu", lambda: missing)
+        for call in (gradclip.global_norm, gradclip.Plan, lambda grads: gradclip.scale_(grads, 2)):
+            with pytest.raises(
+                RuntimeError, match=rf"^grads: .*no GPU here \({missing}\), got a cupy.ndarray"
+            ):
+                call([array])
