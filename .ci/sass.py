@@ -1,9 +1,10 @@
 """What the machine code of the CUDA kernels must show, where there is no GPU to ask.
 
-The hot loops of every dtype read (and write) 16 bytes a thread at a time, several before the first is
-used, and touch no local memory: nothing that is spilled lies inside them.
+Every kernel for sm_90 has no stack, no local memory, no spills, and few enough registers for the blocks
+that shall be resident at once. The hot loops of every dtype read (and write) 16 bytes a thread at a time,
+several before the first is used.
 
-    python .ci/sass.py LIBRARY
+    python .ci/sass.py FILE      # an object file, a library, or the module
 """
 
 from __future__ import annotations
@@ -13,11 +14,18 @@ import shutil
 import subprocess
 import sys
 from importlib.metadata import files
-from pathlib import Path
 
 DTYPES = 4  # float16, bfloat16, float32, float64: complex numbers are pairs
+KINDS = 2  # the list's table in memory, and inside the argument
+THREADS = 256
+REGISTERS = 65536  # of a multiprocessor
+# Blocks at once on a multiprocessor, as in csrc/cuda/tuning.hpp.
+BLOCKS = 3
+BLOCKS_OF_LARGE_KERNELS = 2
+LARGE_KERNELS = ("measure_kernelILNS0_7MeasureE3", "clip_by_value_kernel")
+KERNELS = 19
 # Kernel, and what a hot loop of it holds at least.
-EXPECTED = {
+HOT_LOOPS = {
     "measure_kernelILNS0_7MeasureE0": {"LDG.E.128": 8, "SHFL": 32},  # squares
     "measure_kernelILNS0_7MeasureE1": {"LDG.E.128": 8, "SHFL": 32},  # magnitudes
     "measure_kernelILNS0_7MeasureE2": {"LDG.E.128": 8},  # largest
@@ -25,25 +33,38 @@ EXPECTED = {
 }
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]+)\*/\s+(.*?);")
 BACK = re.compile(r"BRA.*0x([0-9a-f]+)")
+USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
 
 
-def tool() -> str:
-    """cuobjdump, from the path or from its package."""
-    found = shutil.which("cuobjdump")
-    if found is None:
-        found = next(str(f.locate()) for f in files("nvidia-cuda-cuobjdump") or [] if f.name == "cuobjdump")
-    return found
+def cuobjdump(*arguments: str) -> str:
+    """What cuobjdump prints, from the path or from its package."""
+    tool = shutil.which("cuobjdump")
+    if tool is None:
+        tool = next(str(f.locate()) for f in files("nvidia-cuda-cuobjdump") or [] if f.name == "cuobjdump")
+    command = [tool, "-arch", "sm_90", *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def functions(library: str) -> dict[str, list[tuple[int, str]]]:
+def functions(file: str) -> dict[str, list[tuple[int, str]]]:
     """The instructions of every kernel: address and text."""
-    listing = subprocess.run([tool(), "-sass", library], check=True, capture_output=True, text=True).stdout
     result: dict[str, list[tuple[int, str]]] = {}
-    for line in listing.splitlines():
+    for line in cuobjdump("-sass", file).splitlines():
         if "Function :" in line:
             current = result.setdefault(line.split(":")[1].strip(), [])
         elif match := INSTRUCTION.match(line):
             current.append((int(match[1], 16), match[2]))
+    return result
+
+
+def usage(file: str) -> dict[str, tuple[int, int, int]]:
+    """Registers of a thread, bytes of stack and of local memory of every kernel."""
+    result = {}
+    name = ""
+    for line in cuobjdump("-res-usage", file).splitlines():
+        if "Function " in line:
+            name = line.split("Function ")[1].rstrip(":")
+        elif (match := USAGE.search(line)) and name.startswith("_Z"):
+            result[name] = (int(match[1]), int(match[2]), int(match[3]))
     return result
 
 
@@ -58,14 +79,35 @@ def inner_loops(code: list[tuple[int, str]]) -> list[list[str]]:
     return [[text for address, text in code if low <= address <= high] for low, high in inner]
 
 
-def main(library: str) -> int:
-    """Check every kernel; 1 if one is not as expected."""
+def check_usage(file: str) -> list[str]:
+    """What is wrong with registers and memory."""
+    kernels = usage(file)
+    problems = [] if len(kernels) == KERNELS else [f"expected {KERNELS} kernels, got {len(kernels)}"]
+    for name, (registers, stack, local) in kernels.items():
+        print(f"{registers:4} registers, {stack} bytes of stack: {name[16:76]}")
+        large = any(part in name for part in LARGE_KERNELS)
+        blocks = BLOCKS_OF_LARGE_KERNELS if large else BLOCKS
+        most = REGISTERS // (THREADS * blocks)
+        if stack or local or registers > most:
+            problems.append(
+                f"{name}: expected no stack, no local memory, at most {most} registers, "
+                f"got {stack}, {local}, {registers}"
+            )
+    return problems
+
+
+def check_loops(file: str) -> list[str]:
+    """What is wrong with the machine code."""
     problems = []
-    kernels = functions(library)
-    for part, least in EXPECTED.items():
+    kernels = functions(file)
+    for name, code in kernels.items():
+        local = [text for _, text in code if re.search(r"\b(LDL|STL)", text)]
+        if local:
+            problems.append(f"{name}: expected no access to local memory, got {local}")
+    for part, least in HOT_LOOPS.items():
         names = [name for name in kernels if part in name]
-        if len(names) != 2:  # the table in memory, and inside the argument
-            problems.append(f"{part}: expected 2 kernels, got {len(names)}")
+        if len(names) != KINDS:
+            problems.append(f"{part}: expected {KINDS} kernels, got {len(names)}")
         for name in names:
             hot = [
                 loop
@@ -75,16 +117,19 @@ def main(library: str) -> int:
             if len(hot) < DTYPES:
                 problems.append(f"{name}: expected {DTYPES} hot loops with {least}, got {len(hot)}")
             for loop in hot:
-                local = [text for text in loop if re.search(r"\b(LDL|STL)", text)]
                 narrow = [text for text in loop if re.search(r"\b(LDG|STG)(?!.*\.128)", text)]
-                if local or narrow:
-                    problems.append(
-                        f"{name}: expected no local memory and 16-byte accesses, got {local + narrow}"
-                    )
-            print(f"{len(hot)} hot loops of {[len(loop) for loop in hot]} instructions: {name[:60]}")
+                if narrow:
+                    problems.append(f"{name}: expected 16-byte accesses, got {narrow}")
+            print(f"{len(hot)} hot loops of {[len(loop) for loop in hot]} instructions: {name[16:76]}")
+    return problems
+
+
+def main(file: str) -> int:
+    """Check every kernel; 1 if one is not as expected."""
+    problems = check_usage(file) + check_loops(file)
     print("\n".join(problems))
     return 1 if problems else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(str(Path(sys.argv[1]))))
+    sys.exit(main(sys.argv[1]))

@@ -89,9 +89,16 @@ struct CountArguments {
   unsigned flip;               // 0
 };
 
-// Arguments with the table of a short list inside them: no copy, no memory of the device.
+// What a kernel gets: its arguments and the entries of the table, one more than there are tensors (its
+// first_cost is the total). They lie in memory, or where the list is short beside the arguments: no
+// copy, no memory of the device.
 template <class Arguments>
-struct WithEntries {
+struct InMemory {
+  Arguments arguments;
+  const TensorEntry* entries;
+};
+template <class Arguments>
+struct InArgument {
   Arguments arguments;
   TensorEntry entries[kArgumentEntries + 1];
 };

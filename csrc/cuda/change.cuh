@@ -81,9 +81,7 @@ __device__ __forceinline__ void change_elements(const ElementMemory<T>& memory, 
 template <class T, class Change>
 __device__ __forceinline__ void change_tiles(const TensorEntry& entry, const TableView& table,
                                              const TileRange& tiles, Change change) {
-  constexpr auto kTile = static_cast<std::int64_t>(order::kTileBytes);
-  const std::int64_t first = tiles.begin * kTile;
-  const std::int64_t end = tiles.end == tiles.all ? entry.bytes : tiles.end * kTile;
+  const std::int64_t first = tiles.first_byte(), end = tiles.end_byte(entry.bytes);
   if (entry.axes == 0)
     change_dense<T>(entry.data + first, entry.data + end, change);
   else
@@ -111,24 +109,26 @@ __device__ __forceinline__ void scale_tiles(const TensorEntry& entry, const Tabl
   });
 }
 
-__device__ __forceinline__ void change(const ChangeArguments& arguments) {
+__device__ __forceinline__ void change(const ChangeArguments& arguments,
+                                       const TensorEntry* entries) {
   auto action = static_cast<ClipDecision::Action>(
       arguments.flags ? arguments.flags->action : static_cast<std::uint8_t>(ClipDecision::scale));
   if (action == ClipDecision::nothing) return;
   const TableView& table = arguments.table;
-  walk_backward(table, [&](std::uint32_t i, const TensorEntry& entry, const TileRange& tiles) {
-    if (action == ClipDecision::zero) {
-      with_real_type(entry.dtype, [&](auto type) {
-        using T = decltype(type);
-        change_tiles<T>(entry, table, tiles, [](T) { return T{}; });
+  walk_backward(
+      table, entries, [&](std::uint32_t i, const TensorEntry& entry, const TileRange& tiles) {
+        if (action == ClipDecision::zero) {
+          with_real_type(entry.dtype, [&](auto type) {
+            using T = decltype(type);
+            change_tiles<T>(entry, table, tiles, [](T) { return T{}; });
+          });
+          return;
+        }
+        const double factor = arguments.flags
+                                  ? arguments.coefficients[table.group_of(i)] / arguments.grad_scale
+                                  : arguments.factor;
+        if (factor != 1.0) scale_tiles(entry, table, tiles, factor);
       });
-      return;
-    }
-    const double factor = arguments.flags
-                              ? arguments.coefficients[table.group_of(i)] / arguments.grad_scale
-                              : arguments.factor;
-    if (factor != 1.0) scale_tiles(entry, table, tiles, factor);
-  });
 }
 
 template <class T>
@@ -146,7 +146,7 @@ inline constexpr std::uint64_t kHasNonFinite = 1, kWasClipped = 2;
 // One tile: its largest magnitude is taken, and what is beyond the limit is changed.
 template <class T>
 __device__ __forceinline__ Largest clip_tile(const TensorEntry& entry, const TableView& table,
-                                             std::int64_t index, double limit) {
+                                             std::uint32_t index, double limit) {
   using Word = typename FloatBits<T>::Word;
   const TileBytes tile = bytes_of_tile(entry, index);
   std::uint64_t largest = 0;
@@ -160,22 +160,25 @@ __device__ __forceinline__ Largest clip_tile(const TensorEntry& entry, const Tab
   const auto top = static_cast<Word>(pattern_below(entry.dtype, limit));
   if (largest > top) {
     int clipped = 0;
-    change_tiles<T>(entry, table, {index, index + 1, tiles_of(entry.bytes)}, [&](T x) {
-      if (!is_beyond(x, top)) return x;
-      clipped = 1;
-      return bit_copy<T>(static_cast<Word>((bit_copy<Word>(x) & FloatBits<T>::sign) | top));
-    });
+    change_tiles<T>(
+        entry, table, {index, index + 1, static_cast<std::uint32_t>(tiles_of(entry.bytes))},
+        [&](T x) {
+          if (!is_beyond(x, top)) return x;
+          clipped = 1;
+          return bit_copy<T>(static_cast<Word>((bit_copy<Word>(x) & FloatBits<T>::sign) | top));
+        });
     if (__any_sync(kFullWarp, clipped)) flags |= kWasClipped;
   }
   return {value, flags};
 }
 
-__device__ __forceinline__ void clip_by_value(const ValueClipArguments& arguments) {
+__device__ __forceinline__ void clip_by_value(const ValueClipArguments& arguments,
+                                              const TensorEntry* entries) {
   auto& shared = shared_memory<CombineShared<Largest>>();
   const ResultPointers& result = arguments.result;
   const bool last = accumulate(
-      shared, arguments.table, arguments.scratch, [] {},
-      [&](std::uint32_t, const TensorEntry& entry, std::int64_t tile, Largest& running) {
+      shared, arguments.table, entries, arguments.scratch, [] {},
+      [&](std::uint32_t, const TensorEntry& entry, std::uint32_t tile, Largest& running) {
         with_real_type(entry.dtype, [&](auto type) {
           const Largest largest =
               clip_tile<decltype(type)>(entry, arguments.table, tile, arguments.limit);
@@ -198,13 +201,12 @@ __device__ __forceinline__ void clip_by_value(const ValueClipArguments& argument
 // --- Telling what is not finite -------------------------------------------------------------------------
 
 // counts[2 i] NaN and counts[2 i + 1] infinite elements of tensor i, which begin as 0.
-__device__ __forceinline__ void count_nonfinite(const TableView& table,
+__device__ __forceinline__ void count_nonfinite(const TableView& table, const TensorEntry* entries,
                                                 unsigned long long* counts) {
-  walk(table, [&](std::uint32_t i, const TensorEntry& entry, const TileRange& tiles) {
-    constexpr auto kTile = static_cast<std::int64_t>(order::kTileBytes);
+  walk(table, entries, [&](std::uint32_t i, const TensorEntry& entry, const TileRange& tiles) {
     const auto itemsize = static_cast<std::int64_t>(size_of(entry.dtype));
-    const std::int64_t first = tiles.begin * kTile / itemsize;
-    const std::int64_t end = (tiles.end == tiles.all ? entry.bytes : tiles.end * kTile) / itemsize;
+    const std::int64_t first = tiles.first_byte() / itemsize;
+    const std::int64_t end = tiles.end_byte(entry.bytes) / itemsize;
     with_real_type(entry.dtype, [&](auto type) {
       using T = decltype(type);
       const ElementMemory<T> memory = element_memory<T>(entry, table);
@@ -229,12 +231,12 @@ __device__ __forceinline__ void count_nonfinite(const TableView& table,
 
 // visit(vector, words) over the whole rows of every tensor.
 template <int kVectors, class Visit>
-__device__ __forceinline__ void probe(const TableView& table, Visit visit) {
-  walk(table, [&](std::uint32_t, const TensorEntry& entry, const TileRange& tiles) {
-    constexpr auto kTile = static_cast<std::int64_t>(order::kTileBytes);
+__device__ __forceinline__ void probe(const TableView& table, const TensorEntry* entries,
+                                      Visit visit) {
+  walk(table, entries, [&](std::uint32_t, const TensorEntry& entry, const TileRange& tiles) {
     constexpr auto kStep = static_cast<std::int64_t>(kVectors * order::kRowBytes);
-    const std::int64_t end = tiles.end == tiles.all ? entry.bytes : tiles.end * kTile;
-    for (std::int64_t at = tiles.begin * kTile; at + kStep <= end; at += kStep)
+    const std::int64_t end = tiles.end_byte(entry.bytes);
+    for (std::int64_t at = tiles.first_byte(); at + kStep <= end; at += kStep)
       visit(reinterpret_cast<uint4*>(entry.data + at) + lane_id());
   });
 }

@@ -34,9 +34,20 @@ struct CombineShared {  // raw memory: what is read has been assigned before
 };
 static_assert(kWarps + kSlots <= 32);
 
-// The additions, each one copy of code.
-template <class Accumulator, class Part>
-__device__ __noinline__ void add_to(Accumulator& sum, const Part& part) {
+// The additions, each one copy of code. What is given by reference lies in shared or global memory, never
+// in registers: those would have to be stored for it.
+template <class Accumulator>
+__device__ __noinline__ void add_to(Accumulator& sum, const Accumulator& part) {
+  sum.add(part);
+}
+__device__ __noinline__ void add_to(ExactSum& sum, double value, int exponent) {
+  sum.add(value, exponent);
+}
+// A part that another block wrote in this launch.
+template <class Accumulator>
+__device__ __noinline__ void add_fresh(Accumulator& sum, const Accumulated* from) {
+  Accumulator part;
+  load_fresh(from, part);
   sum.add(part);
 }
 __device__ __noinline__ WideValue rounded(const ExactSum& sum) { return sum.rounded(); }
@@ -74,7 +85,8 @@ __device__ __forceinline__ void leave_piece(CombineShared<Accumulator>& shared,
 // tensor that is whole now, and adds it to `total`.
 template <class Accumulator, class Finish>
 __device__ __forceinline__ void combine(CombineShared<Accumulator>& shared, const TableView& table,
-                                        const Scratch& scratch, Finish finish) {
+                                        const TensorEntry* entries, const Scratch& scratch,
+                                        Finish finish) {
   const int t = static_cast<int>(threadIdx.x);
   __syncthreads();
   if (t < kSlots && shared.piece_of[t].tensor != kNoTensor) {
@@ -95,10 +107,9 @@ __device__ __forceinline__ void combine(CombineShared<Accumulator>& shared, cons
         static_assert(sizeof(Accumulator) <= sizeof(Accumulated));
         memcpy(&scratch.partials[2 * blockIdx.x + place], &shared.pieces[t], sizeof(Accumulator));
         __threadfence();
-        const auto brought = static_cast<std::uint32_t>(tiles.end - tiles.begin);
+        const std::uint32_t brought = tiles.end - tiles.begin;
         const std::uint32_t before = atomicAdd(&scratch.tiles_done[tensor], brought);
-        if (before + brought == static_cast<std::uint32_t>(tiles.all))
-          shared.to_merge[place] = tensor;
+        if (before + brought == tiles.all) shared.to_merge[place] = tensor;
       }
     }
   }
@@ -107,16 +118,14 @@ __device__ __forceinline__ void combine(CombineShared<Accumulator>& shared, cons
     const std::uint32_t tensor = shared.to_merge[m];
     if (tensor == kNoTensor) continue;
     __threadfence();
-    const TensorEntry entry = table.entries[tensor];
+    const TensorEntry& entry = entries[tensor];
     const std::int64_t warps = static_cast<std::int64_t>(gridDim.x) * kWarps;
     const std::int64_t last_tile = entry.first_cost + (tiles_of(entry.bytes) - 1) * kTileCost;
     const std::int64_t first_block = warp_at(table.cost, entry.first_cost, warps) / kWarps;
     const std::int64_t last_block = warp_at(table.cost, last_tile, warps) / kWarps;
     shared.threads[t] = Accumulator{};
     for (std::int64_t b = first_block + t; b <= last_block; b += kThreads) {
-      Accumulator part;
-      load_fresh(&scratch.partials[2 * b + (b == first_block)], part);
-      add_to(shared.threads[t], part);
+      add_fresh(shared.threads[t], &scratch.partials[2 * b + (b == first_block)]);
     }
     fold_in_block(shared.threads, kThreads);
     if (t == 0) {
@@ -145,9 +154,7 @@ __device__ __forceinline__ bool is_last_block(CombineShared<Accumulator>& shared
   if (t == 0) *scratch.blocks_done = 0;
   shared.threads[t] = Accumulator{};
   for (unsigned b = threadIdx.x; b < gridDim.x; b += kThreads) {
-    Accumulator part;
-    load_fresh(&scratch.block_totals[b], part);
-    add_to(shared.threads[t], part);
+    add_fresh(shared.threads[t], &scratch.block_totals[b]);
   }
   fold_in_block(shared.threads, kThreads);
   return true;

@@ -9,7 +9,7 @@
 namespace gradclip::cuda {
 
 __device__ __noinline__ double power_of(double x, double p) { return power(x, p); }
-__device__ __noinline__ double norm(const NormOrder& order, const NormSum& sum, double scale) {
+__device__ __noinline__ double norm(const NormOrder& order, NormSum sum, double scale) {
   return norm_of(order, sum, scale);
 }
 
@@ -35,11 +35,9 @@ __device__ __noinline__ NormSum group_sum(const NormOrder& order, std::uint32_t 
   for (std::uint32_t k = lane; k < count; k += 32) {
     const NormSum sum = sum_of(k);
     if (order.kind != NormOrder::other)
-      add_to(mine, WideValue{sum.value, sum.exponent});
+      add_to(mine, sum.value, sum.exponent);
     else if (largest != 0.0)
-      add_to(mine,
-             WideValue{sum.value * power_of(is_finite(largest) ? sum.unit / largest : 1.0, order.p),
-                       0});
+      add_to(mine, sum.value * power_of(is_finite(largest) ? sum.unit / largest : 1.0, order.p), 0);
   }
   for (int half = 16; half > 0; half /= 2) {
     __syncwarp();
@@ -97,7 +95,7 @@ __device__ __noinline__ void decide_from_norms(const MeasureArguments& arguments
 }
 
 __device__ __noinline__ void write_group(const MeasureArguments& arguments, std::uint32_t group,
-                                         const NormSum& sum) {
+                                         NormSum sum) {
   const Request& request = arguments.request;
   arguments.result.group_norms[group] = norm(request.order, sum, request.grad_scale);
   if (request.until == Request::sums)
@@ -110,9 +108,10 @@ __device__ __noinline__ void finish_measurement(const MeasureArguments& argument
                                                 ExactSum* sums) {
   const TableView& table = arguments.table;
   const Request& request = arguments.request;
-  const auto sum_of = [&](std::uint32_t tensor) {
+  const NormSum* const sums_of_tensors = arguments.scratch.sums;
+  const auto sum_of = [=](std::uint32_t tensor) {
     NormSum sum;
-    load_fresh(&arguments.scratch.sums[tensor], sum);
+    load_fresh(&sums_of_tensors[tensor], sum);
     return sum;
   };
   if (request.order.kind == NormOrder::other && warp_id() == 0)
@@ -129,9 +128,10 @@ __device__ __noinline__ void finish_measurement(const MeasureArguments& argument
   } else if (arguments.grouping == Groups::labels) {
     for (auto g = static_cast<std::uint32_t>(warp_id()); g < table.groups; g += kWarps) {
       const std::uint32_t begin = table.group_begin[g];
+      const std::uint32_t* const members = table.members + begin;
       const NormSum sum = group_sum(
           request.order, table.group_begin[g + 1] - begin,
-          [&](std::uint32_t k) { return sum_of(table.members[begin + k]); }, sums);
+          [=](std::uint32_t k) { return sum_of(members[k]); }, sums);
       if (lane_id() == 0) write_group(arguments, g, sum);
     }
   }
@@ -139,11 +139,13 @@ __device__ __noinline__ void finish_measurement(const MeasureArguments& argument
 }
 
 // One block: the sums of groups have come back from all processes.
-__global__ void __launch_bounds__(kThreads) decide_kernel(const MeasureArguments arguments) {
+__global__ void __launch_bounds__(kThreads)
+    decide_kernel(const __grid_constant__ MeasureArguments arguments) {
   auto* const sums = &shared_memory<ExactSum>();
   const Request& request = arguments.request;
-  const auto sum_of = [&](std::uint32_t group) -> NormSum {
-    return {arguments.reduced[group] + 0.0, 0, 1.0};  // no -0
+  const double* const reduced = arguments.reduced;
+  const auto sum_of = [=](std::uint32_t group) -> NormSum {
+    return {reduced[group] + 0.0, 0, 1.0};  // no -0
   };
   for (std::uint32_t g = threadIdx.x; g < arguments.table.groups; g += kThreads)
     arguments.result.group_norms[g] = norm(request.order, sum_of(g), request.grad_scale);

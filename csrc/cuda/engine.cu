@@ -46,6 +46,7 @@ struct List::State {
   bool by_argument = false;
   unsigned blocks = 1;
   TableView table{};
+  const TensorEntry* entries_in_memory = nullptr;
   Scratch scratch{};
   Workspace* workspace = nullptr;
   bool is_kept = false;
@@ -71,19 +72,21 @@ struct List::State {
   void place(Stream on);
 
   template <class Arguments>
-  void launch_over(void (*kernel)(Arguments), void (*short_kernel)(WithEntries<Arguments>),
-                   std::size_t shared_bytes, Arguments arguments, Stream on) const {
-    arguments.table = table;
-    if (!by_argument) return launch(kernel, blocks, kThreads, shared_bytes, on, arguments);
-    WithEntries<Arguments> list{arguments, {}};
+  void launch_over(void (*kernel)(InMemory<Arguments>), void (*short_kernel)(InArgument<Arguments>),
+                   std::size_t shared_bytes, const Arguments& arguments, Stream on) const {
+    if (!by_argument) {
+      const InMemory<Arguments> list{arguments, entries_in_memory};
+      return launch(kernel, blocks, kThreads, shared_bytes, on, list);
+    }
+    InArgument<Arguments> list{arguments, {}};
     std::copy(entries.begin(), entries.end(), list.entries);
     launch(short_kernel, blocks, kThreads, shared_bytes, on, list);
   }
   template <Measure kMeasure>
   void launch_measure(const MeasureArguments& arguments, Stream on) const {
     using Accumulator = typename AccumulatorOf<kMeasure>::Type;
-    launch_over(measure_kernel<kMeasure, MeasureArguments>,
-                measure_kernel<kMeasure, WithEntries<MeasureArguments>>,
+    launch_over(measure_kernel<kMeasure, InMemory<MeasureArguments>>,
+                measure_kernel<kMeasure, InArgument<MeasureArguments>>,
                 sizeof(CombineShared<Accumulator>), arguments, on);
   }
 };
@@ -158,7 +161,7 @@ void List::State::place(Stream on) {
           "cudaMemcpyAsync");
   }
   const auto words = [&](std::size_t at) { return reinterpret_cast<std::uint32_t*>(memory + at); };
-  table.entries = by_argument ? nullptr : reinterpret_cast<TensorEntry*>(memory + at_entries);
+  entries_in_memory = reinterpret_cast<TensorEntry*>(memory + at_entries);
   table.axes = reinterpret_cast<Axis*>(memory + at_axes);
   const bool labelled = grouping == Groups::labels;
   table.labels = labelled ? words(at_labels) : nullptr;
@@ -224,41 +227,44 @@ void List::decide(const Request& request, const double* sums, std::byte* result,
 void List::change(double grad_scale, const std::byte* result, Stream stream) {
   const ResultPointers pointers(layout(), const_cast<std::byte*>(result));
   state_->launch_over(
-      change_kernel<ChangeArguments>, change_kernel<WithEntries<ChangeArguments>>, 0,
-      ChangeArguments{{}, pointers.flags, pointers.coefficients, grad_scale, 1.0}, stream);
+      change_kernel<InMemory<ChangeArguments>>, change_kernel<InArgument<ChangeArguments>>, 0,
+      ChangeArguments{state_->table, pointers.flags, pointers.coefficients, grad_scale, 1.0},
+      stream);
 }
 
 void List::scale(double factor, Stream stream) {
-  state_->launch_over(change_kernel<ChangeArguments>, change_kernel<WithEntries<ChangeArguments>>,
-                      0, ChangeArguments{{}, nullptr, nullptr, 1.0, factor}, stream);
+  state_->launch_over(change_kernel<InMemory<ChangeArguments>>,
+                      change_kernel<InArgument<ChangeArguments>>, 0,
+                      ChangeArguments{state_->table, nullptr, nullptr, 1.0, factor}, stream);
 }
 
 void List::clip_by_value(double limit, std::byte* result, Stream stream) {
   const State& s = *state_;
   state_->launch_over(
-      clip_by_value_kernel<ValueClipArguments>,
-      clip_by_value_kernel<WithEntries<ValueClipArguments>>, sizeof(CombineShared<Largest>),
-      ValueClipArguments{{}, s.scratch, ResultPointers(layout(), result), limit}, stream);
+      clip_by_value_kernel<InMemory<ValueClipArguments>>,
+      clip_by_value_kernel<InArgument<ValueClipArguments>>, sizeof(CombineShared<Largest>),
+      ValueClipArguments{s.table, s.scratch, ResultPointers(layout(), result), limit}, stream);
 }
 
 void List::count_nonfinite(std::int64_t* counts, Stream stream) {
   check(cudaMemsetAsync(counts, 0, 2 * state_->tensors * sizeof(*counts), stream),
         "cudaMemsetAsync");
-  state_->launch_over(count_nonfinite_kernel<CountArguments>,
-                      count_nonfinite_kernel<WithEntries<CountArguments>>, 0,
-                      CountArguments{{}, reinterpret_cast<unsigned long long*>(counts), 0}, stream);
+  state_->launch_over(
+      count_nonfinite_kernel<InMemory<CountArguments>>,
+      count_nonfinite_kernel<InArgument<CountArguments>>, 0,
+      CountArguments{state_->table, reinterpret_cast<unsigned long long*>(counts), 0}, stream);
 }
 
 void List::probe_read(std::byte* result, Stream stream) {
-  state_->launch_over(probe_read_kernel<CountArguments>,
-                      probe_read_kernel<WithEntries<CountArguments>>, 0,
-                      CountArguments{{}, reinterpret_cast<unsigned long long*>(result), 0}, stream);
+  state_->launch_over(
+      probe_read_kernel<InMemory<CountArguments>>, probe_read_kernel<InArgument<CountArguments>>, 0,
+      CountArguments{state_->table, reinterpret_cast<unsigned long long*>(result), 0}, stream);
 }
 
 void List::probe_read_write(Stream stream) {
-  state_->launch_over(probe_read_write_kernel<CountArguments>,
-                      probe_read_write_kernel<WithEntries<CountArguments>>, 0,
-                      CountArguments{{}, nullptr, 0}, stream);
+  state_->launch_over(probe_read_write_kernel<InMemory<CountArguments>>,
+                      probe_read_write_kernel<InArgument<CountArguments>>, 0,
+                      CountArguments{state_->table, nullptr, 0}, stream);
 }
 
 }  // namespace gradclip::cuda

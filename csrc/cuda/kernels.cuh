@@ -1,4 +1,4 @@
-// The kernels. Each is compiled for a table in memory and for one inside the argument.
+// The kernels. Each is compiled twice, for List = InMemory<...> and InArgument<...>.
 #pragma once
 
 #include "cuda/change.cuh"
@@ -6,45 +6,32 @@
 
 namespace gradclip::cuda {
 
-// What holds for both kinds of arguments: the table in memory, or inside the argument itself.
-template <class Arguments>
-__device__ __forceinline__ const Arguments& with_table(const Arguments& arguments) {
-  return arguments;
+template <Measure kMeasure, class List>
+__global__ void __launch_bounds__(kThreads, kMeasure == Measure::powers ? kBlocksOfLargeKernels
+                                                                        : kBlocksPerMultiprocessor)
+    measure_kernel(const __grid_constant__ List list) {
+  measure<kMeasure>(list.arguments, list.entries);
 }
-template <class Arguments>
-__device__ __forceinline__ Arguments with_table(const WithEntries<Arguments>& list) {
-  Arguments arguments = list.arguments;
-  arguments.table.entries = list.entries;
-  return arguments;
-}
-
-template <Measure kMeasure, class Arguments>
+template <class List>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
-    measure_kernel(const __grid_constant__ Arguments arguments) {
-  measure<kMeasure>(with_table(arguments));
+    change_kernel(const __grid_constant__ List list) {
+  change(list.arguments, list.entries);
 }
-template <class Arguments>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
-    change_kernel(const __grid_constant__ Arguments arguments) {
-  change(with_table(arguments));
+template <class List>
+__global__ void __launch_bounds__(kThreads, kBlocksOfLargeKernels)
+    clip_by_value_kernel(const __grid_constant__ List list) {
+  clip_by_value(list.arguments, list.entries);
 }
-template <class Arguments>
+template <class List>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
-    clip_by_value_kernel(const __grid_constant__ Arguments arguments) {
-  clip_by_value(with_table(arguments));
+    count_nonfinite_kernel(const __grid_constant__ List list) {
+  count_nonfinite(list.arguments.table, list.entries, list.arguments.counts);
 }
-template <class Arguments>
+template <class List>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
-    count_nonfinite_kernel(const __grid_constant__ Arguments arguments) {
-  const auto& list = with_table(arguments);
-  count_nonfinite(list.table, list.counts);
-}
-template <class Arguments>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
-    probe_read_kernel(const __grid_constant__ Arguments arguments) {
-  const auto& list = with_table(arguments);
+    probe_read_kernel(const __grid_constant__ List list) {
   unsigned seen = 0;
-  probe<kTuning.rows_in_flight>(list.table, [&](const uint4* mine) {
+  probe<kTuning.rows_in_flight>(list.arguments.table, list.entries, [&](const uint4* mine) {
     uint4 v[kTuning.rows_in_flight];
 #pragma unroll
     for (int k = 0; k < kTuning.rows_in_flight; ++k) v[k] = __ldg(mine + 32 * k);
@@ -52,14 +39,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     for (int k = 0; k < kTuning.rows_in_flight; ++k) seen |= v[k].x | v[k].y | v[k].z | v[k].w;
   });
   // A pattern that no sum of bits gives by accident: the loads must not be left out.
-  if (seen == 0x5eed5eedu) list.counts[0] = seen;
+  if (seen == 0x5eed5eedu) list.arguments.counts[0] = seen;
 }
-template <class Arguments>
+template <class List>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
-    probe_read_write_kernel(const __grid_constant__ Arguments arguments) {
-  const auto& list = with_table(arguments);
-  const auto flip = static_cast<unsigned>(list.flip);  // 0, which the compiler does not know
-  probe<kTuning.vectors_in_flight>(list.table, [&](uint4* mine) {
+    probe_read_write_kernel(const __grid_constant__ List list) {
+  const auto flip =
+      static_cast<unsigned>(list.arguments.flip);  // 0, which the compiler does not know
+  probe<kTuning.vectors_in_flight>(list.arguments.table, list.entries, [&](uint4* mine) {
     uint4 v[kTuning.vectors_in_flight];
 #pragma unroll
     for (int k = 0; k < kTuning.vectors_in_flight; ++k) v[k] = __ldcg(mine + 32 * k);

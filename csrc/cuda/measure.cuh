@@ -108,7 +108,7 @@ __device__ __noinline__ void add_powers_of_tile(const TensorEntry& entry, const 
       double run = 0.0;
       for (std::int64_t i = at; i < end && i < at + kRun; ++i)
         run += power_of(magnitude_at(memory, i, scale) / (unit * scale), p);
-      add_to(mine, WideValue{run, 0});
+      add_to(mine, run, 0);
     }
   });
 }
@@ -116,18 +116,19 @@ __device__ __noinline__ void add_powers_of_tile(const TensorEntry& entry, const 
 // What a tensor of these sums is told as. By one thread.
 template <Measure kMeasure, class Accumulator>
 __device__ __noinline__ void finish_tensor(const MeasureArguments& arguments, std::uint32_t tensor,
-                                           const NormSum& sum, bool nonfinite, Accumulator& total) {
+                                           NormSum sum, bool nonfinite, Accumulator& total) {
   arguments.scratch.sums[tensor] = sum;
   arguments.result.norms[tensor] = norm(arguments.request.order, sum, arguments.request.grad_scale);
   arguments.result.nonfinite[tensor] = nonfinite;
   if constexpr (kMeasure == Measure::largest)
     total.add(Largest{sum.value, nonfinite});
   else
-    add_to(total, WideValue{sum.value, sum.exponent});
+    add_to(total, sum.value, sum.exponent);
 }
 
 template <Measure kMeasure, class Accumulator>
-__device__ __noinline__ void finish_tensor(const MeasureArguments& arguments, std::uint32_t tensor,
+__device__ __noinline__ void finish_tensor(const MeasureArguments& arguments,
+                                           const TensorEntry* entries, std::uint32_t tensor,
                                            const Accumulator& sum, Accumulator& total) {
   if constexpr (kMeasure == Measure::largest) {
     if (arguments.units_pass)
@@ -140,7 +141,7 @@ __device__ __noinline__ void finish_tensor(const MeasureArguments& arguments, st
     NormSum norm_sum{value.value, value.exponent, 0.0};
     bool nonfinite = !is_finite(value.value);
     if constexpr (kMeasure == Measure::powers) {
-      const TensorEntry& entry = arguments.table.entries[tensor];
+      const TensorEntry& entry = entries[tensor];
       if (needs_units(entry, arguments.request.order)) {
         const Largest unit = arguments.scratch.units[tensor];
         const double sum_of_terms = is_finite(unit.value) ? narrow(value) : 1.0;
@@ -171,12 +172,12 @@ __device__ __forceinline__ void add_tile(const MeasureArguments& arguments, std:
         add_powers_of_tile(entry, table, tile, unit, arguments.request.order.p, mine);
     } else {
       const WideValue sum = sum_of_tile<Sum::magnitudes>(entry, table, tile);
-      if (lane_id() == 0) add_to(running, sum);
+      if (lane_id() == 0) add_to(running, sum.value, sum.exponent);
     }
   } else {
     constexpr Sum kSum = kMeasure == Measure::squares ? Sum::squares : Sum::magnitudes;
     const WideValue sum = sum_of_tile<kSum>(entry, table, tile);
-    if (lane_id() == 0) add_to(running, sum);
+    if (lane_id() == 0) add_to(running, sum.value, sum.exponent);
   }
 }
 
@@ -184,16 +185,17 @@ __device__ __forceinline__ void add_tile(const MeasureArguments& arguments, std:
 // accumulator, total) by one thread for every tensor. True as is_last_block().
 template <class Accumulator, class Begin, class AddTile, class End, class Finish>
 __device__ __forceinline__ bool accumulate(CombineShared<Accumulator>& shared,
-                                           const TableView& table, const Scratch& scratch,
-                                           Begin begin, AddTile add_tile, End end, Finish finish) {
+                                           const TableView& table, const TensorEntry* entries,
+                                           const Scratch& scratch, Begin begin, AddTile add_tile,
+                                           End end, Finish finish) {
   prepare(shared);
   Accumulator& running = shared.running[warp_id()];
-  walk(table, [&](std::uint32_t i, const TensorEntry& entry, const TileRange& tiles) {
+  walk(table, entries, [&](std::uint32_t i, const TensorEntry& entry, const TileRange& tiles) {
     __syncwarp();
     if (lane_id() == 0) running = Accumulator{};
     begin();
     __syncwarp();
-    for (std::int64_t tile = tiles.begin; tile < tiles.end; ++tile)
+    for (std::uint32_t tile = tiles.begin; tile < tiles.end; ++tile)
       add_tile(i, entry, tile, running);
     __syncwarp();
     if (lane_id() != 0) return;
@@ -203,22 +205,23 @@ __device__ __forceinline__ bool accumulate(CombineShared<Accumulator>& shared,
     else
       leave_piece(shared, i, tiles);
   });
-  combine(shared, table, scratch, finish);
+  combine(shared, table, entries, scratch, finish);
   return is_last_block(shared, scratch);
 }
 
 template <Measure kMeasure>
-__device__ __forceinline__ void measure(const MeasureArguments& arguments) {
+__device__ __forceinline__ void measure(const MeasureArguments& arguments,
+                                        const TensorEntry* entries) {
   using Accumulator = typename AccumulatorOf<kMeasure>::Type;
   auto& shared = shared_memory<CombineShared<Accumulator>>();
   // What each thread has of a tensor by itself, and what lane 0 takes of it.
   Accumulator& mine = shared.threads[threadIdx.x];
   const bool last = accumulate(
-      shared, arguments.table, arguments.scratch,
+      shared, arguments.table, entries, arguments.scratch,
       [&] {
         if constexpr (kMeasure == Measure::powers) mine = Accumulator{};
       },
-      [&](std::uint32_t i, const TensorEntry& entry, std::int64_t tile, Accumulator& running) {
+      [&](std::uint32_t i, const TensorEntry& entry, std::uint32_t tile, Accumulator& running) {
         add_tile<kMeasure>(arguments, i, entry, bytes_of_tile(entry, tile), running, mine);
       },
       [&](Accumulator& running) {
@@ -226,7 +229,7 @@ __device__ __forceinline__ void measure(const MeasureArguments& arguments) {
           for (unsigned t = 0; t < 32; ++t) add_to(running, shared.threads[threadIdx.x + t]);
       },
       [&](std::uint32_t tensor, const Accumulator& sum, Accumulator& total) {
-        finish_tensor<kMeasure>(arguments, tensor, sum, total);
+        finish_tensor<kMeasure>(arguments, entries, tensor, sum, total);
       });
   if (!last) return;
   NormSum total;

@@ -38,8 +38,8 @@ GRADCLIP_INLINE std::int64_t cost_of(std::int64_t bytes) {
   return (bytes + kRow - 1) / kRow + tiles_of(bytes) * kTileEndCost;
 }
 
+// But for the entries, which lie in memory or beside it in a kernel's argument.
 struct TableView {
-  const TensorEntry* entries;  // one more than there are tensors: its first_cost is the total
   const Axis* axes;
   // Of groups by label, else null: the label of every tensor; the tensors of group g are
   // members[group_begin[g]] to members[group_begin[g + 1] - 1].
@@ -77,19 +77,30 @@ GRADCLIP_INLINE std::int64_t warp_at(std::int64_t total, std::int64_t cost, std:
   return warp;
 }
 
-// Tiles [begin, end) of a tensor, all of `all`.
+// Tiles [begin, end) of a tensor, all of `all`. No tensor has 2^32 of them.
 struct TileRange {
-  std::int64_t begin, end, all;
+  std::uint32_t begin, end, all;
   GRADCLIP_INLINE bool empty() const { return begin >= end; }
   GRADCLIP_INLINE bool whole() const { return begin == 0 && end == all; }
+  // In bytes of the tensor.
+  GRADCLIP_INLINE std::int64_t first_byte() const {
+    return static_cast<std::int64_t>(begin) * static_cast<std::int64_t>(order::kTileBytes);
+  }
+  GRADCLIP_INLINE std::int64_t end_byte(std::int64_t bytes) const {
+    return end == all
+               ? bytes
+               : static_cast<std::int64_t>(end) * static_cast<std::int64_t>(order::kTileBytes);
+  }
 };
-GRADCLIP_INLINE std::int64_t first_tile_at(std::int64_t cost) {
-  return cost <= 0 ? 0 : (cost + kTileCost - 1) / kTileCost;
+// The first tile that begins at or after `cost`; `all` if there is none.
+GRADCLIP_INLINE std::uint32_t first_tile_at(std::int64_t cost, std::int64_t all) {
+  const std::int64_t tile = cost <= 0 ? 0 : (cost + kTileCost - 1) / kTileCost;
+  return static_cast<std::uint32_t>(tile < all ? tile : all);
 }
 GRADCLIP_INLINE TileRange tile_range(const TensorEntry& entry, CostRange range) {
   const std::int64_t all = tiles_of(entry.bytes);
-  const std::int64_t end = first_tile_at(range.end - entry.first_cost);
-  return {first_tile_at(range.begin - entry.first_cost), end < all ? end : all, all};
+  return {first_tile_at(range.begin - entry.first_cost, all),
+          first_tile_at(range.end - entry.first_cost, all), static_cast<std::uint32_t>(all)};
 }
 
 }  // namespace gradclip::cuda

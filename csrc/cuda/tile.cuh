@@ -136,7 +136,7 @@ __device__ __forceinline__ std::uint64_t largest_of_tile(const Memory& memory, s
 
 // A tile whose sum cannot be trusted; one row at a time, for it is rare.
 template <Sum kSum, class T, class Memory>
-__device__ __noinline__ WideValue sum_tile_again(const Memory& memory, std::int64_t first,
+__device__ __noinline__ WideValue sum_tile_again(Memory memory, std::int64_t first,
                                                  std::int64_t bytes, T type) {
   const std::uint64_t largest_bits = largest_of_tile<1>(memory, first, bytes, type);
   if (largest_bits == 0) return {0.0, 0};

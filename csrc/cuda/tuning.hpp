@@ -16,15 +16,18 @@ struct Tuning {
 // By compute capability, major * 100 + minor * 10 as in __CUDA_ARCH__.
 constexpr Tuning tuning_for(int arch) {
   // High-bandwidth memory (A100, H100, H200, B200) needs about 40 KB in flight for each
-  // multiprocessor: 32 warps with 8 rows of 512 bytes are 128 KB. Others need far less.
+  // multiprocessor: 24 warps with 8 rows of 512 bytes are 96 KB. Others need far less.
   const bool high_bandwidth = arch == 800 || arch == 900 || arch == 1000;
   return high_bandwidth ? Tuning{8, 4} : Tuning{4, 2};
 }
 
 inline constexpr int kThreads = 256;
 inline constexpr int kWarps = kThreads / 32;
-// Of each multiprocessor, all resident at once; they leave 64 registers for a thread.
-inline constexpr int kBlocksPerMultiprocessor = 4;
+// Of each multiprocessor, all resident at once; they leave 80 registers for a thread, with which nothing is
+// spilled (with 4 blocks and 64, 120 bytes were).
+inline constexpr int kBlocksPerMultiprocessor = 3;
+// Of the kernels that need more: value clip and the slow orders. The grid is the same.
+inline constexpr int kBlocksOfLargeKernels = 2;
 
 // Work is counted in rows; what comes with a tile besides its rows costs as much as some rows more.
 inline constexpr std::int64_t kTileEndCost = 8;

@@ -10,12 +10,14 @@ namespace gradclip::cuda {
 
 // The last tensor that begins at or before `cost`: a search with 32 probes at a time, since each waits
 // for memory.
-__device__ __forceinline__ std::uint32_t find_tensor(const TableView& table, std::int64_t cost) {
+__device__ __forceinline__ std::uint32_t find_tensor(const TableView& table,
+                                                     const TensorEntry* entries,
+                                                     std::int64_t cost) {
   std::uint32_t low = 0, count = table.tensors;
   while (count > 1) {
     const std::uint32_t step = (count + 31) / 32;
     const std::uint32_t ahead = static_cast<std::uint32_t>(lane_id()) * step;
-    const bool before = ahead < count && table.entries[low + ahead].first_cost <= cost;
+    const bool before = ahead < count && entries[low + ahead].first_cost <= cost;
     const auto last = static_cast<std::uint32_t>(__popc(__ballot_sync(kFullWarp, before)) - 1);
     low += last * step;
     count = count - last * step < step ? count - last * step : step;
@@ -30,11 +32,12 @@ __device__ __forceinline__ CostRange range_of_this_warp(const TableView& table) 
 
 // visit(index, entry, tiles) for every tensor of which this warp has tiles, in order.
 template <class Visit>
-__device__ __forceinline__ void walk(const TableView& table, Visit visit) {
+__device__ __forceinline__ void walk(const TableView& table, const TensorEntry* entries,
+                                     Visit visit) {
   const CostRange range = range_of_this_warp(table);
   if (range.begin >= range.end) return;
-  for (std::uint32_t i = find_tensor(table, range.begin); i < table.tensors; ++i) {
-    const TensorEntry entry = table.entries[i];
+  for (std::uint32_t i = find_tensor(table, entries, range.begin); i < table.tensors; ++i) {
+    const TensorEntry& entry = entries[i];
     if (entry.first_cost >= range.end) break;
     const TileRange tiles = tile_range(entry, range);
     if (!tiles.empty()) visit(i, entry, tiles);
@@ -43,11 +46,12 @@ __device__ __forceinline__ void walk(const TableView& table, Visit visit) {
 
 // The same from the last tensor to the first.
 template <class Visit>
-__device__ __forceinline__ void walk_backward(const TableView& table, Visit visit) {
+__device__ __forceinline__ void walk_backward(const TableView& table, const TensorEntry* entries,
+                                              Visit visit) {
   const CostRange range = range_of_this_warp(table);
   if (range.begin >= range.end) return;
-  for (std::uint32_t i = find_tensor(table, range.end - 1) + 1; i-- > 0;) {
-    const TensorEntry entry = table.entries[i];
+  for (std::uint32_t i = find_tensor(table, entries, range.end - 1) + 1; i-- > 0;) {
+    const TensorEntry& entry = entries[i];
     const TileRange tiles = tile_range(entry, range);
     if (!tiles.empty()) visit(i, entry, tiles);
     if (entry.first_cost <= range.begin) break;
@@ -58,7 +62,7 @@ __device__ __forceinline__ void walk_backward(const TableView& table, Visit visi
 struct TileBytes {
   std::int64_t first, bytes;
 };
-__device__ __forceinline__ TileBytes bytes_of_tile(const TensorEntry& entry, std::int64_t index) {
+__device__ __forceinline__ TileBytes bytes_of_tile(const TensorEntry& entry, std::uint32_t index) {
   constexpr auto kTile = static_cast<std::int64_t>(order::kTileBytes);
   const std::int64_t first = index * kTile;
   return {first, entry.bytes - first < kTile ? entry.bytes - first : kTile};
