@@ -32,4 +32,10 @@ try:
 except gradclip.NonFiniteGradientError as error:
     told = str(error)
 assert "layer3" in told, told
-print(f"Python {platform.python_version()}, NumPy {np.__version__}: fine")
+try:
+    from gradclip import _cuda
+except ImportError:
+    cuda = "no CUDA engine"
+else:
+    cuda = f"CUDA for {_cuda.architectures()}, here {_cuda.missing() or 'with a GPU'}"
+print(f"Python {platform.python_version()}, NumPy {np.__version__}: fine; {cuda}")
