@@ -110,6 +110,6 @@ def emulated_device(**machine: int) -> Iterator[EmulatedDevice]:
     cuda.set_machine(**machine)
     device = EmulatedDevice(cuda)
     stream = mock.patch.object(_device.Cupy, "stream", staticmethod(lambda device: (0, None)))
-    module = mock.patch.object(_dispatch, "_cuda_module", return_value=cuda)
+    module = mock.patch.object(_dispatch, "cuda_module", return_value=cuda)
     with stream, module, cupy.cuda.using_allocator(device.allocate):
         yield device

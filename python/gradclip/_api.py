@@ -1,4 +1,4 @@
-"""The public functions. Everything they do happens in ``_core``, in one pass over the arrays."""
+"""The public functions. Everything they do happens in an engine, in one pass over the arrays."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = [
     "tensor_norms",
 ]
 
-# Any array that _core can read in place: NumPy, or anything with __dlpack__ on the CPU.
+# Any array that an engine can read in place: NumPy, CuPy, or anything with __dlpack__.
 Gradients: TypeAlias = Mapping[str, Any] | Iterable[Any]
 Groups: TypeAlias = Literal["tensor"] | Sequence[int] | npt.NDArray[np.integer[Any]] | None
 NonFinite: TypeAlias = Literal["raise", "skip", "zero", "propagate"]
@@ -39,19 +39,23 @@ def tensor_norms(grads: Gradients, ord: float = 2) -> npt.NDArray[np.float64]:
     The bits of a norm depend on the gradient's dtype and elements alone.
 
     Args:
-        grads: A sequence of arrays, or a mapping of names to arrays: ``numpy.ndarray`` or any CPU
-            object with ``__dlpack__``, of dtype float16, bfloat16, float32, float64, complex64 or
-            complex128, of any shape and layout. ``None`` entries are skipped and have norm 0.
+        grads: A sequence of arrays, or a mapping of names to arrays: ``numpy.ndarray``,
+            ``cupy.ndarray`` or any object with ``__dlpack__`` (on a GPU also
+            ``__cuda_array_interface__``), all on one device, of dtype float16, bfloat16, float32,
+            float64, complex64 or complex128, of any shape and layout. ``None`` entries are skipped and
+            have norm 0.
         ord: Which norm: 2 (Euclidean), 1 (sum of magnitudes), ``inf`` (largest magnitude), or any
             p > 0 for ``sum(abs(g)**p)**(1/p)``. 2, 1 and ``inf`` are fast (of complex numbers: 2).
 
     Returns:
         float64 array of shape ``(len(grads),)``. A norm is infinite only if an element is infinite or
-        the true norm is beyond float64; it is NaN if an element is NaN.
+        the true norm is beyond float64; it is NaN if an element is NaN. Of arrays on a GPU, an array
+        there, on the current stream: nothing waits.
 
     Raises:
         TypeError: An entry is not an array or has another dtype; a key is not a string.
         ValueError: An entry lives on another device; ``ord`` is not positive.
+        RuntimeError: The arrays are on a GPU, and gradclip cannot reach it; it says why not.
 
     Example:
         >>> import numpy as np, gradclip
@@ -70,7 +74,8 @@ def global_norm(grads: Gradients, ord: float = 2) -> float:
         ord: As for :func:`tensor_norms`.
 
     Returns:
-        The norm. It depends neither on the order of ``grads`` nor on threads or machine.
+        The norm. It depends neither on the order of ``grads`` nor on threads or machine. Of arrays on a
+        GPU, a 0-d float64 array there.
 
     Raises:
         TypeError: As for :func:`tensor_norms`.
@@ -102,7 +107,8 @@ def clip_by_global_norm_(
 
     Args:
         grads: As for :func:`tensor_norms`, but writable, and no two entries may share memory.
-        max_norm: The threshold, positive; ``inf`` measures and never clips.
+        max_norm: The threshold, positive; ``inf`` measures and never clips. For gradients on a GPU also
+            a 0-d array there, so that an adaptive threshold waits for nothing.
         ord: Which norm, as for :func:`tensor_norms`.
         groups: Gradients that share one norm. ``None``: all of them (global clipping, Pascanu et al.
             2013, arXiv:1211.5063). ``"tensor"``: each its own. A sequence of integer labels, one per
@@ -119,7 +125,8 @@ def clip_by_global_norm_(
 
     Returns:
         What was measured and done. With ``reduce``, ``total_norm`` and ``group_norms`` are over all
-        processes, ``norms`` and ``nonfinite`` of this one.
+        processes, ``norms`` and ``nonfinite`` of this one. On a GPU its fields are arrays there, and
+        only ``nonfinite="raise"`` waits: to see whether it must.
 
     Raises:
         TypeError: As for :func:`tensor_norms`; any other argument is of the wrong kind; an entry is

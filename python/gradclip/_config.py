@@ -9,6 +9,7 @@ import numpy as np
 
 import gradclip
 from gradclip import _core
+from gradclip._dispatch import cuda_module, why_no_gpu
 
 _PROBE_BYTES = 256 * 2**20  # far beyond any cache
 _PROBES = 7
@@ -26,6 +27,33 @@ def measured_bandwidth() -> tuple[float, float]:
     return _PROBE_BYTES / read, 2 * _PROBE_BYTES / read_write
 
 
+def _version(number: int) -> str:
+    """13000 is 13.0."""
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def _gpu_engine() -> str:
+    cuda = cuda_module()
+    if cuda is None:
+        return "none (built without a CUDA compiler)"
+    return f"CUDA {_version(cuda.runtime_version())}, compute capability {cuda.architectures()}"
+
+
+def _gpus() -> str:
+    missing = why_no_gpu()
+    if missing:
+        return f"none ({missing})"
+    cuda = cuda_module()
+    assert cuda is not None
+    devices = []
+    for device in range(cuda.device_count()):
+        name, major, minor, multiprocessors, memory = cuda.device_info(device)
+        devices.append(
+            f"{name} ({major}.{minor}, {multiprocessors} multiprocessors, {memory / 2**30:.0f} GiB)"
+        )
+    return f"{', '.join(devices)}; driver for CUDA {_version(cuda.driver_version())}"
+
+
 def config_lines() -> list[str]:
     """The lines of ``show_config``."""
     read, read_write = measured_bandwidth()
@@ -36,5 +64,7 @@ def config_lines() -> list[str]:
         "threads": str(_core.get_num_threads()),
         "memory, read": f"{read / 1e9:.1f} GB/s",
         "memory, read + write": f"{read_write / 1e9:.1f} GB/s",
+        "GPU engine": _gpu_engine(),
+        "GPU": _gpus(),
     }
     return [f"{name:>20}  {value}" for name, value in rows.items()]

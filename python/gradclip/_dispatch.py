@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from gradclip._device import DeviceEngine
 
-__all__ = ["Engine", "PlannedGradients", "engine_of", "why_no_gpu"]
+__all__ = ["Engine", "PlannedGradients", "cuda_module", "engine_of", "why_no_gpu"]
 
 _CUDA, _CUDA_MANAGED = 2, 13  # of DLPack's device types
 
@@ -86,7 +86,7 @@ def engine_of(grads: Any) -> tuple[Engine, Any]:
 
 def why_no_gpu() -> str:
     """What is missing to run on a GPU; empty if nothing is."""
-    cuda = _cuda_module()
+    cuda = cuda_module()
     return "built without a CUDA compiler" if cuda is None else str(cuda.missing())
 
 
@@ -117,7 +117,8 @@ def is_on_cuda(array: Any) -> bool:
         return False
 
 
-def _cuda_module() -> ModuleType | None:
+def cuda_module() -> ModuleType | None:
+    """The CUDA engine's module, if there is one."""
     try:
         from gradclip import _cuda  # noqa: PLC0415 (the only optional part)
     except ImportError:
@@ -134,4 +135,4 @@ def _device_engine(array: Any) -> DeviceEngine:
             f"grads: expected arrays on the CPU, since gradclip has no GPU here ({missing}), got a "
             f"{type(array).__module__}.{type(array).__qualname__} on a CUDA device"
         )
-    return _device.DeviceEngine(_cuda_module(), array)
+    return _device.DeviceEngine(cuda_module(), array)

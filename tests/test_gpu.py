@@ -1,0 +1,287 @@
+"""What only a real GPU can show: streams, graphs, waits, memory, sizes. Together with the `real` half of
+test_device_*.py these are the tests of `python tests/gpu_check.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import cupy
+import numpy as np
+import pytest
+
+import gradclip
+from device import RealDevice
+from matrices import Array, values
+
+pytestmark = pytest.mark.gpu
+
+_device = RealDevice()
+
+
+def _spin(milliseconds: float) -> None:
+    """Keep the current stream busy, on the device alone."""
+    kernel = cupy.RawKernel(
+        r"""
+        extern "C" __global__ void spin(long long nanoseconds) {
+          long long start, now;
+          asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(start));
+          do asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now)); while (now - start < nanoseconds);
+        }
+        """,
+        "spin",
+    )
+    kernel((1,), (1,), (np.int64(milliseconds * 1e6),))
+
+
+def _foreign(shape: tuple[int, ...], pointer: int, stream: int | None) -> Any:
+    """A float32 array of somebody else."""
+    interface = {"shape": shape, "typestr": "<f4", "data": (pointer, False), "version": 3, "stream": stream}
+    return SimpleNamespace(__cuda_array_interface__=interface)
+
+
+def _gradients(count: int = 20, elements: int = 5000) -> list[Array]:
+    return [values("float32", elements + i, seed=i) for i in range(count)]
+
+
+def test_a_clip_waits_for_what_its_stream_does() -> None:
+    """On a side stream, behind a long kernel and the copies that bring the gradients."""
+    host = _gradients()
+    stream = cupy.cuda.Stream(non_blocking=True)
+    grads = [cupy.zeros(array.shape, array.dtype) for array in host]
+    cupy.cuda.Device().synchronize()
+    with stream:
+        _spin(50)
+        for g, array in zip(grads, host, strict=True):
+            g.set(array, stream=stream)
+        result = gradclip.clip_by_global_norm_(grads, 1.0, nonfinite="skip")
+    expected = gradclip.clip_by_global_norm_(host, 1.0)
+    assert result.to_host().total_norm == expected.total_norm
+    stream.synchronize()
+    assert all(_device.host(g).tobytes() == array.tobytes() for g, array in zip(grads, host, strict=True))
+
+
+@pytest.mark.parametrize("policy", ["skip", "zero", "propagate"])
+@pytest.mark.parametrize("planned", [False, True])
+def test_the_host_never_waits(policy: Any, planned: bool) -> None:
+    """A call behind a kernel of 200 ms returns at once; so does taking fields of the result."""
+    grads = [_device.array(array) for array in _gradients(300)]
+    plan = gradclip.Plan(grads)
+    threshold = cupy.asarray(0.5)
+
+    def call() -> gradclip.ClipResult:
+        if planned:
+            return plan.clip_by_global_norm_(threshold, nonfinite=policy)
+        return gradclip.clip_by_global_norm_(grads, threshold, nonfinite=policy)
+
+    call()
+    cupy.cuda.Device().synchronize()
+    _spin(200)
+    start = time.perf_counter()
+    result = call()
+    fields = [result.total_norm, result.norms, result.coefficient, result.clipped]
+    waited = time.perf_counter() - start
+    assert waited < 0.1
+    start = time.perf_counter()
+    result.to_host()
+    assert time.perf_counter() - start > 0.05, "the stream was not busy: nothing is shown"
+    assert len(fields) == 4
+
+
+def test_the_default_policy_waits() -> None:
+    grads = [_device.array(array) for array in _gradients()]
+    _spin(100)
+    start = time.perf_counter()
+    gradclip.clip_by_global_norm_(grads, 1.0)
+    assert time.perf_counter() - start > 0.05
+
+
+def test_nothing_is_allocated_but_the_result() -> None:
+    """Neither from CuPy's pool nor from the driver, after the first call."""
+    grads = [_device.array(array) for array in _gradients(2000, 100)]
+    gradclip.clip_by_global_norm_(grads, 1.0)
+    cupy.cuda.Device().synchronize()
+    pool = cupy.get_default_memory_pool()
+    free = cupy.cuda.Device().mem_info[0]
+    used = pool.used_bytes()
+    results = [gradclip.clip_by_global_norm_(grads, 1.0, nonfinite="skip") for _ in range(20)]
+    assert cupy.cuda.Device().mem_info[0] >= free - 2**21 * (len(results) + 1)  # the pool grows by 2 MB
+    layout = 8 + 24 + 8 * 2000 + 16 + 2000
+    assert pool.used_bytes() - used <= len(results) * (layout + 1024)
+
+
+@pytest.mark.parametrize("groups", [None, "tensor"])
+def test_a_graph_of_a_plan(groups: Any) -> None:
+    """Captured once, replayed with changed gradients and a changed threshold."""
+    host = _gradients()
+    grads = [_device.array(array) for array in host]
+    threshold = cupy.asarray(1.0)
+    plan = gradclip.Plan(grads)
+    plan.clip_by_global_norm_(1e9, groups=groups)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.Device().synchronize()
+    with stream:
+        stream.begin_capture()
+        result = plan.clip_by_global_norm_(threshold, groups=groups, nonfinite="skip")
+        graph = stream.end_capture()
+    for factor, max_norm in ((1.0, 5.0), (3.0, 0.1), (0.001, 1e3), (math.nan, 1.0)):
+        arrays = [array * np.float32(factor) for array in host]
+        with stream:
+            for g, array in zip(grads, arrays, strict=True):
+                g.set(array, stream=stream)
+            threshold.set(np.array(max_norm), stream=stream)
+        graph.launch(stream)
+        stream.synchronize()
+        expected = gradclip.clip_by_global_norm_(arrays, max_norm, groups=groups, nonfinite="skip")
+        told = result.to_host()
+        assert np.array_equal(told.norms, expected.norms, equal_nan=True)
+        assert np.array_equal(told.coefficient, expected.coefficient)
+        assert (told.clipped, told.nonfinite) == (expected.clipped, expected.nonfinite)
+        assert all(
+            _device.host(g).tobytes() == array.tobytes() for g, array in zip(grads, arrays, strict=True)
+        )
+
+
+def test_two_streams_at_once() -> None:
+    """Calls of two threads on two streams do not share work memory while they overlap."""
+    host = [_gradients(200, 3000), _gradients(150, 40_000)]
+    expected = [gradclip.tensor_norms(arrays) for arrays in host]
+    on_gpu = [[_device.array(array) for array in arrays] for arrays in host]
+    wrong: list[int] = []
+
+    def run(which: int) -> None:
+        with cupy.cuda.Stream(non_blocking=True) as stream:
+            told = [gradclip.tensor_norms(on_gpu[which]) for _ in range(200)]
+            stream.synchronize()
+            wrong.extend(
+                which for norms in told if _device.host(norms).tobytes() != expected[which].tobytes()
+            )
+
+    cupy.cuda.Device().synchronize()
+    threads = [threading.Thread(target=run, args=(which,)) for which in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_the_same_bits_every_time() -> None:
+    """Whichever block comes last."""
+    grads = [_device.array(array) for array in _gradients(50, 200_000)]
+    first = _device.host(gradclip.tensor_norms(grads)).tobytes()
+    for _ in range(100):
+        assert _device.host(gradclip.tensor_norms(grads)).tobytes() == first
+
+
+def test_five_thousand_tensors() -> None:
+    host = [values("bfloat16", 1 + i % 3000, seed=i % 50) for i in range(5000)]
+    grads = [_device.array(array) for array in host]
+    result = gradclip.clip_by_global_norm_(grads, 1.0).to_host()
+    expected = gradclip.clip_by_global_norm_(host, 1.0)
+    assert result.norms.tobytes() == expected.norms.tobytes()
+    assert all(_device.host(g).tobytes() == array.tobytes() for g, array in zip(grads, host, strict=True))
+
+
+def test_more_than_two_to_the_31_elements() -> None:
+    elements = 2**31 + 12345
+    free = cupy.cuda.Device().mem_info[0]
+    assert free > 3 * elements, "not enough memory on the device"
+    tensor = cupy.zeros(elements, np.float16)
+    tensor[0], tensor[-1], tensor[2**31 + 7] = 3.0, 4.0, 12.0
+    result = gradclip.clip_by_global_norm_([tensor], 6.5).to_host()
+    assert (result.total_norm, result.coefficient) == (13.0, 0.5)
+    assert [float(tensor[i]) for i in (0, -1, 2**31 + 7)] == [1.5, 2.0, 6.0]
+
+
+def test_managed_memory_is_refused() -> None:
+    with cupy.cuda.using_allocator(cupy.cuda.malloc_managed):
+        managed = cupy.ones(10, np.float32)
+    with pytest.raises(ValueError, match=r"^grads\[1\]: .*got managed memory"):
+        gradclip.global_norm([_device.array(np.ones(3)), managed])
+
+
+def test_pinned_memory_is_refused() -> None:
+    memory = cupy.cuda.alloc_pinned_memory(64)
+    pinned = _foreign((4,), memory.ptr, None)
+    with pytest.raises(ValueError, match=r"^grads\[1\]: .*on no CUDA device"):
+        gradclip.global_norm([_device.array(np.ones(3)), pinned])
+
+
+def test_a_gpu_array_among_numpys() -> None:
+    with pytest.raises(ValueError, match=r"^grads\[1\]: expected memory on the CPU, got .* CUDA device 0"):
+        gradclip.global_norm([np.ones(2), cupy.ones(3)])
+
+
+def test_a_producer_through_dlpack_on_its_own_stream() -> None:
+    """The array is written by a kernel of the producer's stream; ours waits for it, the host for ours."""
+    host = values("float32", 100_000, seed=0)
+    array = cupy.zeros(host.shape, host.dtype)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.Device().synchronize()
+
+    class Exporter:
+        def __dlpack_device__(self) -> tuple[int, int]:
+            return (2, 0)
+
+        def __dlpack__(self, **arguments: Any) -> Any:
+            with stream:
+                return array.__dlpack__(**arguments)
+
+    with stream:
+        _spin(50)
+        array.set(host, stream=stream)
+    result = gradclip.clip_by_global_norm_([Exporter()], 1.0, nonfinite="skip")
+    expected = gradclip.clip_by_global_norm_([host], 1.0)
+    assert result.to_host().total_norm == expected.total_norm
+    assert _device.host(array).tobytes() == host.tobytes()
+
+
+def test_an_interface_with_a_stream() -> None:
+    """__cuda_array_interface__ names the stream on which the array is being written."""
+    host = values("float32", 100_000, seed=0)
+    array = cupy.zeros(host.shape, host.dtype)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.Device().synchronize()
+
+    with stream:
+        _spin(50)
+        array.set(host, stream=stream)
+    gradclip.clip_by_global_norm_([_foreign(array.shape, array.data.ptr, stream.ptr)], 1.0, nonfinite="skip")
+    with stream:  # which waits for the clip
+        copy = array.copy()
+    stream.synchronize()
+    gradclip.clip_by_global_norm_([host], 1.0)
+    assert _device.host(copy).tobytes() == host.tobytes()
+
+
+def test_fork_leaves_the_parent_alone() -> None:
+    """A child cannot use CUDA; the parent goes on."""
+    script = (
+        "import os, cupy, gradclip\n"
+        "grads = [cupy.ones(4)]\n"
+        "assert float(gradclip.global_norm(grads)) == 2.0\n"
+        "child = os.fork()\n"
+        "if child == 0: os._exit(0)\n"
+        "assert os.waitpid(child, 0)[1] == 0\n"
+        "assert float(gradclip.global_norm(grads)) == 2.0\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, cwd=Path(__file__).parent)
+
+
+def test_the_end_of_a_process() -> None:
+    """Plans and results that outlive the interpreter's modules do not crash it."""
+    script = (
+        "import cupy, gradclip\n"
+        "plan = gradclip.Plan([cupy.ones(4)])\n"
+        "result = plan.clip_by_global_norm_(1.0)\n"
+        "assert result.to_host().total_norm == 2.0\n"
+    )
+    subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", script], check=True)
