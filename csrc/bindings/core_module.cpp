@@ -18,8 +18,8 @@ namespace {
 
 Gradients readable(const py::object& grads) { return Gradients(grads, gb::HostReader{}); }
 
-Gradients writable(const py::object& grads) {
-  Gradients read = readable(grads);
+Gradients writable(const py::object& grads, bool keeps_storages = false) {
+  Gradients read(grads, gb::HostReader{keeps_storages});
   read.find_overlaps();
   return read;
 }
@@ -57,7 +57,8 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       [](const py::object& grads, const py::object& max_norm, const py::object& ord,
          const py::object& groups, const py::object& grad_scale, const py::object& nonfinite,
          const py::object& reduce) {
-        return gb::clip(writable(grads), max_norm, ord, groups, grad_scale, nonfinite, reduce);
+        return gb::clip(writable(grads, !reduce.is_none()), max_norm, ord, groups, grad_scale,
+                        nonfinite, reduce);
       },
       py::arg("grads"), py::arg("max_norm"), py::arg("ord"), py::arg("groups"),
       py::arg("grad_scale"), py::arg("nonfinite"), py::arg("reduce"));
@@ -80,7 +81,8 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       py::arg("grads"));
 
   py::class_<Gradients>(m, "Plan")
-      .def(py::init(&writable), py::arg("grads"))
+      .def(py::init([](const py::object& grads) { return writable(grads, true); }),
+           py::arg("grads"))
       .def("tensor_norms", &gb::tensor_norms, py::arg("ord"))
       .def("global_norm", &gb::global_norm, py::arg("ord"))
       .def("clip", &gb::clip, py::arg("max_norm"), py::arg("ord"), py::arg("groups"),

@@ -43,7 +43,7 @@ class ThresholdArgument {
  public:
   ThresholdArgument(const py::object& value, int device, cuda::Stream stream,
                     DeviceReader::Leader leader)
-      : reader_(device, stream, leader) {
+      : reader_(device, stream, leader, false) {
     if (!reader_.is_device_array(value)) {
       threshold_.value = positive_number(value, "max_norm", true);
       return;
@@ -115,7 +115,7 @@ DeviceGradients::DeviceGradients(const py::object& grads, int device, std::uintp
     : device_(device),
       leader_(DeviceReader::leader_named(leader)),
       allocate_(std::move(allocate)),
-      reader_(device, as_stream(stream), leader_),
+      reader_(device, as_stream(stream), leader_, is_kept),
       gradients_([&] {
         const OnDevice on_device(device);
         return Gradients(grads, reader_);
@@ -198,7 +198,7 @@ py::tuple DeviceGradients::clip(const py::object& max_norm, const py::object& or
       call.list().measure(request, result, call.stream());
     }
     const py::object reduced = reduce(memory.attr("float64")(layout.group_sums(), layout.groups));
-    DeviceReader reader(device_, call.stream(), leader_);
+    DeviceReader reader(device_, call.stream(), leader_, false);
     const EntryName name("reduce");
     Entry sums;
     reader.read(reduced.ptr(), name, sums);

@@ -94,9 +94,10 @@ DeviceReader::Leader DeviceReader::leader_named(const std::string& name) {
   return name == "cupy" ? cupy : name == "torch" ? torch : other;
 }
 
-DeviceReader::DeviceReader(int device, cuda::Stream stream, Leader leader)
+DeviceReader::DeviceReader(int device, cuda::Stream stream, Leader leader, bool keeps_storages)
     : place_{device, reinterpret_cast<std::uintptr_t>(stream)},
       leader_(leader),
+      keeps_storages_(keeps_storages),
       cupy_array_(imported("cupy", "ndarray")) {}
 
 bool DeviceReader::is_cupy_array(PyObject* object) const {
@@ -110,6 +111,9 @@ bool DeviceReader::is_device_array(py::handle object) const {
 }
 
 bool DeviceReader::read_plain(PyObject* object, Span& span) {
+  if (leader_ == torch)
+    return !keeps_storages_ && read_plain_torch(object, place_, span) &&
+           (span.numel == 0 || is_device_memory(span.data));
   if (leader_ != cupy || !is_cupy_array(object)) return false;
   static const Attribute dtype("dtype"), size("size"), is_dense("_c_contiguous");
   if (is_dense.of(object).ptr() != Py_True) return false;

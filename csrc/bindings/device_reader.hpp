@@ -17,7 +17,8 @@ class DeviceReader {
   static Leader leader_named(const std::string& name);
 
   // `stream` waits for what the producers of the arrays have enqueued until they are read.
-  DeviceReader(int device, cuda::Stream stream, Leader leader);
+  // `keeps_storages` as of HostReader.
+  DeviceReader(int device, cuda::Stream stream, Leader leader, bool keeps_storages);
 
   // A CuPy array, or one with __cuda_array_interface__.
   bool is_device_array(py::handle object) const;
@@ -42,6 +43,7 @@ class DeviceReader {
 
   Place place_;
   Leader leader_;
+  bool keeps_storages_;
   py::object cupy_array_;  // the type; None if nobody has imported CuPy
   // Granules of memory whose kind has been asked for.
   static constexpr std::size_t kGranules = 64;

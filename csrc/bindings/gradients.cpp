@@ -1,5 +1,7 @@
 #include "bindings/gradients.hpp"
 
+#include "bindings/dlpack.hpp"
+
 namespace gradclip::bindings {
 
 void Problem::raise() const {
@@ -30,9 +32,12 @@ void set_layout(Entry& entry, std::byte* data, std::size_t axes, const std::int6
   entry.layout = std::move(ordered.layout);
 }
 
-void HostReader::read(PyObject* object, const EntryName& name, Entry& entry) {
+void HostReader::read(PyObject* object, const EntryName& name, Entry& entry) const {
+  DLTensor tensor;
   if (is_numpy_array(object))
     read_numpy(object, name, entry);
+  else if (!keeps_storages && borrow_torch_tensor(object, tensor))
+    read_tensor(tensor, name, Place{}, entry);
   else
     read_dlpack(object, name, Place{}, entry);
 }

@@ -77,6 +77,9 @@ struct Place {
   std::uintptr_t stream = 0;  // of that device: what DLPack exports must be ready for
 };
 void read_dlpack(py::handle object, const EntryName& name, const Place& place, Entry& entry);
+// A C-contiguous plain torch.Tensor or Parameter in that place. False if it is anything else. Nothing keeps
+// its storage alive but the tensor.
+bool read_plain_torch(PyObject* object, const Place& place, Span& span);
 
 // Set the span of `entry` from a shape and strides in bytes.
 void set_layout(Entry& entry, std::byte* data, std::size_t axes, const std::int64_t* shape,
@@ -84,10 +87,16 @@ void set_layout(Entry& entry, std::byte* data, std::size_t axes, const std::int6
 
 // Reads arrays on the CPU.
 struct HostReader {
+  // User code runs while the arrays are in use, which could give a torch tensor another storage.
+  bool keeps_storages = false;
+
   static void prefetch(PyObject* object) { prefetch_shape(object); }
   // The common case: a dense, writable array. False if it is anything else.
-  static bool read_plain(PyObject* object, Span& span) { return read_plain_numpy(object, span); }
-  static void read(PyObject* object, const EntryName& name, Entry& entry);
+  bool read_plain(PyObject* object, Span& span) const {
+    return read_plain_numpy(object, span) ||
+           (!keeps_storages && read_plain_torch(object, Place{}, span));
+  }
+  void read(PyObject* object, const EntryName& name, Entry& entry) const;
 };
 
 class Gradients {

@@ -1,8 +1,6 @@
 // Anything else with __dlpack__: torch tensors, jax arrays, whatever follows the protocol.
 // https://dmlc.github.io/dlpack/latest/python_spec.html
-#include <dlpack/dlpack.h>
-
-#include "bindings/gradients.hpp"
+#include "bindings/dlpack.hpp"
 #include "bindings/modules.hpp"
 
 namespace gradclip::bindings {
@@ -63,15 +61,15 @@ std::string device_name(int type, int id) {
   throw py::error_already_set();
 }
 
+// Pinned host memory is the CPU's.
+bool is_host(int type) { return type == kDLCPU || type == kDLCUDAHost || type == kDLROCMHost; }
+
 void check_device(int type, int id, const EntryName& name, const Place& place) {
-  // Pinned host memory is the CPU's.
-  const bool on_host = type == kDLCPU || type == kDLCUDAHost || type == kDLROCMHost;
-  const bool on_cuda = type == kDLCUDA && id == place.device;
-  if (place.device < 0 ? on_host : on_cuda) return;
+  if (is_at({static_cast<DLDeviceType>(type), id}, place)) return;
   name.problem(Problem::value_error,
                place.device < 0 ? "memory on the CPU"
                                 : "memory on " + device_name(kDLCUDA, place.device),
-               on_host ? "an array on the CPU" : "an array on " + device_name(type, id))
+               is_host(type) ? "an array on the CPU" : "an array on " + device_name(type, id))
       .raise();
 }
 
@@ -109,14 +107,7 @@ py::object export_capsule(py::handle object, const EntryName& name, const Place&
 }
 
 DType dtype_of(const DLDataType& type, const EntryName& name) {
-  if (type.lanes == 1) {
-    if (type.code == kDLFloat && type.bits == 16) return DType::float16;
-    if (type.code == kDLFloat && type.bits == 32) return DType::float32;
-    if (type.code == kDLFloat && type.bits == 64) return DType::float64;
-    if (type.code == kDLBfloat && type.bits == 16) return DType::bfloat16;
-    if (type.code == kDLComplex && type.bits == 64) return DType::complex64;
-    if (type.code == kDLComplex && type.bits == 128) return DType::complex128;
-  }
+  if (const std::optional<DType> known = find_dtype(type)) return *known;
   static constexpr const char* kCodes[] = {"int",    "uint",    "float", "opaque",
                                            "bfloat", "complex", "bool"};
   const std::string code = type.code < 7 ? kCodes[type.code] : "code" + std::to_string(type.code);
@@ -125,6 +116,24 @@ DType dtype_of(const DLDataType& type, const EntryName& name) {
                "dtype " + code + std::to_string(type.bits) +
                    (type.lanes == 1 ? "" : "x" + std::to_string(type.lanes)))
       .raise();
+}
+
+}  // namespace
+
+std::optional<DType> find_dtype(const DLDataType& type) {
+  if (type.lanes != 1) return std::nullopt;
+  if (type.code == kDLFloat && type.bits == 16) return DType::float16;
+  if (type.code == kDLFloat && type.bits == 32) return DType::float32;
+  if (type.code == kDLFloat && type.bits == 64) return DType::float64;
+  if (type.code == kDLBfloat && type.bits == 16) return DType::bfloat16;
+  if (type.code == kDLComplex && type.bits == 64) return DType::complex64;
+  if (type.code == kDLComplex && type.bits == 128) return DType::complex128;
+  return std::nullopt;
+}
+
+bool is_at(const DLDevice& device, const Place& place) {
+  return place.device < 0 ? is_host(device.device_type)
+                          : device.device_type == kDLCUDA && device.device_id == place.device;
 }
 
 void read_tensor(const DLTensor& tensor, const EntryName& name, const Place& place, Entry& entry) {
@@ -143,11 +152,11 @@ void read_tensor(const DLTensor& tensor, const EntryName& name, const Place& pla
     strides[a] = (tensor.strides ? tensor.strides[a] : dense) * entry.span.itemsize();
     dense *= tensor.shape[a];
   }
+  if (!tensor.data && entry.span.numel != 0)
+    name.problem(Problem::value_error, "an array with memory", "one without").raise();
   set_layout(entry, static_cast<std::byte*>(tensor.data) + tensor.byte_offset, axes, tensor.shape,
              strides.data());
 }
-
-}  // namespace
 
 bool is_torch_tensor(py::handle object) {
   const py::object tensor = imported("torch", "Tensor");
