@@ -184,6 +184,24 @@ def _unchanged(call: Callable[[list[Any]], object], error: type[Exception], matc
     assert [array.tobytes() for array in grads] == before
 
 
+@pytest.mark.parametrize(
+    ("bad", "error", "finding"),
+    [
+        ([1.0, 2.0], ValueError, "max_norm: expected .* 3 groups, got 2"),
+        (np.ones(4), ValueError, "max_norm: expected .* 3 groups, got 4"),
+        ([1.0, -2.0, 3.0], ValueError, r"max_norm\[1\]: expected a positive number, got -2.0"),
+        ([1.0, 2.0, math.nan], ValueError, r"max_norm\[2\]: expected a positive number, got nan"),
+        (["1", 2.0, 3.0], TypeError, r"max_norm\[0\]: expected a real number, got str"),
+        (np.ones((3, 1)), TypeError, "max_norm: expected a real number, got numpy.ndarray"),
+    ],
+)
+def test_thresholds_of_groups(bad: Any, error: type[Exception], finding: str) -> None:
+    grads = _good()
+    with pytest.raises(error, match=f"^{finding}"):
+        gradclip.clip_by_norm_(grads, bad)
+    assert [g.tobytes() for g in grads] == [g.tobytes() for g in _good()]
+
+
 _NO_NUMBERS = [1j, np.complex64(1), "1", b"1", None, [1.0], True, False, object(), np.ones(2), np.bool_(True)]
 
 
@@ -202,8 +220,12 @@ def test_threshold_of_a_wrong_value(bad: Any, name: str) -> None:
 @pytest.mark.parametrize("bad", _NO_NUMBERS, ids=repr)
 def test_threshold_or_factor_that_is_no_number(bad: Any, name: str) -> None:
     argument = {"clip_by_value_": "limit", "scale_": "factor"}.get(name, "max_norm")
+    # clip_by_norm_ takes thresholds, but not so many.
+    several = name == "clip_by_norm_" and isinstance(bad, (list, np.ndarray))
     _unchanged(
-        lambda grads: getattr(gradclip, name)(grads, bad), TypeError, f"^{argument}: expected .*, got "
+        lambda grads: getattr(gradclip, name)(grads, bad),
+        ValueError if several else TypeError,
+        f"^{argument}: expected .*, got ",
     )
 
 

@@ -249,3 +249,12 @@ def test_a_clip_to_almost_nothing_keeps_signs(name: str) -> None:
     array = np.array([-1.0, 1.0], DTYPES[name])
     gradclip.clip_by_global_norm_([array], 5e-324)
     assert np.signbit(array).tolist() == [True, False]
+
+
+def test_a_threshold_for_each_group() -> None:
+    arrays = [np.array([3.0, 4.0]), np.array([12.0]), None, np.array([8.0])]
+    result = gradclip.clip_by_norm_(arrays, [2.5, 24.0, 1.0, 2.0])
+    assert result.coefficient.tolist() == [0.5, 1.0, 1.0, 0.25]  # type: ignore[union-attr]
+    assert [a.tolist() for a in arrays if a is not None] == [[1.5, 2.0], [12.0], [2.0]]
+    result = gradclip.clip_by_global_norm_(arrays, np.array([1.25, np.inf]), groups=[0, 1, 1, 1])
+    assert result.coefficient.tolist() == [0.5, 1.0]  # type: ignore[union-attr]

@@ -13,7 +13,7 @@ import pytest
 
 import gradclip
 from device import Device, EmulatedDevice, emulated_device
-from gradclip import _dispatch
+from gradclip import _core, _dispatch
 from matrices import values
 
 
@@ -119,12 +119,42 @@ def test_a_threshold_on_the_device_that_is_not_positive(device: Device, bad: flo
 
 def test_a_threshold_array_that_is_refused(device: Device) -> None:
     grads = [device.array(np.ones(3))]
-    with pytest.raises(ValueError, match=r"^max_norm: expected .* 0-d array, got an array of 1 axes"):
+    with pytest.raises(ValueError, match=r"^max_norm: expected .* 0-d array, got an array of shape \(1,\)"):
         gradclip.clip_by_global_norm_(grads, device.array(np.ones(1)))
+    with pytest.raises(ValueError, match=r"^max_norm: .* shape \(1,\), got an array of shape \(2,\)"):
+        gradclip.clip_by_norm_(grads, device.array(np.ones(2)))
+    with pytest.raises(ValueError, match=r"^max_norm: expected a dense array, got a strided one"):
+        gradclip.clip_by_norm_([*grads, *grads], device.array(np.ones(4))[::2])
     with pytest.raises(TypeError, match=r"^max_norm: expected a real number, got complex64"):
         gradclip.clip_by_global_norm_(grads, device.array(np.array(1, np.complex64)))
     with pytest.raises(TypeError, match=r"^max_norm: expected dtype .*, got dtype int64"):
         gradclip.clip_by_global_norm_(grads, device.array(np.array(1)))
+
+
+def test_a_threshold_for_each_group(device: Device) -> None:
+    host = [values("float32", n, seed=n) for n in (10, 3000, 20)]
+    grads = [device.array(array) for array in host]
+    limits = [1.0, 1e30, 0.25]
+    for groups in ("tensor", [2, 0, 1]):
+        result = gradclip.clip_by_global_norm_(grads, device.array(np.array(limits)), groups=groups)
+        expected = gradclip.clip_by_global_norm_(host, limits, groups=groups)
+        assert device.host(result.coefficient).tobytes() == expected.coefficient.tobytes()  # type: ignore[union-attr]
+        assert [device.host(g).tobytes() for g in grads] == [h.tobytes() for h in host]
+
+
+def test_clip_by_a_norm_that_was_measured(device: Device) -> None:
+    host = [values("float32", n, seed=n) for n in (10, 3000)]
+    grads = [device.array(array) for array in host]
+    plan = _dispatch.engine_of(grads)[0].Plan(grads)
+    for norm in (0.5, 0.9, 8.0, math.inf, math.nan):
+        plan.clip_with_norm(device.array(np.array(norm)), 1.0, 0.1)
+        _core.clip_with_norm(host, norm, 1.0, 0.1)
+        for array, expected in zip(grads, host, strict=True):
+            np.testing.assert_array_equal(device.host(array), expected)
+    with pytest.raises(ValueError, match="norm: expected one float64 number, got 2 of float64"):
+        plan.clip_with_norm(device.array(np.ones(2)), 1.0, 0.1)
+    with pytest.raises(ValueError, match="max_norm: expected a number that is not negative, got -1"):
+        plan.clip_with_norm(device.array(np.array(1.0)), -1.0, 0.1)
 
 
 @pytest.mark.parametrize("ord", [2, 1, math.inf, 3])

@@ -55,6 +55,45 @@ double positive_number(const py::object& value, const char* name, bool may_be_in
   return number;
 }
 
+namespace {
+
+bool is_sequence_of_numbers(const py::object& value) {
+  if (PyList_Check(value.ptr()) || PyTuple_Check(value.ptr())) return true;
+  return py::hasattr(value, "ndim") && value.attr("ndim").cast<int>() == 1;
+}
+
+}  // namespace
+
+double threshold_number(const py::object& max_norm, double epsilon) {
+  if (epsilon == 0.0) return positive_number(max_norm, "max_norm", true);
+  const double number = real_number(max_norm, "max_norm");
+  if (!is_threshold(number, epsilon))
+    throw py::value_error("max_norm: expected a number that is not negative, got " +
+                          repr(max_norm));
+  return number;
+}
+
+Table<double> threshold_numbers(const py::object& max_norm, const Groups& groups,
+                                std::size_t tensors) {
+  if (groups.kind == Groups::all || !is_sequence_of_numbers(max_norm))
+    return {threshold_number(max_norm, 0.0)};
+  const auto values = py::reinterpret_steal<py::object>(PySequence_List(max_norm.ptr()));
+  if (!values) throw py::error_already_set();
+  const auto count = static_cast<std::size_t>(PyList_GET_SIZE(values.ptr()));
+  if (count != groups.count(tensors))
+    throw py::value_error("max_norm: expected a number or one for each of the " +
+                          std::to_string(groups.count(tensors)) + " groups, got " +
+                          std::to_string(count));
+  Table<double> numbers;
+  for (std::size_t g = 0; g < count; ++g) {
+    const std::string name = "max_norm[" + std::to_string(g) + "]";
+    PyObject* const value = PyList_GET_ITEM(values.ptr(), static_cast<Py_ssize_t>(g));
+    numbers.push_back(
+        positive_number(py::reinterpret_borrow<py::object>(value), name.c_str(), true));
+  }
+  return numbers;
+}
+
 double finite_number(const py::object& value, const char* name) {
   const double number = real_number(value, name);
   if (!is_finite(number))

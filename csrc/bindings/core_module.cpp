@@ -63,6 +63,26 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       py::arg("grads"), py::arg("max_norm"), py::arg("ord"), py::arg("groups"),
       py::arg("grad_scale"), py::arg("nonfinite"), py::arg("reduce"));
   m.def(
+      "total_norm",
+      [](const py::object& grads, const py::object& ord) {
+        return gb::total_norm(readable(grads), ord);
+      },
+      py::arg("grads"), py::arg("ord"));
+  m.def(
+      "clip_total",
+      [](const py::object& grads, const py::object& max_norm, const py::object& ord,
+         const py::object& nonfinite, double epsilon) {
+        return gb::clip_total(writable(grads), max_norm, ord, nonfinite, epsilon);
+      },
+      py::arg("grads"), py::arg("max_norm"), py::arg("ord"), py::arg("nonfinite"),
+      py::arg("epsilon"));
+  m.def(
+      "clip_with_norm",
+      [](const py::object& grads, double norm, const py::object& max_norm, double epsilon) {
+        gb::clip_with_norm(writable(grads), norm, max_norm, epsilon);
+      },
+      py::arg("grads"), py::arg("norm"), py::arg("max_norm"), py::arg("epsilon"));
+  m.def(
       "clip_by_value",
       [](const py::object& grads, const py::object& limit) {
         return gb::clip_by_value(writable(grads), limit);

@@ -28,7 +28,10 @@ PYBIND11_MODULE(GRADCLIP_MODULE, m, py::mod_gil_not_used()) {
            py::arg("allocate"), py::arg("is_kept"))
       .def("norms", &DeviceGradients::norms, py::arg("ord"), py::arg("stream"))
       .def("clip", &DeviceGradients::clip, py::arg("max_norm"), py::arg("ord"), py::arg("groups"),
-           py::arg("grad_scale"), py::arg("nonfinite"), py::arg("reduce"), py::arg("stream"))
+           py::arg("grad_scale"), py::arg("nonfinite"), py::arg("reduce"), py::arg("stream"),
+           py::arg("epsilon"))
+      .def("clip_with_norm", &DeviceGradients::clip_with_norm, py::arg("norm"), py::arg("max_norm"),
+           py::arg("stream"), py::arg("epsilon"))
       .def("clip_by_value", &DeviceGradients::clip_by_value, py::arg("limit"), py::arg("stream"))
       .def("scale", &DeviceGradients::scale, py::arg("factor"), py::arg("stream"))
       .def("probe_read", &DeviceGradients::probe_read, py::arg("stream"))

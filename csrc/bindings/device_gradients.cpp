@@ -38,23 +38,29 @@ std::byte* pointer_of(const py::object& memory) {
 
 bool same(const Groups& a, const Groups& b) { return a.kind == b.kind && a.label == b.label; }
 
-// A number, or an array of one number on the device of the gradients.
+// A number, or an array on the device of the gradients: of one number, or of one for each group.
 class ThresholdArgument {
  public:
-  ThresholdArgument(const py::object& value, int device, cuda::Stream stream,
-                    DeviceReader::Leader leader)
+  ThresholdArgument(const py::object& value, const Groups& groups, std::size_t tensors,
+                    double epsilon, int device, cuda::Stream stream, DeviceReader::Leader leader)
       : reader_(device, stream, leader, false) {
     if (!reader_.is_device_array(value)) {
-      threshold_.value = positive_number(value, "max_norm", true);
+      threshold_.value = threshold_number(value, epsilon);
       return;
     }
     const EntryName name("max_norm");
     reader_.read(value.ptr(), name, entry_);
-    const auto axes = py::len(value.attr("shape"));
-    if (axes != 0)
-      name.problem(Problem::value_error, "a number or a 0-d array",
-                   "an array of " + std::to_string(axes) + " axes")
+    const py::tuple shape(value.attr("shape"));
+    threshold_.per_group = shape.size() == 1 && groups.kind != Groups::all;
+    if (threshold_.per_group ? shape[0].cast<std::size_t>() != groups.count(tensors)
+                             : shape.size() != 0)
+      name.problem(Problem::value_error,
+                   groups.kind == Groups::all ? "a number or a 0-d array"
+                                              : "a number, a 0-d array or an array of shape (" +
+                                                    std::to_string(groups.count(tensors)) + ",)",
+                   "an array of shape " + py::repr(shape).cast<std::string>())
           .raise();
+    if (entry_.layout) name.problem(Problem::value_error, "a dense array", "a strided one").raise();
     if (is_complex(entry_.span.dtype))
       name.problem(Problem::type_error, "a real number", name_of(entry_.span.dtype)).raise();
     threshold_.device = entry_.span.data;
@@ -164,13 +170,16 @@ py::object DeviceGradients::norms(const py::object& ord, std::uintptr_t stream) 
 py::tuple DeviceGradients::clip(const py::object& max_norm, const py::object& ord,
                                 const py::object& groups, const py::object& grad_scale,
                                 const py::object& nonfinite, const py::object& reduce,
-                                std::uintptr_t stream) {
+                                std::uintptr_t stream, double epsilon) {
   const OnDevice on_device(device_);
-  const ThresholdArgument threshold(max_norm, device_, as_stream(stream), leader_);
+  const std::size_t tensors = gradients_.spans().size();
+  const Groups grouping = group_labels(groups, tensors);
+  const ThresholdArgument threshold(max_norm, grouping, tensors, epsilon, device_,
+                                    as_stream(stream), leader_);
   cuda::Request request;
   request.max_norm = *threshold;
+  request.epsilon = epsilon;
   request.order = norm_order(ord);
-  const Groups grouping = group_labels(groups, gradients_.spans().size());
   request.grad_scale = grad_scale_number(grad_scale);
   request.policy = nonfinite_policy(nonfinite);
   check_reduce(reduce);
@@ -252,6 +261,34 @@ py::list DeviceGradients::count_nonfinite(cuda::List& list, cuda::Stream stream)
     if (counts[2 * i] + counts[2 * i + 1] > 0)
       found.append(py::make_tuple(i, counts[2 * i], counts[2 * i + 1]));
   return found;
+}
+
+void DeviceGradients::clip_with_norm(const py::object& norm, const py::object& max_norm,
+                                     std::uintptr_t stream, double epsilon) {
+  gradients_.require_writable();
+  Call call(*this, stream);
+  DeviceReader reader(device_, call.stream(), leader_, false);
+  const EntryName name("norm");
+  Entry total;
+  reader.read(norm.ptr(), name, total);
+  if (total.span.dtype != DType::float64 || total.span.numel != 1)
+    name.problem(Problem::value_error, "one float64 number",
+                 std::to_string(total.span.numel) + " of " + name_of(total.span.dtype))
+        .raise();
+  // The 1-norm is its own sum: what has been measured goes the way of sums that were reduced.
+  cuda::Request request{
+      {NormOrder::one, 1.0}, 1.0,    {threshold_number(max_norm, epsilon)}, NonFinite::propagate,
+      cuda::Request::clip,   epsilon};
+  const py::object memory = call.allocate();
+  std::byte* const result = pointer_of(memory);
+  {
+    const GilRelease release;
+    call.list().decide(request, reinterpret_cast<const double*>(total.span.data), result,
+                       call.stream());
+    call.list().change(1.0, result, call.stream());
+  }
+  reader.let_producers_wait(call.stream());
+  call.end();
 }
 
 py::object DeviceGradients::clip_by_value(const py::object& limit, std::uintptr_t stream) {

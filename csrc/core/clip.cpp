@@ -6,7 +6,8 @@ namespace gradclip {
 
 ClipDecision decide_clip(const NormOrder& order, std::span<const NormSum> tensors,
                          const Groups& groups, std::span<const NormSum> group, bool reduced,
-                         double max_norm, double grad_scale, NonFinite policy) {
+                         std::span<const double> max_norms, double grad_scale, NonFinite policy,
+                         double epsilon) {
   ClipDecision decision;
   const auto unscaled_norm = [&](const NormSum& sum) { return norm_of(order, sum, grad_scale); };
 
@@ -37,7 +38,8 @@ ClipDecision decide_clip(const NormOrder& order, std::span<const NormSum> tensor
   }
   bool any_change = false;
   for (std::size_t g = 0; g < group.size(); ++g) {
-    const double coefficient = clip_coefficient(decision.group_norms[g], max_norm);
+    const double max_norm = max_norms[max_norms.size() == 1 ? 0 : g];
+    const double coefficient = clip_coefficient(decision.group_norms[g], max_norm, epsilon);
     decision.coefficients[g] = coefficient;
     decision.clipped = decision.clipped || coefficient != 1.0;
     any_change = any_change || coefficient / grad_scale != 1.0;

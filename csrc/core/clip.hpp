@@ -41,9 +41,11 @@ inline Table<NormSum> sums_of_groups(const NormOrder& order, std::span<const Nor
   return group_sums(order, tensors, groups.label, groups.count(tensors.size()));
 }
 
-// `group` holds the sums over all processes if `reduced`, else those of `tensors`.
+// `group` holds the sums over all processes if `reduced`, else those of `tensors`. `max_norms` has one
+// threshold for each group, or one for all.
 ClipDecision decide_clip(const NormOrder& order, std::span<const NormSum> tensors,
                          const Groups& groups, std::span<const NormSum> group, bool reduced,
-                         double max_norm, double grad_scale, NonFinite policy);
+                         std::span<const double> max_norms, double grad_scale, NonFinite policy,
+                         double epsilon = 0.0);
 
 }  // namespace gradclip

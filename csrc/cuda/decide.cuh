@@ -48,13 +48,14 @@ __device__ __noinline__ NormSum group_sum(const NormOrder& order, std::uint32_t 
   return {sum.value, sum.exponent, 0.0};
 }
 
-__device__ __forceinline__ double read_threshold(const Threshold& threshold) {
+__device__ __forceinline__ double read_threshold(const Threshold& threshold, std::uint32_t group) {
   if (!threshold.device) return threshold.value;
+  const std::uint32_t at = threshold.per_group ? group : 0;
   switch (threshold.dtype) {
-    case DType::float16: return to_double(*static_cast<const Float16*>(threshold.device));
-    case DType::bfloat16: return to_double(*static_cast<const BFloat16*>(threshold.device));
-    case DType::float32: return *static_cast<const float*>(threshold.device);
-    default: return *static_cast<const double*>(threshold.device);
+    case DType::float16: return to_double(static_cast<const Float16*>(threshold.device)[at]);
+    case DType::bfloat16: return to_double(static_cast<const BFloat16*>(threshold.device)[at]);
+    case DType::float32: return static_cast<const float*>(threshold.device)[at];
+    default: return static_cast<const double*>(threshold.device)[at];
   }
 }
 
@@ -64,18 +65,20 @@ __device__ __noinline__ void decide_from_norms(const MeasureArguments& arguments
   const Request& request = arguments.request;
   const std::uint32_t groups = arguments.table.groups;
   __syncthreads();
-  int odd_norm = 0;
-  for (std::uint32_t g = threadIdx.x; g < groups; g += kThreads)
+  int odd_norm = 0, odd_threshold = 0;
+  for (std::uint32_t g = threadIdx.x; g < groups; g += kThreads) {
     odd_norm |= !is_finite(result.group_norms[g]);
+    odd_threshold |= !is_threshold(read_threshold(request.max_norm, g), request.epsilon);
+  }
   const bool nonfinite = __syncthreads_or(odd_norm);
-  const double max_norm = read_threshold(request.max_norm);
-  const bool bad_threshold = !(max_norm > 0.0);
+  const bool bad_threshold = __syncthreads_or(odd_threshold);
   const bool stay =
       nonfinite && (request.policy == NonFinite::raise || request.policy == NonFinite::skip);
   const bool zero = nonfinite && request.policy == NonFinite::zero && !bad_threshold;
   int clipped = 0, changed = 0;
   for (std::uint32_t g = threadIdx.x; g < groups; g += kThreads) {
-    double coefficient = clip_coefficient(result.group_norms[g], max_norm);
+    const double max_norm = read_threshold(request.max_norm, g);
+    double coefficient = clip_coefficient(result.group_norms[g], max_norm, request.epsilon);
     if (stay) coefficient = 1.0;
     if (zero) coefficient = 0.0;
     if (bad_threshold) coefficient = quiet_nan();

@@ -21,11 +21,13 @@ namespace gradclip::cuda {
 
 using Stream = CUstream_st*;
 
-// A threshold, on the host or as a float of the device, read when the kernels run.
+// A threshold, on the host or as a float of the device, read when the kernels run; or there one for
+// each group.
 struct Threshold {
   double value = 0.0;
   const void* device = nullptr;  // of type `dtype`, a real one
   DType dtype = DType::float64;
+  bool per_group = false;
 };
 
 // Where the parts of a result lie in one buffer of device memory, in bytes. The buffer must be
@@ -58,6 +60,7 @@ struct Request {
   // norms: norms and total norm. sums: besides, the sums of the groups, to be reduced over processes
   // and given to `decide`. clip: besides, coefficients and flags, for `change`.
   enum Until { norms, sums, clip } until = norms;
+  double epsilon = 0.0;  // as of clip_coefficient()
 };
 
 class Workspace;

@@ -26,6 +26,8 @@ __all__ = [
 
 # Any array that an engine can read in place: NumPy, CuPy, or anything with __dlpack__.
 Gradients: TypeAlias = Mapping[str, Any] | Iterable[Any]
+# One for all groups, or one for each of several.
+Thresholds: TypeAlias = SupportsFloat | Sequence[float] | npt.NDArray[np.floating[Any]]
 Groups: TypeAlias = Literal["tensor"] | Sequence[int] | npt.NDArray[np.integer[Any]] | None
 NonFinite: TypeAlias = Literal["raise", "skip", "zero", "propagate"]
 Reduce: TypeAlias = Callable[[npt.NDArray[np.float64]], npt.ArrayLike]
@@ -92,7 +94,7 @@ def global_norm(grads: Gradients, ord: float = 2) -> float:
 
 def clip_by_global_norm_(
     grads: Gradients,
-    max_norm: SupportsFloat,
+    max_norm: Thresholds,
     ord: float = 2,
     groups: Groups = None,
     grad_scale: float = 1.0,
@@ -107,8 +109,9 @@ def clip_by_global_norm_(
 
     Args:
         grads: As for :func:`tensor_norms`, but writable, and no two entries may share memory.
-        max_norm: The threshold, positive; ``inf`` measures and never clips. For gradients on a GPU also
-            a 0-d array there, so that an adaptive threshold waits for nothing.
+        max_norm: The threshold, positive; ``inf`` measures and never clips. Unless ``groups`` is
+            ``None``, also a sequence of thresholds, one per group. For gradients on a GPU a number, or
+            a 0-d array there or one of shape ``(groups,)``: an adaptive threshold waits for nothing.
         ord: Which norm, as for :func:`tensor_norms`.
         groups: Gradients that share one norm. ``None``: all of them (global clipping, Pascanu et al.
             2013, arXiv:1211.5063). ``"tensor"``: each its own. A sequence of integer labels, one per
@@ -152,7 +155,7 @@ def clip_by_global_norm_(
 
 def clip_by_norm_(
     grads: Gradients,
-    max_norm: SupportsFloat,
+    max_norm: Thresholds,
     ord: float = 2,
     grad_scale: float = 1.0,
     nonfinite: NonFinite = "raise",

@@ -303,15 +303,22 @@ class DeviceGradients:
         grad_scale: object,
         nonfinite: object,
         reduce: object,
+        epsilon: float = 0.0,
     ) -> DeviceClipResult:
+        """``epsilon`` is added to norms: PyTorch's formula."""
         stream = self._framework.stream(self._device)
         memory, count, is_global, counts = self._gradients.clip(
-            max_norm, ord, groups, grad_scale, nonfinite, reduce, stream[0]
+            max_norm, ord, groups, grad_scale, nonfinite, reduce, stream[0], epsilon
         )
         result = DeviceClipResult(self, memory, stream, count, is_global)
         if counts is not None:
             raise nonfinite_error(counts, self.names, result.to_host().norms)
         return result
+
+    def clip_with_norm(self, norm: object, max_norm: object, epsilon: float) -> None:
+        """Clip by a norm that has been measured: a float64 number on the device."""
+        stream = self._framework.stream(self._device)
+        self._gradients.clip_with_norm(norm, max_norm, stream[0], epsilon)
 
     def clip_by_value(self, limit: object) -> DeviceClipResult:
         stream = self._framework.stream(self._device)

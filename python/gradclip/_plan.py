@@ -7,7 +7,7 @@ from typing import SupportsFloat
 import numpy as np
 import numpy.typing as npt
 
-from gradclip._api import Gradients, Groups, NonFinite, Reduce
+from gradclip._api import Gradients, Groups, NonFinite, Reduce, Thresholds
 from gradclip._dispatch import engine_of
 from gradclip._result import ClipResult, finish
 
@@ -74,7 +74,7 @@ class Plan:
 
     def clip_by_global_norm_(
         self,
-        max_norm: SupportsFloat,
+        max_norm: Thresholds,
         ord: float = 2,
         groups: Groups = None,
         grad_scale: float = 1.0,
@@ -86,7 +86,7 @@ class Plan:
 
     def clip_by_norm_(
         self,
-        max_norm: SupportsFloat,
+        max_norm: Thresholds,
         ord: float = 2,
         grad_scale: float = 1.0,
         nonfinite: NonFinite = "raise",

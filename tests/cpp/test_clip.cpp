@@ -11,6 +11,7 @@ using gradclip::test::listed;
 namespace {
 
 constexpr NormOrder kTwo{NormOrder::two, 2.0};
+constexpr double kOne[] = {1.0}, kFour[] = {4.0};  // thresholds
 
 // Sums of tensors with these 2-norms.
 std::vector<NormSum> sums(const std::vector<double>& norms) {
@@ -23,7 +24,7 @@ ClipDecision decide(const std::vector<double>& norms, double max_norm, const Gro
                     double grad_scale = 1.0, NonFinite policy = NonFinite::raise) {
   const std::vector<NormSum> tensors = sums(norms);
   const Table<NormSum> group = sums_of_groups(kTwo, tensors, groups);
-  return decide_clip(kTwo, tensors, groups, group, false, max_norm, grad_scale, policy);
+  return decide_clip(kTwo, tensors, groups, group, false, {&max_norm, 1}, grad_scale, policy);
 }
 
 }  // namespace
@@ -37,6 +38,14 @@ TEST_CASE("the coefficient is exactly 1 unless the norm is above the threshold")
   CHECK(std::isnan(clip_coefficient(NAN, 1.0)));
   CHECK(clip_coefficient(INFINITY, INFINITY) == 1.0);
   CHECK(clip_coefficient(NAN, INFINITY) == 1.0);
+  // With something added to the norm, as PyTorch does.
+  CHECK(clip_coefficient(3.0, 0.5, 1.0) == 0.125);
+  CHECK(clip_coefficient(0.5, 1.0, 0.5) == 1.0);
+  CHECK(clip_coefficient(0.0, 0.0, 1e-6) == 0.0);
+  CHECK(is_threshold(0.0, 1e-6));
+  CHECK_FALSE(is_threshold(0.0, 0.0));
+  CHECK_FALSE(is_threshold(-1.0, 1e-6));
+  CHECK_FALSE(is_threshold(NAN, 1e-6));
 }
 
 TEST_CASE("nothing to clip: nothing to do") {
@@ -70,6 +79,17 @@ TEST_CASE("labels, one of them unused") {
   CHECK(listed(decision.group_norms) == std::vector{12.0, 0.0, 5.0});
   CHECK(listed(decision.coefficients) == std::vector{0.5, 1.0, 1.0});
   CHECK(listed(decision.factors) == std::vector{1.0, 0.5, 1.0});
+}
+
+TEST_CASE("each group its own threshold") {
+  const std::vector<NormSum> tensors = sums({3.0, 12.0, 4.0});
+  const Groups groups{Groups::labels, {1, 0, 1}, 2};
+  const double max_norms[] = {24.0, 2.5};
+  const ClipDecision decision =
+      decide_clip(kTwo, tensors, groups, sums_of_groups(kTwo, tensors, groups), false, max_norms,
+                  1.0, NonFinite::raise);
+  CHECK(listed(decision.coefficients) == std::vector{1.0, 0.5});
+  CHECK(listed(decision.factors) == std::vector{0.5, 1.0, 0.5});
 }
 
 TEST_CASE("no tensors") {
@@ -117,12 +137,12 @@ TEST_CASE("a norm beyond float64, of finite gradients, is not finite and no grad
   const std::vector<NormSum> tensors{{1.0, 2046, 0.0}, {1.0, 2046, 0.0}};
   const auto group = sums_of_groups(kTwo, tensors, {});
   const ClipDecision decision =
-      decide_clip(kTwo, tensors, {}, group, false, 1.0, 1.0, NonFinite::skip);
+      decide_clip(kTwo, tensors, {}, group, false, kOne, 1.0, NonFinite::skip);
   CHECK(decision.norms[0] == 0x1p1023);
   CHECK(decision.total_norm == std::sqrt(2.0) * 0x1p1023);
   const std::vector<NormSum> more(5, {1.0, 2046, 0.0});
-  const ClipDecision beyond =
-      decide_clip(kTwo, more, {}, sums_of_groups(kTwo, more, {}), false, 1.0, 1.0, NonFinite::skip);
+  const ClipDecision beyond = decide_clip(kTwo, more, {}, sums_of_groups(kTwo, more, {}), false,
+                                          kOne, 1.0, NonFinite::skip);
   CHECK(beyond.total_norm == INFINITY);
   CHECK(beyond.nonfinite_norm);
   CHECK(beyond.nonfinite.empty());
@@ -133,7 +153,7 @@ TEST_CASE("reduced sums: the total is over all processes, the norms are this one
   const Groups groups{Groups::tensor};
   const std::vector<NormSum> group{from_plain(36.0), from_plain(64.0)};
   const ClipDecision decision =
-      decide_clip(kTwo, tensors, groups, group, true, 4.0, 1.0, NonFinite::raise);
+      decide_clip(kTwo, tensors, groups, group, true, kFour, 1.0, NonFinite::raise);
   CHECK(listed(decision.norms) == std::vector{3.0, 4.0});
   CHECK(listed(decision.group_norms) == std::vector{6.0, 8.0});
   CHECK(decision.total_norm == 10.0);

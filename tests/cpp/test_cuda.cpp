@@ -82,6 +82,8 @@ struct Call {
   Groups groups{};
   bool kept = false;
   bool on_device = false;  // the threshold
+  double epsilon = 0.0;
+  std::vector<double> max_norms{};  // one per group, on the device, instead of max_norm
 };
 
 // Clip the same memory with both engines and compare everything they tell and leave.
@@ -91,8 +93,11 @@ void compare(List& list, const Call& call) {
   const Plan plan = plan_of(spans);
   const Table<NormSum> sums = cpu::measure(spans, plan, call.order);
   const Table<NormSum> group = sums_of_groups(call.order, sums, call.groups);
-  const ClipDecision expected = decide_clip(call.order, sums, call.groups, group, false,
-                                            call.max_norm, call.grad_scale, call.policy);
+  const std::span<const double> max_norms = call.max_norms.empty()
+                                                ? std::span<const double>(&call.max_norm, 1)
+                                                : std::span<const double>(call.max_norms);
+  const ClipDecision expected = decide_clip(call.order, sums, call.groups, group, false, max_norms,
+                                            call.grad_scale, call.policy, call.epsilon);
   if (expected.action == ClipDecision::scale) cpu::scale(spans, plan, expected.factors);
   if (expected.action == ClipDecision::zero) cpu::set_to_zero(spans, plan);
   const auto after = bytes_of(list);
@@ -103,9 +108,12 @@ void compare(List& list, const Call& call) {
   const cuda::ResultLayout at = gpu.layout();
   std::vector<double> memory(at.bytes() / 8, -7.0);
   auto* const result = reinterpret_cast<std::byte*>(memory.data());
-  cuda::Request request{call.order, call.grad_scale, {}, call.policy, cuda::Request::clip};
+  cuda::Request request{call.order,  call.grad_scale,     {},
+                        call.policy, cuda::Request::clip, call.epsilon};
   request.max_norm.value = call.max_norm;
   if (call.on_device) request.max_norm = {0.0, &call.max_norm, DType::float64};
+  if (!call.max_norms.empty())
+    request.max_norm = {0.0, call.max_norms.data(), DType::float64, true};
   gpu.measure(request, result, nullptr);
   gpu.change(call.grad_scale, result, nullptr);
 
@@ -206,6 +214,23 @@ TEST_CASE("groups by label, other orders, grad_scale") {
                                 NormOrder{NormOrder::other, 3.0}, NormOrder{NormOrder::other, 0.5}})
     for (const Groups& groups : {Groups{}, Groups{Groups::tensor}, labels})
       compare(list, {.order = order, .max_norm = 20.0, .grad_scale = 3.0, .groups = groups});
+}
+
+TEST_CASE("a threshold for each group; something added to norms") {
+  set(kSettings[2]);
+  List list;
+  for (const std::int64_t numel : {33, 4096, 2 * 4096 + 9})
+    list.emplace_back(DType::float32, numel);
+  for (const Tensor& tensor : list) tensor.fill(1, 1.0);
+  // Named, since GCC 12 takes parts of a temporary Call for uninitialised.
+  const Groups tensor{Groups::tensor}, labels{Groups::labels, {1, 0, 1}, 2};
+  Call call{.groups = tensor, .max_norms = {1e30, 2.0, INFINITY}};
+  compare(list, call);
+  call.groups = labels;
+  call.max_norms = {0.5, 40.0};
+  compare(list, call);
+  compare(list, {.epsilon = 100.0});
+  compare(list, {.max_norm = 0.0, .epsilon = 1e-6});
 }
 
 TEST_CASE("overflow, underflow, infinities, NaN, with every policy") {
@@ -336,7 +361,7 @@ TEST_CASE("sums go out to be reduced and come back") {
     request.until = cuda::Request::clip;
     gpu.decide(request, twice.data(), result, nullptr);
     const ClipDecision expected =
-        decide_clip(order, sums, groups, reduced, true, 1.0, 1.0, NonFinite::skip);
+        decide_clip(order, sums, groups, reduced, true, std::vector{1.0}, 1.0, NonFinite::skip);
     CHECK(bits(memory[0]) == bits(expected.total_norm));
     for (std::size_t g = 0; g < 2; ++g)
       CHECK(bits(memory[at.coefficients() / 8 + g]) == bits(expected.coefficients[g]));
@@ -349,19 +374,23 @@ TEST_CASE("a threshold on the device that is not positive writes nothing and say
   list.emplace_back(DType::float32, 100);
   list[0].fill(1, 1.0);
   const auto before = bytes_of(list);
-  for (const float bad : {-1.0f, 0.0f, NAN}) {
-    cuda::List gpu(spans_of(list), {}, 0, nullptr);
-    std::vector<double> memory(gpu.layout().bytes() / 8);
-    auto* const result = reinterpret_cast<std::byte*>(memory.data());
-    cuda::Request request{
-        {}, 1.0, {0.0, &bad, DType::float32}, NonFinite::skip, cuda::Request::clip};
-    gpu.measure(request, result, nullptr);
-    gpu.change(1.0, result, nullptr);
-    cuda::ResultFlags flags{};
-    std::memcpy(&flags, result + gpu.layout().flags(), sizeof(flags));
-    CHECK(flags.bad_threshold == 1);
-    CHECK(bytes_of(list) == before);
-  }
+  for (const float bad : {-1.0f, 0.0f, NAN})
+    for (const bool per_group : {false, true}) {
+      const float one_bad[] = {1.0f, bad};
+      const Groups groups = per_group ? Groups{Groups::labels, {0}, 2} : Groups{};
+      cuda::List gpu(spans_of(list), groups, 0, nullptr);
+      std::vector<double> memory(gpu.layout().bytes() / 8);
+      auto* const result = reinterpret_cast<std::byte*>(memory.data());
+      cuda::Request request{
+          {}, 1.0, {0.0, &bad, DType::float32}, NonFinite::skip, cuda::Request::clip};
+      if (per_group) request.max_norm = {0.0, one_bad, DType::float32, true};
+      gpu.measure(request, result, nullptr);
+      gpu.change(1.0, result, nullptr);
+      cuda::ResultFlags flags{};
+      std::memcpy(&flags, result + gpu.layout().flags(), sizeof(flags));
+      CHECK(flags.bad_threshold == 1);
+      CHECK(bytes_of(list) == before);
+    }
 }
 
 TEST_CASE("launches, copies and allocations of a call") {
