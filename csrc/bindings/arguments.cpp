@@ -74,9 +74,9 @@ double threshold_number(const py::object& max_norm, double epsilon) {
 }
 
 Table<double> threshold_numbers(const py::object& max_norm, const Groups& groups,
-                                std::size_t tensors) {
+                                std::size_t tensors, double epsilon) {
   if (groups.kind == Groups::all || !is_sequence_of_numbers(max_norm))
-    return {threshold_number(max_norm, 0.0)};
+    return {threshold_number(max_norm, epsilon)};
   const auto values = py::reinterpret_steal<py::object>(PySequence_List(max_norm.ptr()));
   if (!values) throw py::error_already_set();
   const auto count = static_cast<std::size_t>(PyList_GET_SIZE(values.ptr()));

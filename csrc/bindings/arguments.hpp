@@ -20,7 +20,7 @@ double positive_number(const py::object& value, const char* name, bool may_be_in
 double threshold_number(const py::object& max_norm, double epsilon);
 // The same; or, unless all share a group, a sequence of such numbers, one for each group.
 Table<double> threshold_numbers(const py::object& max_norm, const Groups& groups,
-                                std::size_t tensors);
+                                std::size_t tensors, double epsilon);
 double finite_number(const py::object& value, const char* name);
 // Positive, and with a finite reciprocal.
 double grad_scale_number(const py::object& grad_scale);

@@ -89,50 +89,10 @@ py::list count_nonfinite(const Gradients& grads, const std::vector<std::size_t>&
   return counts;
 }
 
-struct Clipped {
-  ClipDecision decision;
-  py::list counts;  // as of count_nonfinite()
-  bool refused;     // nothing was written: the caller is to raise
-};
-
-Clipped clip_groups(const Gradients& grads, std::span<const double> max_norms,
-                    const NormOrder& order, const Groups& grouping, double grad_scale,
-                    NonFinite policy, const py::object& reduce, double epsilon) {
-  grads.require_writable();
-  const Table<NormSum> sums = measure(grads, order);
-  Table<NormSum> group = [&] {
-    const Environment environment;
-    return sums_of_groups(order, sums, grouping);
-  }();
-  const bool reduced = !reduce.is_none();
-  if (reduced) group = reduce_sums(reduce, order, group);
-  ClipDecision decision = [&] {
-    const Environment environment;
-    return decide_clip(order, sums, grouping, group, reduced, max_norms, grad_scale, policy,
-                       epsilon);
-  }();
-  py::list counts = count_nonfinite(grads, decision.nonfinite);
-  if (decision.action != ClipDecision::nothing) {
-    const GilRelease release;
-    if (decision.action == ClipDecision::scale)
-      cpu::scale(grads.spans(), grads.plan(), decision.factors);
-    else
-      cpu::set_to_zero(grads.spans(), grads.plan());
-  }
-  const bool refused = decision.nonfinite_norm && policy == NonFinite::raise;
-  return {std::move(decision), std::move(counts), refused};
-}
-
 void scale_all(const Gradients& grads, double factor) {
   const Table<double> factors(grads.spans().size(), factor);
   const GilRelease release;
   cpu::scale(grads.spans(), grads.plan(), factors);
-}
-
-bool has_float64(const Gradients& grads) {
-  for (const Span& span : grads.spans())
-    if (real_of(span.dtype) == DType::float64) return true;
-  return false;
 }
 
 }  // namespace
@@ -149,40 +109,46 @@ double global_norm(const Gradients& grads, const py::object& ord) {
 
 py::tuple clip(const Gradients& grads, const py::object& max_norm, const py::object& ord,
                const py::object& groups, const py::object& grad_scale, const py::object& nonfinite,
-               const py::object& reduce) {
+               const py::object& reduce, double epsilon) {
   const NormOrder order = norm_order(ord);
   const std::size_t tensors = grads.spans().size();
   const Groups grouping = group_labels(groups, tensors);
-  const Table<double> thresholds = threshold_numbers(max_norm, grouping, tensors);
+  const Table<double> thresholds = threshold_numbers(max_norm, grouping, tensors, epsilon);
   const double scale = grad_scale_number(grad_scale);
   const NonFinite policy = nonfinite_policy(nonfinite);
   check_reduce(reduce);
-  const auto [decision, counts, refused] =
-      clip_groups(grads, thresholds, order, grouping, scale, policy, reduce, 0.0);
+  grads.require_writable();
+
+  const Table<NormSum> sums = measure(grads, order);
+  Table<NormSum> group = [&] {
+    const Environment environment;
+    return sums_of_groups(order, sums, grouping);
+  }();
+  const bool reduced = !reduce.is_none();
+  if (reduced) group = reduce_sums(reduce, order, group);
+  const ClipDecision decision = [&] {
+    const Environment environment;
+    return decide_clip(order, sums, grouping, group, reduced, thresholds, scale, policy, epsilon);
+  }();
+
+  const py::list counts = count_nonfinite(grads, decision.nonfinite);
   py::tuple nonfinite_entries(counts.size());
   for (std::size_t i = 0; i < counts.size(); ++i)
     nonfinite_entries[i] = py::reinterpret_borrow<py::tuple>(counts[i])[0];
+  const bool refused = decision.nonfinite_norm && policy == NonFinite::raise;
+  if (decision.action != ClipDecision::nothing) {
+    const GilRelease release;
+    if (decision.action == ClipDecision::scale)
+      cpu::scale(grads.spans(), grads.plan(), decision.factors);
+    else
+      cpu::set_to_zero(grads.spans(), grads.plan());
+  }
   const py::object coefficient = grouping.kind == Groups::all
                                      ? py::object(py::float_(decision.coefficients[0]))
                                      : py::object(to_array(decision.coefficients));
   return py::make_tuple(decision.total_norm, to_array(decision.norms), coefficient,
                         decision.clipped, nonfinite_entries, grads.names(),
                         to_array(decision.group_norms), refused ? py::object(counts) : py::none());
-}
-
-py::tuple total_norm(const Gradients& grads, const py::object& ord) {
-  return py::make_tuple(global_norm(grads, ord), has_float64(grads));
-}
-
-py::tuple clip_total(const Gradients& grads, const py::object& max_norm, const py::object& ord,
-                     const py::object& nonfinite, double epsilon) {
-  const double threshold = threshold_number(max_norm, epsilon);
-  const NormOrder order = norm_order(ord);
-  const NonFinite policy = nonfinite_policy(nonfinite);
-  const auto [decision, counts, refused] =
-      clip_groups(grads, {&threshold, 1}, order, {}, 1.0, policy, py::none(), epsilon);
-  return py::make_tuple(decision.total_norm, has_float64(grads),
-                        refused ? py::object(counts) : py::none());
 }
 
 void clip_with_norm(const Gradients& grads, double norm, const py::object& max_norm,

@@ -13,13 +13,8 @@ py::array_t<double> tensor_norms(const Gradients& grads, const py::object& ord);
 double global_norm(const Gradients& grads, const py::object& ord);
 py::tuple clip(const Gradients& grads, const py::object& max_norm, const py::object& ord,
                const py::object& groups, const py::object& grad_scale, const py::object& nonfinite,
-               const py::object& reduce);
-// For gradclip.torch, whose drop-ins add `epsilon` to norms and round the norm to the widest dtype:
-// (norm, whether float64 is among the dtypes); with the counts of clip(), where it clips.
-py::tuple total_norm(const Gradients& grads, const py::object& ord);
-py::tuple clip_total(const Gradients& grads, const py::object& max_norm, const py::object& ord,
-                     const py::object& nonfinite, double epsilon);
-// By a norm that has been measured.
+               const py::object& reduce, double epsilon);
+// By a norm that has been measured. `epsilon` is added to it.
 void clip_with_norm(const Gradients& grads, double norm, const py::object& max_norm,
                     double epsilon);
 py::tuple clip_by_value(const Gradients& grads, const py::object& limit);

@@ -58,30 +58,10 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
          const py::object& groups, const py::object& grad_scale, const py::object& nonfinite,
          const py::object& reduce) {
         return gb::clip(writable(grads, !reduce.is_none()), max_norm, ord, groups, grad_scale,
-                        nonfinite, reduce);
+                        nonfinite, reduce, 0.0);
       },
       py::arg("grads"), py::arg("max_norm"), py::arg("ord"), py::arg("groups"),
       py::arg("grad_scale"), py::arg("nonfinite"), py::arg("reduce"));
-  m.def(
-      "total_norm",
-      [](const py::object& grads, const py::object& ord) {
-        return gb::total_norm(readable(grads), ord);
-      },
-      py::arg("grads"), py::arg("ord"));
-  m.def(
-      "clip_total",
-      [](const py::object& grads, const py::object& max_norm, const py::object& ord,
-         const py::object& nonfinite, double epsilon) {
-        return gb::clip_total(writable(grads), max_norm, ord, nonfinite, epsilon);
-      },
-      py::arg("grads"), py::arg("max_norm"), py::arg("ord"), py::arg("nonfinite"),
-      py::arg("epsilon"));
-  m.def(
-      "clip_with_norm",
-      [](const py::object& grads, double norm, const py::object& max_norm, double epsilon) {
-        gb::clip_with_norm(writable(grads), norm, max_norm, epsilon);
-      },
-      py::arg("grads"), py::arg("norm"), py::arg("max_norm"), py::arg("epsilon"));
   m.def(
       "clip_by_value",
       [](const py::object& grads, const py::object& limit) {
@@ -106,14 +86,20 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       .def("tensor_norms", &gb::tensor_norms, py::arg("ord"))
       .def("global_norm", &gb::global_norm, py::arg("ord"))
       .def("clip", &gb::clip, py::arg("max_norm"), py::arg("ord"), py::arg("groups"),
-           py::arg("grad_scale"), py::arg("nonfinite"), py::arg("reduce"))
+           py::arg("grad_scale"), py::arg("nonfinite"), py::arg("reduce"), py::arg("epsilon") = 0.0)
+      .def("clip_with_norm", &gb::clip_with_norm, py::arg("norm"), py::arg("max_norm"),
+           py::arg("epsilon"))
       .def("clip_by_value", &gb::clip_by_value, py::arg("limit"))
       .def("scale", &gb::scale, py::arg("factor"))
       .def("__len__", [](const Gradients& grads) { return grads.spans().size(); })
       .def_property_readonly("names", &Gradients::names)
+      .def_property_readonly("has_float64", &Gradients::has_float64)
       .def_property_readonly("nbytes",
                              [](const Gradients& grads) { return grads.plan().total_bytes; })
       .def_property_readonly("num_elements", &Gradients::elements);
+
+  // For one call: torch tensors are borrowed.
+  m.def("read", [](const py::object& grads) { return writable(grads); }, py::arg("grads"));
 
   m.def(
       "set_num_threads",

@@ -39,6 +39,9 @@ PYBIND11_MODULE(GRADCLIP_MODULE, m, py::mod_gil_not_used()) {
       .def("__len__", [](const DeviceGradients& grads) { return grads.gradients().spans().size(); })
       .def_property_readonly("names",
                              [](const DeviceGradients& grads) { return grads.gradients().names(); })
+      .def_property_readonly(
+          "has_float64",
+          [](const DeviceGradients& grads) { return grads.gradients().has_float64(); })
       .def_property_readonly("device", &DeviceGradients::device)
       .def_property_readonly(
           "nbytes",

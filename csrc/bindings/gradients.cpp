@@ -1,5 +1,7 @@
 #include "bindings/gradients.hpp"
 
+#include <algorithm>
+
 #include "bindings/dlpack.hpp"
 
 namespace gradclip::bindings {
@@ -105,6 +107,11 @@ std::int64_t Gradients::elements() const {
   std::int64_t elements = 0;
   for (const Span& span : spans_) elements += span.numel;
   return elements;
+}
+
+bool Gradients::has_float64() const {
+  return std::ranges::any_of(
+      spans_, [](const Span& span) { return real_of(span.dtype) == DType::float64; });
 }
 
 void Gradients::find_overlaps() {

@@ -138,6 +138,8 @@ class Gradients {
   const py::object& names() const { return names_; }  // tuple of str, or None
   const py::tuple& arrays() const { return arrays_; }
   std::int64_t elements() const;
+  // Whether float64 or complex128 is among the dtypes.
+  bool has_float64() const;
 
  private:
   void take_arrays(const py::object& grads);

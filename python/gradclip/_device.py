@@ -275,6 +275,10 @@ class DeviceGradients:
         return self._gradients.names  # type: ignore[no-any-return]
 
     @property
+    def has_float64(self) -> bool:
+        return self._gradients.has_float64  # type: ignore[no-any-return]
+
+    @property
     def nbytes(self) -> int:
         return self._gradients.nbytes  # type: ignore[no-any-return]
 
@@ -346,17 +350,17 @@ class DeviceEngine:
         self._first = first
         self._framework = framework_of(first)
 
-    def _read(self, grads: Any) -> DeviceGradients:
+    def read(self, grads: Any) -> DeviceGradients:
         return DeviceGradients(self._cuda, self._framework, self._first, grads, is_kept=False)
 
     def Plan(self, grads: Any) -> DeviceGradients:
         return DeviceGradients(self._cuda, self._framework, self._first, grads, is_kept=True)
 
     def tensor_norms(self, grads: Any, ord: object) -> Any:
-        return self._read(grads).tensor_norms(ord)
+        return self.read(grads).tensor_norms(ord)
 
     def global_norm(self, grads: Any, ord: object) -> Any:
-        return self._read(grads).global_norm(ord)
+        return self.read(grads).global_norm(ord)
 
     def clip(
         self,
@@ -368,10 +372,10 @@ class DeviceEngine:
         nonfinite: object,
         reduce: object,
     ) -> DeviceClipResult:
-        return self._read(grads).clip(max_norm, ord, groups, grad_scale, nonfinite, reduce)
+        return self.read(grads).clip(max_norm, ord, groups, grad_scale, nonfinite, reduce)
 
     def clip_by_value(self, grads: Any, limit: object) -> DeviceClipResult:
-        return self._read(grads).clip_by_value(limit)
+        return self.read(grads).clip_by_value(limit)
 
     def scale(self, grads: Any, factor: object) -> None:
-        self._read(grads).scale(factor)
+        self.read(grads).scale(factor)
