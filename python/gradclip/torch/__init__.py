@@ -1,0 +1,21 @@
+"""Gradient clipping for PyTorch: drop-ins for its functions, and what they do not offer.
+
+import gradclip.torch
+gradclip.torch.clip_grad_norm_(model.parameters(), 1.0)     # as torch.nn.utils.clip_grad_norm_
+"""
+
+from gradclip.torch._functional import (
+    NonFiniteNormError,
+    clip_grad_norm_,
+    clip_grad_value_,
+    clip_grads_with_norm_,
+    get_total_norm,
+)
+
+__all__ = [
+    "NonFiniteNormError",
+    "clip_grad_norm_",
+    "clip_grad_value_",
+    "clip_grads_with_norm_",
+    "get_total_norm",
+]

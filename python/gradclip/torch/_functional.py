@@ -1,0 +1,329 @@
+"""The drop-ins: PyTorch's signatures, formula and return types, gradclip's norms.
+
+Reference: https://docs.pytorch.org/docs/stable/generated/torch.nn.utils.clip_grad_norm_.html
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from gradclip._dispatch import PlannedGradients, engine_of
+from gradclip._result import NonFiniteGradientError, finish
+from gradclip.torch import _compile
+from gradclip.torch._gradients import (
+    PARAMETERS,
+    TENSORS,
+    Gradients,
+    Names,
+    as_list,
+    as_number,
+    as_threshold,
+    by_device,
+    combine,
+    gradients_of,
+    mark_written,
+    name_of,
+    naming,
+    norm_dtype,
+    readable,
+    writable,
+)
+
+__all__ = [
+    "EPSILON",
+    "NonFiniteNormError",
+    "clip_grad_norm_",
+    "clip_grad_value_",
+    "clip_gradients_",
+    "clip_grads_with_norm_",
+    "get_total_norm",
+]
+
+EPSILON = 1e-6  # what PyTorch adds to norms
+
+_T = TypeVar("_T")
+_CPU = torch.device("cpu")
+_Counts = Sequence[tuple[int | str, int, int]]
+
+
+class NonFiniteNormError(NonFiniteGradientError, RuntimeError):
+    """A :class:`gradclip.NonFiniteGradientError` that is a ``RuntimeError`` too, as PyTorch raises."""
+
+
+NonFiniteNormError.__module__ = "gradclip.torch"
+
+
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """Clip the gradients of all parameters together by their norm: ``torch.nn.utils.clip_grad_norm_``.
+
+    Gradients are multiplied by ``max_norm / (norm + 1e-6)`` where that is below 1, as PyTorch does;
+    otherwise not one byte is written. Unlike PyTorch's, the norm is right where squares overflow or
+    underflow and for 16-bit gradients, and what is given twice counts once; see ``docs/torch.md``.
+
+    Args:
+        parameters: Tensors with gradients, or one; of any float dtypes, dense or sparse, on CPUs and CUDA
+            devices, mixed. Those without a gradient are skipped.
+        max_norm: Not negative. For gradients on one GPU also a 0-d tensor there, which nothing waits for.
+        norm_type: Any number, ``inf``, ``-inf`` or such text. 2, 1 and ``inf`` are fast, those below or at
+            0 are left to PyTorch's own norms.
+        error_if_nonfinite: Raise if the norm is infinite or NaN; nothing is written then. Waits for a GPU.
+        foreach: Accepted and ignored: there is one way, and it is fast.
+
+    Returns:
+        The norm before clipping: a 0-d tensor on the device of the first gradient, of dtype float64 if
+        that is among the gradients' dtypes, else float32.
+
+    Raises:
+        TypeError: An entry is not a tensor, or its gradient is of a kind that cannot be clipped (integer,
+            quantised, meta, requiring grad). It is named.
+        ValueError: ``max_norm`` is negative or NaN; gradients overlap in memory.
+        RuntimeError: ``error_if_nonfinite`` and the norm is not finite: a
+            :class:`gradclip.NonFiniteGradientError` too, which names the parameters.
+
+    Example:
+        >>> import torch, gradclip.torch
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> weight.grad = torch.tensor([3e20, 4e20])  # whose norm is infinite to PyTorch
+        >>> gradclip.torch.clip_grad_norm_([weight], max_norm=1.0)
+        tensor(5.0000e+20)
+        >>> weight.grad
+        tensor([0.6000, 0.8000])
+    """
+    listed = as_list(parameters)
+    if torch.compiler.is_compiling():
+        return _compile.clip_grad_norm_(gradients_of(listed), max_norm, norm_type, error_if_nonfinite)
+    return clip_gradients_(gradients_of(listed), max_norm, norm_type, error_if_nonfinite)
+
+
+def get_total_norm(
+    tensors: Tensor | Iterable[Tensor],
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """Measure the norm of all tensors together: ``torch.nn.utils.get_total_norm``.
+
+    Args:
+        tensors: As the gradients in :func:`clip_grad_norm_`; they may require grad.
+        norm_type: As for :func:`clip_grad_norm_`.
+        error_if_nonfinite: As for :func:`clip_grad_norm_`.
+        foreach: Accepted and ignored.
+
+    Returns:
+        The norm, as :func:`clip_grad_norm_` returns it.
+
+    Raises:
+        TypeError: As for :func:`clip_grad_norm_`.
+        RuntimeError: As for :func:`clip_grad_norm_`.
+
+    Example:
+        >>> import torch, gradclip.torch
+        >>> gradclip.torch.get_total_norm([torch.full((4,), 1e-25), torch.zeros(3)])
+        tensor(2.0000e-25)
+    """
+    total, dtype = total_norm_of(as_list(tensors), norm_type, error_if_nonfinite, TENSORS)
+    return total.to(dtype)
+
+
+def clip_grads_with_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    total_norm: Tensor,
+    foreach: bool | None = None,
+) -> None:
+    """Clip gradients by a norm that was measured: ``torch.nn.utils.clip_grads_with_norm_``.
+
+    Args:
+        parameters: As for :func:`clip_grad_norm_`.
+        max_norm: Not negative.
+        total_norm: A 0-d tensor, as :func:`get_total_norm` returns it. On a GPU, nothing waits for it.
+        foreach: Accepted and ignored.
+
+    Raises:
+        TypeError: As for :func:`clip_grad_norm_`.
+        ValueError: As for :func:`clip_grad_norm_`.
+
+    Example:
+        >>> import torch, gradclip.torch
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> weight.grad = torch.tensor([3.0, 4.0])
+        >>> gradclip.torch.clip_grads_with_norm_([weight], 2.5, torch.tensor(5.0))
+        >>> weight.grad
+        tensor([1.5000, 2.0000])
+    """
+    scale_by_norm_(
+        gradients_of(as_list(parameters)), as_threshold(max_norm, "max_norm"), total_norm, PARAMETERS
+    )
+
+
+def clip_grad_value_(
+    parameters: Tensor | Iterable[Tensor], clip_value: float, foreach: bool | None = None
+) -> None:
+    """Clip every element of the gradients into ``[-clip_value, clip_value]``: PyTorch's function.
+
+    Only where an element is beyond are bytes written, by the tile of 16 KB. NaN stays NaN.
+
+    Args:
+        parameters: As for :func:`clip_grad_norm_`, with real gradients.
+        clip_value: Not negative.
+        foreach: Accepted and ignored.
+
+    Raises:
+        TypeError: As for :func:`clip_grad_norm_`; a gradient is complex.
+        ValueError: ``clip_value`` is negative or NaN; gradients overlap in memory.
+
+    Example:
+        >>> import torch, gradclip.torch
+        >>> weight = torch.nn.Parameter(torch.zeros(3))
+        >>> weight.grad = torch.tensor([0.25, -7.0, float("inf")])
+        >>> gradclip.torch.clip_grad_value_([weight], 0.5)
+        >>> weight.grad
+        tensor([ 0.2500, -0.5000,  0.5000])
+    """
+    limit = as_threshold(clip_value, "clip_value")
+    grads = gradients_of(as_list(parameters))
+    if limit == 0:  # which engines take for a mistake
+        for grad in writable(grads, PARAMETERS):
+            if grad is not None:
+                grad.clamp_(0, 0)
+        return
+    _on_every_device(grads, PARAMETERS, writable, lambda read, _: read.clip_by_value(limit))
+    mark_written(grads)
+
+
+# --- What they are made of ----------------------------------------------------------------------------
+
+
+def clip_gradients_(
+    grads: Gradients,
+    max_norm: float | Tensor,
+    norm_type: float,
+    error_if_nonfinite: bool,
+    names: Names = PARAMETERS,
+) -> Tensor:
+    """:func:`clip_grad_norm_` for a list of gradients."""
+    order = as_number(norm_type, "norm_type")
+    on_device = isinstance(max_norm, Tensor) and max_norm.is_cuda
+    limit = max_norm if on_device else as_threshold(max_norm, "max_norm")
+    if order > 0:
+        try:
+            return _clip_at_once(grads, limit, order, error_if_nonfinite, names)
+        except (TypeError, ValueError):
+            pass  # Something among them needs a second look, which also says what is wrong.
+    grads = writable(grads, names)
+    if order > 0 and len(by_device(grads)) <= 1:
+        with naming(names):
+            return _clip_at_once(grads, limit, order, error_if_nonfinite, names)
+    total, dtype = total_norm_of(grads, order, error_if_nonfinite, names)
+    scale_by_norm_(grads, limit, total, names)
+    return total.to(dtype)
+
+
+def _clip_at_once(
+    grads: Gradients, limit: float | Tensor, order: float, error_if_nonfinite: bool, names: Names
+) -> Tensor:
+    """Of gradients on one device, in one call of its engine."""
+    read = engine_of(grads)[0].read(grads)
+    policy = "raise" if error_if_nonfinite else "propagate"
+    try:
+        result = finish(read.clip(limit, order, None, 1.0, policy, None, EPSILON))
+    except NonFiniteGradientError as error:
+        raise _nonfinite(error.entries, error.norms, names) from None
+    total: Any = result.total_norm
+    dtype = torch.float64 if read.has_float64 else torch.float32
+    if isinstance(total, Tensor):
+        mark_written(grads)  # for all that is known here
+        return total.to(dtype)
+    if result.clipped:
+        mark_written(grads)
+    return torch.scalar_tensor(total, dtype=dtype)
+
+
+def total_norm_of(
+    tensors: Gradients, norm_type: float, error_if_nonfinite: bool, names: Names
+) -> tuple[Tensor, torch.dtype]:
+    """The norm of a list of tensors: float64, on the device of the first; and what dtype to return."""
+    order = as_number(norm_type, "norm_type")
+    if order > 0:
+        measured = _on_every_device(
+            tensors, names, readable, lambda read, _: (read.global_norm(order), read.has_float64)
+        )
+        norms = [torch.as_tensor(norm, dtype=torch.float64) for norm, _ in measured]
+        is_wide = any(has_float64 for _, has_float64 in measured)
+    else:
+        plain = [t for t in readable(tensors, names) if t is not None and t.numel() > 0]
+        norms = [_odd_norm(tensor, order) for tensor in plain]
+        is_wide = norm_dtype(plain) is torch.float64
+    first = next((tensor.device for tensor in tensors if tensor is not None), _CPU)
+    total = combine([norm.to(first) for norm in norms] or [torch.zeros((), dtype=torch.float64)], order)
+    if error_if_nonfinite and not math.isfinite(total.item()):
+        found = readable(tensors, names)
+        each = np.array([0.0 if t is None or not t.numel() else _odd_norm(t, order).item() for t in found])
+        raise _nonfinite(_count_nonfinite(found), each, names)
+    return total, torch.float64 if is_wide else torch.float32
+
+
+def scale_by_norm_(grads: Gradients, limit: float | Tensor, total: Tensor, names: Names) -> None:
+    """Multiply by what the norm ``total`` makes of the threshold; nothing is written where that is 1."""
+    wide = total.detach().to(torch.float64)
+
+    def scale(read: PlannedGradients, device: torch.device) -> None:
+        read.clip_with_norm(wide.to(device) if device.type == "cuda" else wide.item(), limit, EPSILON)
+
+    _on_every_device(grads, names, writable, scale)
+    mark_written(grads)
+
+
+def _on_every_device(
+    grads: Gradients,
+    names: Names,
+    prepare: Callable[[Gradients, Names], Gradients],
+    use: Callable[[PlannedGradients, torch.device], _T],
+) -> list[_T]:
+    """Let an engine read the gradients as they are; if it does not, look at each of them first."""
+    device = next((grad.device for grad in grads if grad is not None), _CPU)
+    try:
+        return [use(engine_of(grads)[0].read(grads), device)]
+    except (TypeError, ValueError):
+        lists = by_device(prepare(grads, names))
+    with naming(names):
+        read = [(engine_of(each)[0].read(each), device) for device, each in lists.items()]
+        return [use(each, device) for each, device in read]
+
+
+def _odd_norm(tensor: Tensor, order: float) -> Tensor:
+    """What engines do not measure: orders that are not positive."""
+    wide = torch.complex128 if tensor.is_complex() else torch.float64
+    norm: Tensor = torch.linalg.vector_norm(tensor.detach(), order, dtype=wide)
+    return norm
+
+
+def _count_nonfinite(grads: Gradients) -> _Counts:
+    counts = [(i, int(g.isnan().sum()), int(g.isinf().sum())) for i, g in enumerate(grads) if g is not None]
+    return [(i, nan, inf) for i, nan, inf in counts if nan or inf]
+
+
+def _nonfinite(entries: _Counts, norms: npt.NDArray[np.float64], names: Names) -> NonFiniteNormError:
+    found = [
+        f"{name_of(names, int(i))}: expected finite elements, got {nan} NaN and {inf} inf"
+        for i, nan, inf in entries[:5]
+    ]
+    if len(entries) > len(found):
+        found.append(f"and {len(entries) - len(found)} more")
+    if not found:
+        found.append("expected a finite norm, got one that is not, of gradients that are")
+    named: list[tuple[int | str, int, int]] = [(name_of(names, int(i)), a, b) for i, a, b in entries]
+    return NonFiniteNormError("; ".join([*found, "nothing was written"]), named, norms)

@@ -1,0 +1,232 @@
+"""From what PyTorch's functions take to gradients that an engine reads."""
+
+from __future__ import annotations
+
+import math
+import re
+import types
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, SupportsFloat, TypeAlias
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "PARAMETERS",
+    "TENSORS",
+    "Gradients",
+    "Names",
+    "Unsupported",
+    "as_list",
+    "as_number",
+    "as_threshold",
+    "by_device",
+    "combine",
+    "gradients_of",
+    "mark_written",
+    "name_of",
+    "naming",
+    "norm_dtype",
+    "readable",
+    "writable",
+]
+
+Gradients: TypeAlias = Sequence[Tensor | None]
+# What entries are called in errors: a pattern for their positions, or one name each.
+Names: TypeAlias = str | Sequence[str]
+PARAMETERS, TENSORS = "parameters[{}].grad", "tensors[{}]"
+
+_COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
+_WIDE = (torch.float64, torch.complex128)
+
+
+class Unsupported(TypeError):
+    """A gradient of a kind that only PyTorch itself can clip, if anybody can."""
+
+
+def as_number(value: SupportsFloat | str, name: str) -> float:
+    """``float(value)``, as PyTorch takes thresholds and orders.
+
+    Raises:
+        TypeError: It cannot be made a number.
+        ValueError: It is NaN, or text that is no number.
+    """
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: expected a number, got {value!r}") from None
+    if math.isnan(number):
+        raise ValueError(f"{name}: expected a number, got {value!r}")
+    return number
+
+
+def as_threshold(value: SupportsFloat, name: str) -> float:
+    """A number that is not negative; errors as of :func:`as_number`."""
+    number = as_number(value, name)
+    if number < 0:
+        raise ValueError(f"{name}: expected a number that is not negative, got {value!r}")
+    return number
+
+
+def as_list(tensors: Tensor | Iterable[Tensor], stacklevel: int = 3) -> list[Tensor]:
+    """The tensors; with PyTorch's own warning for a generator that yields nothing."""
+    if isinstance(tensors, Tensor):
+        return [tensors]
+    found = list(tensors)
+    if not found and isinstance(tensors, types.GeneratorType):
+        warnings.warn(
+            "`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=stacklevel
+        )
+    return found
+
+
+def gradients_of(parameters: Sequence[Tensor]) -> list[Tensor | None]:
+    """Their ``.grad``s, ``None`` where there is none: so the positions stay.
+
+    Raises:
+        TypeError: An entry is not a tensor.
+    """
+    try:
+        return [parameter.grad for parameter in parameters]
+    except AttributeError:
+        for i, parameter in enumerate(parameters):
+            _check_tensor(parameter, f"parameters[{i}]")
+        raise
+
+
+def name_of(names: Names, i: int) -> str:
+    """What errors call entry ``i``."""
+    return names.format(i) if isinstance(names, str) else names[i]
+
+
+@contextmanager
+def naming(names: Names) -> Iterator[None]:
+    """An engine's error with the name that the caller knows: ``parameters[3].grad`` for ``grads[3]``."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        message = re.sub(r"\bgrads\[(\d+)\]", lambda match: name_of(names, int(match[1])), str(error))
+        raise type(error)(message) from None
+
+
+# --- The second look: what an engine does not read as it is -------------------------------------------
+
+
+def readable(grads: Gradients, names: Names) -> list[Tensor | None]:
+    """The same gradients as tensors that an engine reads, every memory once; positions stay.
+
+    Of sparse gradients the (coalesced) values; of the same tensor twice the first.
+
+    Raises:
+        Unsupported: A tensor that no engine reads. It is named.
+    """
+    return _once([None if grad is None else _read(grad, name_of(names, i)) for i, grad in enumerate(grads)])
+
+
+def writable(grads: Gradients, names: Names) -> list[Tensor | None]:
+    """As :func:`readable`, to be written to: sparse gradients are coalesced where they are.
+
+    Raises:
+        Unsupported: As :func:`readable`; besides, a gradient that requires grad.
+    """
+    readable(grads, names)
+    for i, grad in enumerate(grads):
+        if grad is not None and grad.requires_grad:
+            raise Unsupported(
+                f"{name_of(names, i)}: expected a gradient that does not require grad, got one that does "
+                "(of create_graph=True): writing into it would falsify its graph"
+            )
+    for grad in grads:
+        if grad is not None and grad.layout is torch.sparse_coo and not grad.is_coalesced():
+            with torch.no_grad():
+                grad.copy_(grad.coalesce())
+    return readable(grads, names)
+
+
+def _read(grad: Tensor, name: str) -> Tensor:
+    _check_tensor(grad, name)
+
+    def refuse(expected: str, got: str) -> Unsupported:
+        return Unsupported(f"{name}: expected {expected}, got {got}")
+
+    if type(grad) is not Tensor and type(grad) is not torch.nn.Parameter:
+        raise refuse("a plain torch.Tensor", f"a {type(grad).__module__}.{type(grad).__qualname__}")
+    if grad.device.type not in ("cpu", "cuda"):
+        raise refuse("memory of a CPU or a CUDA device", f"a tensor on the device {grad.device}")
+    if grad.is_quantized:
+        raise refuse("a tensor of floats", f"a quantised one ({grad.dtype})")
+    if grad.dtype not in _FLOATS:
+        raise refuse("a dtype of " + ", ".join(str(d)[6:] for d in _FLOATS), f"dtype {str(grad.dtype)[6:]}")
+    if grad.layout is torch.sparse_coo:
+        return grad.coalesce().values().detach()
+    if grad.layout in _COMPRESSED:
+        return grad.values().detach()
+    if grad.layout is not torch.strided:
+        raise refuse("a dense or sparse layout", f"{grad.layout}")
+    return grad.detach() if grad.requires_grad else grad
+
+
+def _once(grads: list[Tensor | None]) -> list[Tensor | None]:
+    seen: set[tuple[Any, ...]] = set()
+    for i, grad in enumerate(grads):
+        if grad is None or grad.numel() == 0:
+            continue
+        key = (grad.data_ptr(), grad.device, grad.dtype, grad.shape, grad.stride())
+        if key in seen:
+            grads[i] = None
+        seen.add(key)
+    return grads
+
+
+def _check_tensor(value: object, name: str) -> None:
+    if not isinstance(value, Tensor):
+        got = f"{type(value).__module__}.{type(value).__qualname__}"
+        raise TypeError(f"{name}: expected a torch.Tensor, got {got}")
+
+
+# --- Several devices ----------------------------------------------------------------------------------
+
+
+def by_device(grads: Gradients) -> dict[torch.device, list[Tensor | None]]:
+    """The gradients of every device, in order of first appearance; each with all positions."""
+    lists: dict[torch.device, list[Tensor | None]] = {}
+    for i, grad in enumerate(grads):
+        if grad is not None:
+            lists.setdefault(grad.device, [None] * len(grads))[i] = grad
+    return lists
+
+
+def combine(norms: Sequence[Tensor], order: float) -> Tensor:
+    """The norm of all from float64 norms of parts on one device; without a wait, or an overflow."""
+    if len(norms) == 1:
+        return norms[0]
+    stacked = torch.stack(list(norms))
+    if order == 0:
+        return stacked.sum()
+    if math.isinf(order):
+        return stacked.amax() if order > 0 else stacked.amin()
+    # Scaled, so that powers neither overflow nor vanish; 0 and inf are their own sums.
+    unit = stacked.amax() if order > 0 else stacked.amin()
+    unit = torch.where((unit > 0) & unit.isfinite(), unit, torch.ones_like(unit))
+    return unit * torch.linalg.vector_norm(stacked / unit, order)
+
+
+def norm_dtype(grads: Gradients) -> torch.dtype:
+    """Of a norm: float64 if that is among the gradients' dtypes, else float32; 16 bits would round it."""
+    wide = any(grad is not None and grad.dtype in _WIDE for grad in grads)
+    return torch.float64 if wide else torch.float32
+
+
+# --- Autograd -----------------------------------------------------------------------------------------
+
+
+def mark_written(grads: Gradients) -> None:
+    """Tell autograd that the gradients were changed in place, so that whoever saved one finds out."""
+    written = [grad for grad in grads if grad is not None]
+    try:
+        torch.autograd.graph.increment_version(written)
+    except RuntimeError:  # inference tensors have no versions
+        torch.autograd.graph.increment_version([grad for grad in written if not grad.is_inference()])
