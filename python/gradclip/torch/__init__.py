@@ -11,11 +11,17 @@ from gradclip.torch._functional import (
     clip_grads_with_norm_,
     get_total_norm,
 )
+from gradclip.torch._install import Stats, install, patched, stats, uninstall
 
 __all__ = [
     "NonFiniteNormError",
+    "Stats",
     "clip_grad_norm_",
     "clip_grad_value_",
     "clip_grads_with_norm_",
     "get_total_norm",
+    "install",
+    "patched",
+    "stats",
+    "uninstall",
 ]

@@ -211,7 +211,8 @@ def combine(norms: Sequence[Tensor], order: float) -> Tensor:
     # Scaled, so that powers neither overflow nor vanish; 0 and inf are their own sums.
     unit = stacked.amax() if order > 0 else stacked.amin()
     unit = torch.where((unit > 0) & unit.isfinite(), unit, torch.ones_like(unit))
-    return unit * torch.linalg.vector_norm(stacked / unit, order)
+    scaled: Tensor = torch.linalg.vector_norm(stacked / unit, order)
+    return unit * scaled
 
 
 def norm_dtype(grads: Gradients) -> torch.dtype:

@@ -1,0 +1,152 @@
+"""Rerouting PyTorch's own functions, so that frameworks which call them get gradclip's.
+
+``torch.nn.utils.clip_grad_norm_`` calls two functions, one that measures and one that scales; they and
+``clip_grad_value_`` are closures of one wrapper, ``_no_grad``, over the function proper. It is that cell
+which is changed: so every caller is reached, also who imported a function by name long before.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import CellType
+from typing import Any
+
+import torch
+from torch.nn.utils import clip_grad
+
+from gradclip.torch._functional import clip_grad_value_, clip_grads_with_norm_, get_total_norm
+from gradclip.torch._gradients import Unsupported
+
+__all__ = ["Stats", "install", "patched", "stats", "uninstall"]
+
+
+@dataclass(frozen=True)
+class Stats:
+    """How many calls of PyTorch's functions went where, since the reroute was installed.
+
+    Attributes:
+        taken: Calls that gradclip did, by function.
+        passed_on: Calls that PyTorch did itself, by function.
+        reasons: What was in them that gradclip does not support, and how often.
+    """
+
+    taken: Counter[str] = field(default_factory=Counter)
+    passed_on: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+
+
+_OURS: dict[str, Callable[..., Any]] = {
+    "get_total_norm": get_total_norm,
+    "clip_grads_with_norm_": clip_grads_with_norm_,
+    "clip_grad_value_": clip_grad_value_,
+}
+_WRAPPERS: dict[str, Any] = {
+    "get_total_norm": clip_grad._get_total_norm,
+    "clip_grads_with_norm_": clip_grad._clip_grads_with_norm_,
+    "clip_grad_value_": clip_grad.clip_grad_value_,
+}
+_stats = Stats()
+_theirs: dict[str, Callable[..., Any]] = {}  # while ours are installed
+
+
+def install() -> None:
+    """Let PyTorch's functions take gradclip's way, in this process, until :func:`uninstall`.
+
+    ``torch.nn.utils.clip_grad_norm_``, ``get_total_norm``, ``clip_grads_with_norm_`` and
+    ``clip_grad_value_`` are reached however they were imported, and with them whoever calls them:
+    Lightning, Accelerate, the transformers Trainer. What gradclip does not support, and what is being
+    compiled by ``torch.compile``, is left to PyTorch. Installing twice is installing once; the counts of
+    :func:`stats` start at 0.
+
+    Raises:
+        RuntimeError: This PyTorch is built in another way; it is left as it is.
+
+    Example:
+        >>> import torch, gradclip.torch
+        >>> gradclip.torch.install()
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> weight.grad = torch.tensor([3e20, 4e20])
+        >>> torch.nn.utils.clip_grad_norm_([weight], 1.0)
+        tensor(5.0000e+20)
+        >>> gradclip.torch.stats().taken["get_total_norm"]
+        1
+        >>> gradclip.torch.uninstall()
+    """
+    if _theirs:
+        return
+    cells = {name: _cell_of(name) for name in _OURS}
+    for counter in (_stats.taken, _stats.passed_on, _stats.reasons):
+        counter.clear()
+    for name, cell in cells.items():
+        _theirs[name] = cell.cell_contents
+        cell.cell_contents = _rerouted(name, _OURS[name], _theirs[name])
+
+
+def uninstall() -> None:
+    """Give PyTorch's functions back their own way. Without an :func:`install` before, nothing happens."""
+    while _theirs:
+        name, function = _theirs.popitem()
+        _cell_of(name).cell_contents = function
+
+
+@contextmanager
+def patched() -> Iterator[Stats]:
+    """:func:`install` for a ``with`` block; what was installed before stays so.
+
+    Yields:
+        The counts, as of :func:`stats`.
+
+    Example:
+        >>> import torch, gradclip.torch
+        >>> with gradclip.torch.patched() as counts:
+        ...     total = torch.nn.utils.get_total_norm([torch.ones(4)])
+        >>> counts.taken["get_total_norm"]
+        1
+    """
+    was_installed = bool(_theirs)
+    install()
+    try:
+        yield _stats
+    finally:
+        if not was_installed:
+            uninstall()
+
+
+def stats() -> Stats:
+    """How many calls went where since :func:`install`; it goes on counting."""
+    return _stats
+
+
+def _cell_of(name: str) -> CellType:
+    function = _WRAPPERS[name]
+    names = getattr(getattr(function, "__code__", None), "co_freevars", ())
+    if "func" not in names:
+        raise RuntimeError(
+            f"torch.nn.utils.{name}: expected a function wrapped by _no_grad, as of PyTorch 2.6 to 2.13, "
+            f"got another one in {torch.__version__}"
+        )
+    cell: CellType = function.__closure__[names.index("func")]
+    return cell
+
+
+def _rerouted(name: str, ours: Callable[..., Any], theirs: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(theirs)
+    def call(tensors: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return theirs(tensors, *args, **kwargs)
+        if not isinstance(tensors, torch.Tensor):
+            tensors = list(tensors)  # which two may have to go through
+        try:
+            result = ours(tensors, *args, **kwargs)
+        except Unsupported as reason:
+            _stats.passed_on[name] += 1
+            _stats.reasons[str(reason)] += 1
+            return theirs(tensors, *args, **kwargs)
+        _stats.taken[name] += 1
+        return result
+
+    return call
