@@ -91,6 +91,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
            py::arg("epsilon"))
       .def("clip_by_value", &gb::clip_by_value, py::arg("limit"))
       .def("scale", &gb::scale, py::arg("factor"))
+      .def("require_writable", &Gradients::require_writable)
       .def("__len__", [](const Gradients& grads) { return grads.spans().size(); })
       .def_property_readonly("names", &Gradients::names)
       .def_property_readonly("has_float64", &Gradients::has_float64)

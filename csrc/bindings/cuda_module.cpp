@@ -34,6 +34,8 @@ PYBIND11_MODULE(GRADCLIP_MODULE, m, py::mod_gil_not_used()) {
            py::arg("stream"), py::arg("epsilon"))
       .def("clip_by_value", &DeviceGradients::clip_by_value, py::arg("limit"), py::arg("stream"))
       .def("scale", &DeviceGradients::scale, py::arg("factor"), py::arg("stream"))
+      .def("require_writable",
+           [](const DeviceGradients& grads) { grads.gradients().require_writable(); })
       .def("probe_read", &DeviceGradients::probe_read, py::arg("stream"))
       .def("probe_read_write", &DeviceGradients::probe_read_write, py::arg("stream"))
       .def("__len__", [](const DeviceGradients& grads) { return grads.gradients().spans().size(); })

@@ -171,6 +171,7 @@ class DeviceClipResult(ClipResult):
         keep("_stream", stream)
         keep("_shape", (len(gradients), groups))
         keep("_is_global", is_global)
+        keep("group_names", None)
         keep("_names", gradients.names)
         keep("_at", _Layout(*gradients.cuda.result_layout(*self._shape)))
 
@@ -226,11 +227,16 @@ class DeviceClipResult(ClipResult):
             named(marked, self._names),
             self._names,
             float64(at.group_norms, groups),
+            self.group_names,
         )
 
     def named_norms(self) -> dict[str, float]:
         """As of :class:`ClipResult`. Waits."""
         return self.to_host().named_norms()
+
+    def named_group_norms(self) -> dict[str, float]:
+        """As of :class:`ClipResult`. Waits."""
+        return self.to_host().named_group_norms()
 
     def __repr__(self) -> str:
         return repr(self.to_host())
@@ -330,6 +336,9 @@ class DeviceGradients:
 
     def scale(self, factor: object) -> None:
         self._gradients.scale(factor, self._framework.stream(self._device)[0])
+
+    def require_writable(self) -> None:
+        self._gradients.require_writable()
 
     def probe_read(self) -> None:
         """Read all memory once, as fast as the device can: for benchmarks."""

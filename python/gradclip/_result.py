@@ -30,6 +30,7 @@ class ClipResult:
         names: The keys of the mapping that the call was given; ``None`` for a sequence.
         group_norms: One norm per group, float64, before clipping and divided by ``grad_scale``; over
             all processes when the call was given ``reduce``.
+        group_names: What the groups are called, where the call named them (``gradclip.torch`` does).
 
     Example:
         >>> import numpy as np, gradclip
@@ -48,6 +49,7 @@ class ClipResult:
     nonfinite: tuple[int, ...] | tuple[str, ...]
     names: tuple[str, ...] | None
     group_norms: npt.NDArray[np.float64]
+    group_names: tuple[str, ...] | None = None
 
     def named_norms(self) -> dict[str, float]:
         """The norm of every gradient by its name.
@@ -58,6 +60,15 @@ class ClipResult:
         """
         names = self.names if self.names is not None else map(str, range(len(self.norms)))
         return dict(zip(names, self.norms.tolist(), strict=True))
+
+    def named_group_norms(self) -> dict[str, float]:
+        """The norm of every group by its name.
+
+        Returns:
+            Name to norm. Groups without names are called by their labels: ``"0"``, ``"1"``, ….
+        """
+        names = self.group_names if self.group_names is not None else map(str, range(len(self.group_norms)))
+        return dict(zip(names, self.group_norms.tolist(), strict=True))
 
     def to_host(self) -> ClipResult:
         """The same result as Python numbers and NumPy arrays: of a CPU, itself.
@@ -136,6 +147,12 @@ def finish(told: Any) -> ClipResult:
     if counts is not None:
         raise nonfinite_error(counts, names, norms)
     return ClipResult(total_norm, norms, coefficient, clipped, named(nonfinite, names), names, group_norms)
+
+
+def with_group_names(result: ClipResult, names: tuple[str, ...] | None) -> ClipResult:
+    """The same result; of a GPU, the same object."""
+    object.__setattr__(result, "group_names", names)  # frozen for everybody else
+    return result
 
 
 def named(indices: tuple[int, ...], names: tuple[str, ...] | None) -> tuple[int, ...] | tuple[str, ...]:

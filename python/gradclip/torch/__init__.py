@@ -4,6 +4,8 @@ import gradclip.torch
 gradclip.torch.clip_grad_norm_(model.parameters(), 1.0)     # as torch.nn.utils.clip_grad_norm_
 """
 
+from gradclip.torch._amp import unscale_and_clip_
+from gradclip.torch._deferred import defer_clip_
 from gradclip.torch._functional import (
     NonFiniteNormError,
     clip_grad_norm_,
@@ -12,6 +14,7 @@ from gradclip.torch._functional import (
     get_total_norm,
 )
 from gradclip.torch._install import Stats, install, patched, stats, uninstall
+from gradclip.torch._module import clip_module_, clip_param_groups_
 
 __all__ = [
     "NonFiniteNormError",
@@ -19,9 +22,13 @@ __all__ = [
     "clip_grad_norm_",
     "clip_grad_value_",
     "clip_grads_with_norm_",
+    "clip_module_",
+    "clip_param_groups_",
+    "defer_clip_",
     "get_total_norm",
     "install",
     "patched",
     "stats",
     "uninstall",
+    "unscale_and_clip_",
 ]

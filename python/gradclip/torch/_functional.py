@@ -301,6 +301,9 @@ def _on_every_device(
         lists = by_device(prepare(grads, names))
     with naming(names):
         read = [(engine_of(each)[0].read(each), device) for device, each in lists.items()]
+        if prepare is writable:
+            for each, _ in read:  # all of them before the first is written
+                each.require_writable()
         return [use(each, device) for each, device in read]
 
 

@@ -1,0 +1,131 @@
+"""Mixed precision: unscaling, norms, clipping and the search for infinities in one.
+
+Reference: https://docs.pytorch.org/docs/stable/amp.html#gradient-scaling
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler, OptState
+
+from gradclip._dispatch import engine_of
+from gradclip._result import finish
+from gradclip.torch._functional import EPSILON, clip_gradients_
+from gradclip.torch._gradients import (
+    PARAMETERS,
+    Gradients,
+    as_number,
+    as_threshold,
+    by_device,
+    mark_written,
+    naming,
+    writable,
+)
+
+__all__ = ["begin_unscaling", "measured", "parameters_of", "unscale_and_clip_"]
+
+
+def unscale_and_clip_(
+    scaler: GradScaler, optimizer: torch.optim.Optimizer, max_norm: float, norm_type: float = 2.0
+) -> Tensor:
+    """Unscale an optimizer's gradients and clip them, in one pass to measure and one to write.
+
+    Does what ``scaler.unscale_(optimizer)`` and ``clip_grad_norm_`` of its parameters do, and leaves the
+    scaler in the same state: ``scaler.step(optimizer)`` follows, and skips the step if an infinity or a NaN
+    was found. Then, unlike there, the gradients are left as they were, still scaled. Memory is read twice
+    and written once, instead of read three times and written twice.
+
+    Args:
+        scaler: If it is disabled, this is :func:`clip_grad_norm_`.
+        optimizer: Its gradients hold ``scaler.get_scale()`` times the gradients. On a GPU the scale is read
+            by the host, which waits for it.
+        max_norm: As for :func:`clip_grad_norm_`.
+        norm_type: As for :func:`clip_grad_norm_`.
+
+    Returns:
+        The norm of the unscaled gradients before clipping, as :func:`clip_grad_norm_` returns it.
+
+    Raises:
+        RuntimeError: The gradients were unscaled before, or the optimizer has stepped, since the last
+            ``scaler.update()``: as ``scaler.unscale_`` says.
+        ValueError: A gradient is float16, which a scaler does not unscale; or as :func:`clip_grad_norm_`.
+        TypeError: As for :func:`clip_grad_norm_`.
+
+    Example:
+        >>> import torch, gradclip.torch
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> optimizer = torch.optim.SGD([weight], lr=1.0)
+        >>> scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        >>> scaler.scale((weight * torch.tensor([3.0, 4.0])).sum()).backward()
+        >>> gradclip.torch.unscale_and_clip_(scaler, optimizer, max_norm=1.0)
+        tensor(5.)
+        >>> weight.grad
+        tensor([0.6000, 0.8000])
+        >>> scaler.step(optimizer)
+        >>> scaler.update()
+    """
+    parameters = parameters_of(optimizer)
+    order, limit = as_number(norm_type, "norm_type"), as_threshold(max_norm, "max_norm")
+    if not scaler.is_enabled():
+        return clip_gradients_([p.grad for p in parameters], limit, order, False)
+    state = begin_unscaling(scaler, optimizer, "unscale_and_clip_")
+    grads = _gradients(parameters)
+
+    def at_once(grads: Gradients) -> Tensor:
+        read = engine_of(grads)[0].read(grads)
+        result = finish(read.clip(limit, order, None, scaler.get_scale(), "skip", None, EPSILON))
+        mark_written(grads)
+        return measured(state, grads, result.total_norm, read.has_float64)
+
+    try:
+        return at_once(grads)
+    except (TypeError, ValueError):
+        plain = writable(grads, PARAMETERS)
+    lists = by_device(plain)
+    with naming(PARAMETERS):
+        if order > 0 and len(lists) <= 1:
+            return at_once(plain)
+        for device_grads in lists.values():
+            engine_of(device_grads)[0].read(device_grads).require_writable()
+    scaler.unscale_(optimizer)
+    return clip_gradients_(grads, limit, order, False)
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for options in optimizer.param_groups for parameter in options["params"]]
+
+
+def begin_unscaling(scaler: GradScaler, optimizer: torch.optim.Optimizer, name: str) -> dict[str, Any]:
+    """The scaler's record of the optimizer, after the checks of ``GradScaler.unscale_``."""
+    scaler._check_scale_growth_tracker(name)
+    state: dict[str, Any] = scaler._per_optimizer_states[id(optimizer)]
+    if state["stage"] is OptState.UNSCALED:
+        raise RuntimeError("unscale_() has already been called on this optimizer since the last update().")
+    if state["stage"] is OptState.STEPPED:
+        raise RuntimeError("unscale_() is being called after step().")
+    return state
+
+
+def measured(state: dict[str, Any], grads: Gradients, total: Any, has_float64: bool) -> Tensor:
+    """Note in the scaler's record what ``unscale_`` would have found; and the norm as PyTorch returns it."""
+    total = torch.as_tensor(total, dtype=torch.float64)
+    devices = {grad.device for grad in grads if grad is not None}
+    found_inf = (~total.isfinite()).to(torch.float32)
+    state["found_inf_per_device"] = {device: found_inf.to(device) for device in devices}
+    state["stage"] = OptState.UNSCALED
+    rounded: Tensor = total.to(torch.float64 if has_float64 else torch.float32)
+    return rounded
+
+
+def _gradients(parameters: list[Tensor]) -> list[Tensor | None]:
+    grads = [parameter.grad for parameter in parameters]
+    for i, grad in enumerate(grads):
+        if grad is not None and grad.dtype is torch.float16:
+            raise ValueError(
+                f"parameters[{i}].grad: expected a gradient to unscale, of a wider dtype, got float16 "
+                "(Attempting to unscale FP16 gradients.)"
+            )
+    return grads

@@ -1,0 +1,101 @@
+"""Clipping that happens inside of a fused optimizer's step: it divides gradients by a scale as it reads
+them, which is there for mixed precision."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
+
+from gradclip.torch._amp import begin_unscaling, measured, parameters_of
+from gradclip.torch._functional import EPSILON, total_norm_of
+from gradclip.torch._gradients import PARAMETERS, as_threshold
+
+__all__ = ["defer_clip_"]
+
+
+def defer_clip_(
+    optimizer: torch.optim.Optimizer,
+    max_norm: float,
+    norm_type: float = 2.0,
+    scaler: GradScaler | None = None,
+) -> Tensor:
+    """Measure an optimizer's gradients now, and let its next step clip them.
+
+    The step of a fused optimizer divides the gradients by ``optimizer.grad_scale`` as it reads them. That is
+    set here to ``(norm + 1e-6) / max_norm`` for one step, where it is above 1: no pass over memory is made
+    for clipping alone. The step itself writes the divided gradients back.
+
+    Division by a float32 in place of a multiplication by the coefficient rounds otherwise: parameters can
+    differ from those after :func:`clip_grad_norm_` in their last bits. For bits that are the same with and
+    without, use that.
+
+    Args:
+        optimizer: One of PyTorch's own with ``fused=True`` (Adam, AdamW, SGD, Adagrad); all gradients on one
+            device.
+        max_norm: Positive.
+        norm_type: As for :func:`clip_grad_norm_`.
+        scaler: That of mixed precision: unscaling is deferred too, and ``scaler.step(optimizer)`` is to
+            follow instead of ``optimizer.step()``. On a GPU the host waits for its scale.
+
+    Returns:
+        The norm of the (unscaled) gradients, as :func:`clip_grad_norm_` returns it. The gradients are not
+        clipped before the step.
+
+    Raises:
+        ValueError: The optimizer is not fused; ``max_norm`` is not positive; gradients are on several
+            devices; another scale waits for the step already.
+        TypeError: As for :func:`clip_grad_norm_`.
+        RuntimeError: As for :func:`unscale_and_clip_`, with a scaler.
+
+    Example:
+        >>> import torch, gradclip.torch
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> optimizer = torch.optim.SGD([weight], lr=1.0, fused=True)
+        >>> weight.grad = torch.tensor([3.0, 4.0])
+        >>> gradclip.torch.defer_clip_(optimizer, max_norm=1.0)
+        tensor(5.)
+        >>> optimizer.step()
+        >>> weight
+        Parameter containing:
+        tensor([-0.6000, -0.8000], requires_grad=True)
+    """
+    limit = as_threshold(max_norm, "max_norm")
+    if limit == 0:
+        raise ValueError(f"max_norm: expected a positive number, got {max_norm!r}")
+    steps: Any = optimizer
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        raise ValueError(
+            "optimizer: expected one of PyTorch's with fused=True, whose step takes a scale, got "
+            f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+        )
+    if getattr(optimizer, "grad_scale", None) is not None:
+        raise ValueError("optimizer: expected no grad_scale, got one that waits for the next step")
+    grads = [parameter.grad for parameter in parameters_of(optimizer)]
+    devices = {grad.device for grad in grads if grad is not None}
+    if len(devices) > 1:
+        raise ValueError(f"optimizer: expected gradients on one device, got {sorted(map(str, devices))}")
+    enabled = scaler is not None and scaler.is_enabled()
+    state = begin_unscaling(scaler, optimizer, "defer_clip_") if scaler is not None and enabled else None
+    total, dtype = total_norm_of(grads, norm_type, False, PARAMETERS)
+    scale = scaler.get_scale() if scaler is not None and enabled else 1.0
+    total = total / scale
+    divisor = torch.full_like(total, scale)
+    if math.isfinite(limit):
+        divisor *= ((total + EPSILON) / limit).clamp(min=1.0)  # which lets a NaN through
+    if state is not None:
+        steps.grad_scale = divisor.to(torch.float32)  # scaler.step takes it away
+        return measured(state, grads, total, dtype is torch.float64)
+    if not divisor.is_cuda and divisor.item() == 1.0:
+        return total.to(dtype)
+    steps.grad_scale = divisor.to(torch.float32)
+
+    def take_away(*_: object) -> None:
+        del steps.grad_scale
+        hook.remove()
+
+    hook = optimizer.register_step_post_hook(take_away)
+    return total.to(dtype)

@@ -1,0 +1,197 @@
+"""Clipping a model: parameters by name, layers by module, a threshold for each parameter group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, SupportsFloat, TypeAlias
+
+import torch
+from torch import Tensor
+
+from gradclip._api import NonFinite, Reduce
+from gradclip._dispatch import engine_of
+from gradclip._result import ClipResult, finish, with_group_names
+from gradclip.torch._gradients import mark_written, writable
+
+__all__ = ["clip_module_", "clip_param_groups_"]
+
+ModuleGroups: TypeAlias = Literal["tensor", "module"] | int | Sequence[str] | None
+
+
+def clip_module_(
+    module: torch.nn.Module | Iterable[tuple[str, Tensor]],
+    max_norm: SupportsFloat | Sequence[float],
+    *,
+    ord: float = 2,
+    groups: ModuleGroups = None,
+    grad_scale: float = 1.0,
+    nonfinite: NonFinite = "raise",
+    reduce: Reduce | None = None,
+) -> ClipResult:
+    """Clip the gradients of a module in place, and tell every parameter's norm by its name.
+
+    :func:`gradclip.clip_by_global_norm_` for the gradients of a module, with its formula: the coefficient
+    is ``max_norm / norm``, without PyTorch's 1e-6. A parameter that the module has under two names is
+    clipped once, under the first.
+
+    Args:
+        module: A module, or what its ``named_parameters()`` yields. All gradients on one device.
+        max_norm: The threshold, positive; with ``groups``, also one per group, in the order in which the
+            groups first appear. On a GPU also a tensor there.
+        ord: As for :func:`gradclip.tensor_norms`.
+        groups: Parameters that share one norm. ``None``: all. ``"tensor"``: each its own. ``"module"``:
+            those of one submodule, ``h.0.attn.weight`` and ``h.0.attn.bias``. A depth: those whose names
+            begin with the same so many parts; at 2, ``h.0.attn.weight`` and ``h.0.mlp.bias``. Or a name of
+            a group for each parameter.
+        grad_scale: As for :func:`gradclip.clip_by_global_norm_`.
+        nonfinite: As for :func:`gradclip.clip_by_global_norm_`.
+        reduce: As for :func:`gradclip.clip_by_global_norm_`.
+
+    Returns:
+        The norms, by name in ``named_norms()``, and those of groups in ``named_group_norms()``.
+
+    Raises:
+        TypeError: A gradient is of a kind that cannot be clipped; it is named. ``groups`` is of the wrong
+            kind.
+        ValueError: As for :func:`gradclip.clip_by_global_norm_`; a depth is not positive.
+        NonFiniteGradientError: As for :func:`gradclip.clip_by_global_norm_`.
+
+    Example:
+        >>> import torch, gradclip.torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1))
+        >>> for parameter, value in zip(model.parameters(), [3.0, 4.0, 12.0, 0.0]):
+        ...     parameter.grad = torch.full_like(parameter, value)
+        >>> result = gradclip.torch.clip_module_(model, 6.0, groups="module")
+        >>> result.named_group_norms()
+        {'0': 5.0, '1': 12.0}
+        >>> result.named_norms()
+        {'0.weight': 3.0, '0.bias': 4.0, '1.weight': 12.0, '1.bias': 0.0}
+        >>> [parameter.grad.item() for parameter in model.parameters()]
+        [3.0, 4.0, 6.0, 0.0]
+    """
+    named = module.named_parameters() if isinstance(module, torch.nn.Module) else module
+    parameters: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, parameter in named:
+        if id(parameter) not in seen:
+            parameters[name] = parameter
+        seen.add(id(parameter))
+    return _clip(parameters, _groups(groups, list(parameters)), max_norm, ord, grad_scale, nonfinite, reduce)
+
+
+def clip_param_groups_(
+    optimizer: torch.optim.Optimizer,
+    max_norms: Sequence[float] | None = None,
+    *,
+    ord: float = 2,
+    grad_scale: float = 1.0,
+    nonfinite: NonFinite = "raise",
+) -> ClipResult:
+    """Clip the gradients of every parameter group of an optimizer by its own norm and threshold.
+
+    One pass over all of them: if one group cannot be clipped, none is written.
+
+    Args:
+        optimizer: Its ``param_groups`` are the groups; all gradients on one device.
+        max_norms: One threshold per parameter group, ``inf`` to leave one alone. ``None``: the option
+            ``"max_norm"`` of each parameter group; those without it are left alone.
+        ord: As for :func:`gradclip.tensor_norms`.
+        grad_scale: As for :func:`gradclip.clip_by_global_norm_`.
+        nonfinite: As for :func:`gradclip.clip_by_global_norm_`.
+
+    Returns:
+        As :func:`clip_module_`. Groups are named ``"0"``, ``"1"``, …; parameters as the optimizer names
+        them, else ``"param_groups[0].params[3]"``.
+
+    Raises:
+        TypeError: As for :func:`clip_module_`.
+        ValueError: As for :func:`clip_module_`; there is not one threshold for each group.
+        NonFiniteGradientError: As for :func:`clip_module_`.
+
+    Example:
+        >>> import torch, gradclip.torch
+        >>> weight, bias = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
+        >>> options = [{"params": [weight], "max_norm": 1.0}, {"params": [bias]}]
+        >>> optimizer = torch.optim.SGD(options, lr=0.1)
+        >>> weight.grad, bias.grad = torch.tensor([4.0]), torch.tensor([4.0])
+        >>> gradclip.torch.clip_param_groups_(optimizer).coefficient
+        array([0.25, 1.  ])
+    """
+    groups = optimizer.param_groups
+    everything = [(g, i, p) for g, options in enumerate(groups) for i, p in enumerate(options["params"])]
+    names = [name for options in groups for name in options.get("param_names", ())]
+    if len(set(names)) != len(everything):
+        names = [f"param_groups[{g}].params[{i}]" for g, i, _ in everything]
+    parameters = {name: p for name, (_, _, p) in zip(names, everything, strict=True)}
+    group_of = [str(g) for g, _, _ in everything]
+    if max_norms is None:
+        max_norms = [options.get("max_norm", float("inf")) for options in groups]
+    elif len(max_norms) != len(groups):
+        raise ValueError(
+            f"max_norms: expected one for each of the {len(groups)} parameter groups, got {len(max_norms)}"
+        )
+    return _clip(parameters, group_of, max_norms, ord, grad_scale, nonfinite, None)
+
+
+def _groups(groups: ModuleGroups, names: Sequence[str]) -> Sequence[str] | None:
+    """The name of every parameter's group; ``None`` where all share one."""
+    if groups is None:
+        return None
+    if isinstance(groups, str):
+        if groups == "tensor":
+            return names
+        if groups == "module":
+            return [name.rpartition(".")[0] for name in names]
+        raise ValueError(f"groups: expected None, 'tensor', 'module', a depth or names, got {groups!r}")
+    if isinstance(groups, int) and not isinstance(groups, bool):
+        if groups < 1:
+            raise ValueError(f"groups: expected a depth of at least 1, got {groups}")
+        return [".".join(name.split(".")[:groups]) for name in names]
+    if isinstance(groups, Sequence) and all(isinstance(group, str) for group in groups):
+        if len(groups) != len(names):
+            raise ValueError(
+                f"groups: expected a name for each of the {len(names)} parameters, got {len(groups)}"
+            )
+        return groups
+    raise TypeError(f"groups: expected None, 'tensor', 'module', a depth or names, got {groups!r}")
+
+
+def _clip(
+    parameters: dict[str, Tensor],
+    group_of: Sequence[str] | None,
+    max_norm: Any,
+    ord: float,
+    grad_scale: float,
+    nonfinite: NonFinite,
+    reduce: Reduce | None,
+) -> ClipResult:
+    names = list(parameters)
+    grads = [_grad(parameter, name) for name, parameter in parameters.items()]
+    group_names = None if group_of is None else tuple(dict.fromkeys(group_of))
+    labels = None
+    if group_of is not None and group_names is not None:
+        label = {group: i for i, group in enumerate(group_names)}
+        labels = [label[group] for group in group_of]
+    device = next((grad.device for grad in grads if grad is not None), None)
+    if device is not None and device.type == "cuda" and isinstance(max_norm, Sequence):
+        max_norm = torch.tensor(max_norm, dtype=torch.float64, device=device)
+
+    def clip(grads: Sequence[Tensor | None]) -> ClipResult:
+        named = dict(zip(names, grads, strict=True))
+        arguments = (named, max_norm, ord, labels, grad_scale, nonfinite, reduce)
+        return finish(engine_of(named)[0].clip(*arguments))
+
+    try:
+        result = clip(grads)
+    except (TypeError, ValueError):  # something among them needs a second look
+        result = clip(writable(grads, [f"{name}.grad" for name in names]))
+    if result.clipped is not False or grad_scale != 1:  # a GPU does not tell
+        mark_written(grads)
+    return with_group_names(result, group_names)
+
+
+def _grad(parameter: object, name: str) -> Tensor | None:
+    if not isinstance(parameter, Tensor):
+        got = f"{type(parameter).__module__}.{type(parameter).__qualname__}"
+        raise TypeError(f"{name}: expected a torch.Tensor, got {got}")
+    return parameter.grad
