@@ -6,19 +6,29 @@ import doctest
 import importlib
 import inspect
 import pkgutil
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 import gradclip
+import gradclip.torch
 
 _FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+_DOCS = Path(__file__).resolve().parent.parent / "docs"
 # Where the code is; the compiled module and the command lines have no examples.
-_MODULES = ["gradclip"] + [
-    f"gradclip.{module.name}"
-    for module in pkgutil.iter_modules(gradclip.__path__)
-    if not module.ispkg and module.name not in ("_core", "__main__")
+_MODULES = [
+    package.__name__ + "." + module.name
+    for package in (gradclip, gradclip.torch)
+    for module in pkgutil.iter_modules(package.__path__)
+    if not module.ispkg and not module.name.startswith(("_core", "_cuda", "__main__"))
 ]
-_PUBLIC = sorted(name for name in gradclip.__all__ if callable(getattr(gradclip, name)))
+_PUBLIC = [
+    pytest.param(getattr(package, name), id=f"{package.__name__}.{name}")
+    for package in (gradclip, gradclip.torch)
+    for name in sorted(package.__all__)
+    if callable(getattr(package, name))
+]
 
 
 @pytest.mark.parametrize("module", _MODULES)
@@ -27,18 +37,24 @@ def test_examples(module: str) -> None:
     assert failed == 0
 
 
+@pytest.mark.parametrize("page", ["torch.md"])
+def test_examples_of_the_documentation(page: str) -> None:
+    failed, attempted = doctest.testfile(str(_DOCS / page), module_relative=False, optionflags=_FLAGS)
+    assert failed == 0
+    assert attempted > 0
+
+
 def test_examples_are_found() -> None:
     finder = doctest.DocTestFinder()
     found = [test for module in _MODULES for test in finder.find(importlib.import_module(module))]
     assert sum(len(test.examples) for test in found) > 30
 
 
-@pytest.mark.parametrize("name", _PUBLIC)
-def test_everything_public_has_a_docstring(name: str) -> None:
-    thing = getattr(gradclip, name)
+@pytest.mark.parametrize("thing", _PUBLIC)
+def test_everything_public_has_a_docstring(thing: Any) -> None:
     text = inspect.getdoc(thing)
     assert text
     assert text[0].isupper()
     parameters = [] if inspect.isclass(thing) else list(inspect.signature(thing).parameters)
     for parameter in parameters:
-        assert f"{parameter}:" in text, f"{name} does not describe {parameter}"
+        assert f"{parameter}:" in text, f"{thing.__name__} does not describe {parameter}"

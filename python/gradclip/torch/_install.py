@@ -95,7 +95,7 @@ def uninstall() -> None:
 
 @contextmanager
 def patched() -> Iterator[Stats]:
-    """:func:`install` for a ``with`` block; what was installed before stays so.
+    """Install the reroute for a ``with`` block; what was installed before stays so.
 
     Yields:
         The counts, as of :func:`stats`.
@@ -126,7 +126,7 @@ def _cell_of(name: str) -> CellType:
     names = getattr(getattr(function, "__code__", None), "co_freevars", ())
     if "func" not in names:
         raise RuntimeError(
-            f"torch.nn.utils.{name}: expected a function wrapped by _no_grad, as of PyTorch 2.6 to 2.13, "
+            f"torch.nn.utils.{name}: expected a function wrapped by _no_grad, as of PyTorch 2.13, "
             f"got another one in {torch.__version__}"
         )
     cell: CellType = function.__closure__[names.index("func")]
