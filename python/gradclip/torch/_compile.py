@@ -27,7 +27,9 @@ def _(grads: Sequence[Tensor], max_norm: float, norm_type: float, error_if_nonfi
     return torch.empty((), dtype=norm_dtype(grads), device=grads[0].device)
 
 
-def clip_grad_norm_(grads: Gradients, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> Tensor:
+def clip_grad_norm_(
+    grads: Gradients, max_norm: float | Tensor, norm_type: float, error_if_nonfinite: bool
+) -> Tensor:
     """As the drop-in; an operator takes no list without tensors, and no ``None`` in it."""
     present = [grad for grad in grads if grad is not None]
     if not present:
