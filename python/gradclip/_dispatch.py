@@ -112,7 +112,9 @@ def _is_array(value: object) -> bool:
 
 def is_on_cuda(array: Any) -> bool:
     """Whether an array lies on a CUDA device, as far as it says so."""
-    cupy = sys.modules.get("cupy")
+    torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
+    if torch is not None and type(array) is getattr(torch, "Tensor", None):
+        return bool(array.is_cuda)  # a tenth of the time of what follows
     if cupy is not None and isinstance(array, cupy.ndarray):
         return True
     if not hasattr(array, "__dlpack_device__"):
