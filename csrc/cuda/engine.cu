@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <mutex>
 
 #include "cuda/engine.hpp"
 #include "cuda/kernels.cuh"
@@ -50,7 +51,8 @@ struct List::State {
   Scratch scratch{};
   Workspace* workspace = nullptr;
   bool is_kept = false;
-  Stream stream = nullptr;  // of a list that is not kept
+  std::mutex turn;          // of a list that is kept
+  Stream stream = nullptr;  // of a list that is not
 
   State() = default;
   State(const State&) = delete;
@@ -71,6 +73,16 @@ struct List::State {
   void read(std::span<const Span> spans, const Groups& groups_wanted);
   void place(Stream on);
 
+  // Launches that use work memory, behind the last ones that did, whichever stream those were on.
+  template <class Launches>
+  void in_turn(Stream on, Launches launches) {
+    if (!is_kept) return launches();
+    const std::scoped_lock lock(turn);
+    if (is_capturing(on)) return launches();  // what a graph does when it runs, its owner orders
+    workspace->let_wait(on);
+    launches();
+    workspace->mark_end(on);
+  }
   template <class Arguments>
   void launch_over(void (*kernel)(InMemory<Arguments>), void (*short_kernel)(InArgument<Arguments>),
                    std::size_t shared_bytes, const Arguments& arguments, Stream on) const {
@@ -200,21 +212,23 @@ List::~List() = default;
 ResultLayout List::layout() const { return {state_->tensors, state_->groups}; }
 
 void List::measure(const Request& request, std::byte* result, Stream stream) {
-  const State& s = *state_;
+  State& s = *state_;
   MeasureArguments arguments{
       s.table, s.scratch, ResultPointers(layout(), result), request, s.grouping, false, nullptr};
-  switch (request.order.kind) {
-    case NormOrder::two: return s.launch_measure<Measure::squares>(arguments, stream);
-    case NormOrder::infinity: return s.launch_measure<Measure::largest>(arguments, stream);
-    case NormOrder::one:
-      if (!s.any_complex) return s.launch_measure<Measure::magnitudes>(arguments, stream);
-      [[fallthrough]];
-    case NormOrder::other:
-      arguments.units_pass = true;
-      s.launch_measure<Measure::largest>(arguments, stream);
-      arguments.units_pass = false;
-      s.launch_measure<Measure::powers>(arguments, stream);
-  }
+  s.in_turn(stream, [&] {
+    switch (request.order.kind) {
+      case NormOrder::two: return s.launch_measure<Measure::squares>(arguments, stream);
+      case NormOrder::infinity: return s.launch_measure<Measure::largest>(arguments, stream);
+      case NormOrder::one:
+        if (!s.any_complex) return s.launch_measure<Measure::magnitudes>(arguments, stream);
+        [[fallthrough]];
+      case NormOrder::other:
+        arguments.units_pass = true;
+        s.launch_measure<Measure::largest>(arguments, stream);
+        arguments.units_pass = false;
+        s.launch_measure<Measure::powers>(arguments, stream);
+    }
+  });
 }
 
 void List::decide(const Request& request, const double* sums, std::byte* result, Stream stream) {
@@ -239,11 +253,13 @@ void List::scale(double factor, Stream stream) {
 }
 
 void List::clip_by_value(double limit, std::byte* result, Stream stream) {
-  const State& s = *state_;
-  state_->launch_over(
-      clip_by_value_kernel<InMemory<ValueClipArguments>>,
-      clip_by_value_kernel<InArgument<ValueClipArguments>>, sizeof(CombineShared<Largest>),
-      ValueClipArguments{s.table, s.scratch, ResultPointers(layout(), result), limit}, stream);
+  State& s = *state_;
+  const ValueClipArguments arguments{s.table, s.scratch, ResultPointers(layout(), result), limit};
+  s.in_turn(stream, [&] {
+    s.launch_over(clip_by_value_kernel<InMemory<ValueClipArguments>>,
+                  clip_by_value_kernel<InArgument<ValueClipArguments>>,
+                  sizeof(CombineShared<Largest>), arguments, stream);
+  });
 }
 
 void List::count_nonfinite(std::int64_t* counts, Stream stream) {

@@ -71,8 +71,8 @@ class List {
   // For one call on `stream` of `device`, the current device: tables that do not fit into a kernel
   // argument are copied from pinned memory. Destroy it once the call's work is enqueued.
   List(std::span<const Span> spans, const Groups& groups, int device, Stream stream);
-  // For many calls: everything is copied now (this waits), and nothing afterwards. Calls on several
-  // streams must not overlap.
+  // For many calls, on any streams and threads: everything is copied now (this waits), and nothing
+  // afterwards. Calls take turns on the device, for they share work memory; captured ones do not.
   List(std::span<const Span> spans, const Groups& groups, int device);
   List(List&&) noexcept;
   ~List();

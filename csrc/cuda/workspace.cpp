@@ -55,6 +55,10 @@ void Workspace::mark_end(cudaStream_t stream) {
   check(cudaEventRecord(end_, stream), "cudaEventRecord");
 }
 
+void Workspace::let_wait(cudaStream_t stream) const {
+  if (end_) check(cudaStreamWaitEvent(stream, end_, 0), "cudaStreamWaitEvent");
+}
+
 bool Workspace::is_idle() const { return !end_ || cudaEventQuery(end_) == cudaSuccess; }
 
 void Workspace::wait_until_idle() const {

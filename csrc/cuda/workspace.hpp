@@ -27,6 +27,8 @@ class Workspace {
 
   // The end of a call's work, and whether the device has come to it.
   void mark_end(cudaStream_t stream);
+  // `stream` will not go on before.
+  void let_wait(cudaStream_t stream) const;
   bool is_idle() const;
   void wait_until_idle() const;
 

@@ -21,7 +21,8 @@ class Plan:
     again. The plan keeps the arrays alive. It sees whatever their memory holds at each call; an array
     that is replaced by another (instead of being written in place) needs a new plan. The memory must
     not go away under it: no ``resize_`` of a tensor or of its storage, no ``ndarray.resize`` with
-    ``refcheck=False``.
+    ``refcheck=False``. On a GPU a CUDA graph that captured calls of a plan uses the plan's memory whenever it
+    runs: keep the plan, and let no other call or graph of it run at the same time.
 
     Args:
         grads: As for :func:`tensor_norms`.

@@ -5,8 +5,13 @@
 
 namespace simt {
 
+namespace {
+std::size_t waits_with_gil = 0;
+}
+
 void add_emulator(pybind11::module_& m) {
   namespace py = pybind11;
+  machine().on_host_wait = [] { waits_with_gil += PyGILState_Check() != 0; };
   m.def(
       "set_machine",
       [](int multiprocessors, bool is_capturing, unsigned seed, unsigned blocks_at_once) {
@@ -32,6 +37,9 @@ void add_emulator(pybind11::module_& m) {
     const Counters& all = counters();
     return py::make_tuple(all.launches, all.allocations, all.copies, all.waits);
   });
+  // How often the host might have waited for the device with the GIL in its hands. What the device is at
+  // may need the GIL to end: a callback on a stream.
+  m.def("waits_with_gil", [] { return waits_with_gil; });
   // (waiting stream, stream that it waits for), in the order in which it was asked for.
   m.def("stream_waits", [] {
     std::vector<std::pair<std::uintptr_t, std::uintptr_t>> waits;

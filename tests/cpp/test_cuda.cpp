@@ -393,6 +393,36 @@ TEST_CASE("a threshold on the device that is not positive writes nothing and say
     }
 }
 
+TEST_CASE("calls of a kept list take turns on the device, whatever their streams") {
+  set(kSettings[2]);
+  List list;
+  list.emplace_back(DType::float32, 100'000);
+  list[0].fill(1, 1.0);
+  cuda::List gpu(spans_of(list), {}, 0);
+  std::vector<double> memory(gpu.layout().bytes() / 8);
+  auto* const result = reinterpret_cast<std::byte*>(memory.data());
+  auto* const first = reinterpret_cast<cuda::Stream>(std::uintptr_t{16});
+  auto* const second = reinterpret_cast<cuda::Stream>(std::uintptr_t{32});
+  auto& waits = simt::machine().waits;
+  using Waits = std::vector<std::pair<cuda::Stream, cuda::Stream>>;
+  waits.clear();
+  gpu.measure({}, result, first);
+  gpu.change(1.0, result, first);
+  CHECK(waits.empty());
+  gpu.clip_by_value(1.0, result, second);
+  CHECK(waits == Waits{{second, first}});
+  gpu.measure({.order = {NormOrder::other, 3.0}}, result, first);
+  CHECK(waits == Waits{{second, first}, {first, second}});
+  gpu.measure({}, result, first);
+  CHECK(waits.size() == 2);
+  // What is captured must not wait for what is not.
+  simt::machine().is_capturing = true;
+  gpu.measure({}, result, second);
+  CHECK(waits.size() == 2);
+  simt::machine().is_capturing = false;
+  waits.clear();
+}
+
 TEST_CASE("launches, copies and allocations of a call") {
   set(kSettings[1]);
   List list;

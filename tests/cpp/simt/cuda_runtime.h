@@ -66,7 +66,8 @@ enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorMemoryAllocation = 2,
   cudaErrorInsufficientDriver = 35,
-  cudaErrorNoDevice = 100
+  cudaErrorNoDevice = 100,
+  cudaErrorInvalidDevice = 101
 };
 inline const char* cudaGetErrorName(cudaError_t) { return "cudaError"; }
 inline const char* cudaGetErrorString(cudaError_t) { return "an error"; }
@@ -92,10 +93,19 @@ struct Machine {
   };
   std::map<std::uintptr_t, Memory> memory;  // by first address, to the next one; else of device 0
   std::vector<std::pair<cudaStream_t, cudaStream_t>> waits;  // (waiting, before), in order
+  void (*on_host_wait)() = nullptr;  // called where a GPU could make the host wait
 };
 inline Machine& machine() {
   static Machine machine;
   return machine;
+}
+inline void host_waits() {
+  if (machine().on_host_wait) machine().on_host_wait();
+}
+inline Machine::Memory kind_of(const void* pointer) {
+  const auto& memory = machine().memory;
+  const auto after = memory.upper_bound(reinterpret_cast<std::uintptr_t>(pointer));
+  return after == memory.begin() ? Machine::Memory{0, false} : std::prev(after)->second;
 }
 }  // namespace simt
 
@@ -110,6 +120,7 @@ inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
 inline cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
 inline cudaError_t cudaEventSynchronize(cudaEvent_t) {
   ++simt::counters().waits;
+  simt::host_waits();
   return cudaSuccess;
 }
 inline cudaError_t cudaEventDestroy(cudaEvent_t event) {
@@ -117,16 +128,20 @@ inline cudaError_t cudaEventDestroy(cudaEvent_t event) {
   return cudaSuccess;
 }
 inline cudaError_t cudaStreamWaitEvent(cudaStream_t waiting, cudaEvent_t event, unsigned) {
-  simt::machine().waits.emplace_back(waiting, event->recorded_on);
+  // A stream is in order with itself.
+  if (waiting != event->recorded_on)
+    simt::machine().waits.emplace_back(waiting, event->recorded_on);
   return cudaSuccess;
 }
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-  *status = simt::machine().is_capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  *status =
+      simt::machine().is_capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
   ++simt::counters().waits;
+  simt::host_waits();
   return cudaSuccess;
 }
 
@@ -139,6 +154,7 @@ inline cudaError_t cudaMalloc(void** memory, std::size_t bytes) {
   return cudaSuccess;
 }
 inline cudaError_t cudaFree(void* memory) {
+  if (memory) simt::host_waits();
   std::free(memory);
   return cudaSuccess;
 }
@@ -147,8 +163,13 @@ inline cudaError_t cudaMallocHost(void** memory, std::size_t bytes) {
 }
 inline cudaError_t cudaFreeHost(void* memory) { return cudaFree(memory); }
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2 };
-inline cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind,
-                                   cudaStream_t) {
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes,
+                                   cudaMemcpyKind kind, cudaStream_t stream) {
+  // The default stream is the current device's: of another one's work it knows nothing. (CUDA copies,
+  // too early.)
+  if (kind == cudaMemcpyDeviceToHost && !stream &&
+      simt::kind_of(from).device != simt::machine().current_device)
+    return cudaErrorInvalidDevice;
   ++simt::counters().copies;
   std::memcpy(to, from, bytes);
   return cudaSuccess;
@@ -201,10 +222,7 @@ struct cudaPointerAttributes {
 };
 inline cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes,
                                             const void* pointer) {
-  const auto& memory = simt::machine().memory;
-  const auto after = memory.upper_bound(reinterpret_cast<std::uintptr_t>(pointer));
-  simt::Machine::Memory kind{0, false};
-  if (after != memory.begin()) kind = std::prev(after)->second;
+  const simt::Machine::Memory kind = simt::kind_of(pointer);
   *attributes = {kind.device < 0 ? cudaMemoryTypeUnregistered
                  : kind.managed  ? cudaMemoryTypeManaged
                                  : cudaMemoryTypeDevice,

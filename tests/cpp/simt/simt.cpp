@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <exception>
 #include <memory>
+#include <mutex>
 #include <random>
 #include <string>
 #include <vector>
@@ -217,6 +218,8 @@ void run_grid(dim3 grid_dim, dim3 block_dim, std::size_t shared_bytes,
               const std::function<void()>& body) {
   if (block_dim.x == 0 || block_dim.x % 32 != 0 || block_dim.x > 1024 || grid_dim.x == 0)
     throw Error("launch: expected a grid and blocks of 32 to 1024 threads");
+  static std::mutex one_grid_at_a_time;
+  const std::scoped_lock lock(one_grid_at_a_time);
   ++counters().launches;
   Grid here{grid_dim, block_dim, &body, nullptr};
   grid = &here;
