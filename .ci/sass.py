@@ -2,7 +2,7 @@
 
 Every kernel for sm_90 has no stack, no local memory, no spills, and few enough registers for the blocks
 that shall be resident at once. The hot loops of every dtype read (and write) 16 bytes a thread at a time,
-several before the first is used.
+several before the first is used. What a kernel writes it does not read through the read-only cache.
 
     python .ci/sass.py FILE      # an object file, a library, or the module
 """
@@ -23,14 +23,19 @@ REGISTERS = 65536  # of a multiprocessor
 BLOCKS = 3
 BLOCKS_OF_LARGE_KERNELS = 2
 LARGE_KERNELS = ("measure_kernelILNS0_7MeasureE3", "clip_by_value_kernel")
+WRITING_KERNELS = ("change_kernel", "clip_by_value_kernel", "probe_read_write_kernel")
 KERNELS = 19
-# Kernel, and what a hot loop of it holds at least.
-HOT_LOOPS = {
-    "measure_kernelILNS0_7MeasureE0": {"LDG.E.128": 8, "SHFL": 32},  # squares
-    "measure_kernelILNS0_7MeasureE1": {"LDG.E.128": 8, "SHFL": 32},  # magnitudes
-    "measure_kernelILNS0_7MeasureE2": {"LDG.E.128": 8},  # largest
-    "change_kernel": {"LDG.E.128": 4, "STG.E.128": 4},
-}
+# Kernel, how many hot loops it has at least, and what each of them holds at least. nvcc unrolls loops over
+# what is left of a tile into such loops too: fewer than today mean that some dtype has lost its own.
+HOT_LOOPS = (
+    ("measure_kernelILNS0_7MeasureE0", DTYPES, {"LDG.E.128": 8, "SHFL": 32}),  # squares
+    ("measure_kernelILNS0_7MeasureE1", DTYPES, {"LDG.E.128": 8, "SHFL": 32}),  # magnitudes
+    ("measure_kernelILNS0_7MeasureE2", DTYPES, {"LDG.E.128": 8}),  # largest
+    ("change_kernel", 10, {"LDG.E.128": 4, "STG.E.128": 4}),  # by a float or a double; what is left of some
+    ("change_kernel", DTYPES, {"STG.E.128": 16}),  # zero
+    ("clip_by_value_kernel", DTYPES, {"LDG.E.128": 8}),
+    ("clip_by_value_kernel", 6, {"LDG.E.128": 4, "STG.E.128": 4}),  # and what is left of two
+)
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]+)\*/\s+(.*?);")
 BACK = re.compile(r"BRA.*0x([0-9a-f]+)")
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
@@ -104,7 +109,11 @@ def check_loops(file: str) -> list[str]:
         local = [text for _, text in code if re.search(r"\b(LDL|STL)", text)]
         if local:
             problems.append(f"{name}: expected no access to local memory, got {local}")
-    for part, least in HOT_LOOPS.items():
+        # That cache need not see what the kernel itself writes.
+        constant = [text for _, text in code if re.search(r"\bLDG.*CONSTANT", text)]
+        if constant and any(part in name for part in WRITING_KERNELS):
+            problems.append(f"{name}: expected no read-only loads where it writes, got {constant}")
+    for part, count, least in HOT_LOOPS:
         names = [name for name in kernels if part in name]
         if len(names) != KINDS:
             problems.append(f"{part}: expected {KINDS} kernels, got {len(names)}")
@@ -114,8 +123,8 @@ def check_loops(file: str) -> list[str]:
                 for loop in inner_loops(kernels[name])
                 if all(sum(op in text for text in loop) >= n for op, n in least.items())
             ]
-            if len(hot) < DTYPES:
-                problems.append(f"{name}: expected {DTYPES} hot loops with {least}, got {len(hot)}")
+            if len(hot) < count:
+                problems.append(f"{name}: expected {count} hot loops with {least}, got {len(hot)}")
             for loop in hot:
                 narrow = [text for text in loop if re.search(r"\b(LDG|STG)(?!.*\.128)", text)]
                 if narrow:

@@ -151,8 +151,8 @@ __device__ __forceinline__ Largest clip_tile(const TensorEntry& entry, const Tab
   const TileBytes tile = bytes_of_tile(entry, index);
   std::uint64_t largest = 0;
   if (is_aligned(entry))
-    largest = largest_of_tile<kTuning.rows_in_flight>(AlignedMemory<T>{entry.data}, tile.first,
-                                                      tile.bytes, T{});
+    largest = largest_of_tile<kTuning.rows_in_flight>(AlignedMemory<T, true>{entry.data},
+                                                      tile.first, tile.bytes, T{});
   else
     largest = largest_of_tile<1>(element_memory<T>(entry, table), tile.first, tile.bytes, T{});
   const double value = value_of_pattern(entry.dtype, largest);

@@ -28,22 +28,29 @@ __device__ __forceinline__ uint4 make_vector(WordAt word_at) {
   }
 }
 
-// Dense memory that begins at a multiple of 16 bytes.
-template <class T>
+// Dense memory that begins at a multiple of 16 bytes. `kIsWritten`: by the same kernel, which the read-only
+// path of __ldg must not see: the compiler may move such a load behind the writing.
+template <class T, bool kIsWritten = false>
 struct AlignedMemory {
   static constexpr bool kIsWide = true;
   using Word = typename FloatBits<T>::Word;
   const std::byte* data;
 
-  __device__ __forceinline__ uint4 load(std::int64_t offset) const {
-    return __ldg(reinterpret_cast<const uint4*>(data + offset));
+  template <class Wide>
+  __device__ __forceinline__ Wide read(std::int64_t offset) const {
+    const auto* const at = reinterpret_cast<const Wide*>(data + offset);
+    if constexpr (kIsWritten)
+      return __ldcg(at);
+    else
+      return __ldg(at);
   }
+  __device__ __forceinline__ uint4 load(std::int64_t offset) const { return read<uint4>(offset); }
   // Elements from `bytes` on are +0.
   __device__ __forceinline__ uint4 load_part(std::int64_t offset, std::int64_t bytes) const {
     if (offset + 16 <= bytes) return load(offset);
     return make_vector<T>([&](int k) -> Word {
       const std::int64_t at = offset + k * static_cast<std::int64_t>(sizeof(T));
-      return at < bytes ? __ldg(reinterpret_cast<const Word*>(data + at)) : Word{0};
+      return at < bytes ? read<Word>(at) : Word{0};
     });
   }
 };
