@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest import mock
 
@@ -223,6 +224,23 @@ def test_results_of_a_plan_are_its_callers(device: Device) -> None:
     first = plan.clip_by_global_norm_(5.0)
     second = plan.clip_by_global_norm_(1.0)
     assert (first.to_host().total_norm, second.to_host().total_norm) == (6.0, 5.0)
+
+
+def test_a_plan_of_many_threads(emulated: EmulatedDevice) -> None:
+    host = [values("float32", n, seed=n) for n in (9, 30_000)]
+    plan = gradclip.Plan([emulated.array(array) for array in host])
+    expected = {ord: gradclip.tensor_norms(host, ord).tolist() for ord in (1, 2, 3)}
+    wrong: list[int] = []
+
+    def run(ord: int) -> None:
+        with cupy.cuda.using_allocator(emulated.allocate):  # which is a thread's own
+            for _ in range(5):
+                if emulated.host(plan.tensor_norms(ord)).tolist() != expected[ord]:
+                    wrong.append(ord)
+
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(run, expected))
+    assert wrong == []
 
 
 # --- Launches, waits and memory -----------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 
 import gradclip
 from device import EmulatedDevice, emulated_device
+from gradclip import _device
 from matrices import Array, values
 
 
@@ -111,6 +113,13 @@ def test_memory_of_no_device(emulated: EmulatedDevice) -> None:
     array = emulated.array(np.ones(1 << 20))
     emulated.cuda.set_memory(array.data.ptr, array.data.ptr + array.nbytes, -1, False)
     _refuses(emulated, array, ValueError, "expected memory on CUDA device 0, got .* on no CUDA device")
+
+
+def test_null_pointers(emulated: EmulatedDevice) -> None:
+    emulated.cuda.set_memory(0, 1 << 21, -1, False)
+    for pointer in (0, 16):
+        null = Foreign(emulated.array(np.ones(3)), data=(pointer, False))
+        _refuses(emulated, null, ValueError, "expected memory on CUDA device 0, got .* on no CUDA device")
 
 
 def test_misaligned_elements(emulated: EmulatedDevice) -> None:
@@ -237,8 +246,6 @@ def test_a_producer_that_names_no_stream_is_waited_for(emulated: EmulatedDevice)
 
 
 def test_cupys_current_stream_is_used(emulated: EmulatedDevice, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gradclip import _device  # noqa: PLC0415
-
     stream = SimpleNamespace(ptr=42)
     monkeypatch.setattr(_device.Cupy, "stream", staticmethod(lambda device: (stream.ptr, stream)))
     grads = [emulated.array(np.ones(3)), Foreign(emulated.array(np.ones(3)))]
@@ -246,12 +253,98 @@ def test_cupys_current_stream_is_used(emulated: EmulatedDevice, monkeypatch: pyt
     assert waits == [(42, 7), (7, 42)]
 
 
-def test_foreign_arrays_alone(emulated: EmulatedDevice) -> None:
-    """Results are CuPy's, the stream is the default one."""
+def test_foreign_arrays_alone(emulated: EmulatedDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results are CuPy's, and so is the stream: memory of its pool is in order with no other."""
+    monkeypatch.setattr(_device.Cupy, "stream", staticmethod(lambda device: (42, None)))
     array = values("float32", 300, seed=4)
+    theirs = emulated.array(array)
+    exporter = Exporter(np.ones(2, np.float32))
+    waits = _waits(emulated, lambda: gradclip.clip_by_global_norm_([Foreign(theirs), exporter], 1.0))
+    assert waits == [(42, 7), (7, 42)]
+    assert exporter.streams == [42]
     theirs = emulated.array(array)
     result = gradclip.clip_by_global_norm_([Foreign(theirs, strides=None)], 1.0)
     expected = gradclip.clip_by_global_norm_([array], 1.0)
     assert isinstance(result.norms, cupy.ndarray)
     assert result.to_host().total_norm == expected.total_norm
     assert emulated.host(theirs).tobytes() == array.tobytes()
+
+
+def test_producers_wait_also_where_a_call_fails(emulated: EmulatedDevice) -> None:
+    """The norms are under way when `reduce` raises."""
+
+    def fail(sums: Any) -> Any:
+        raise KeyError("no network")
+
+    grads = [emulated.array(np.ones(3)), Foreign(emulated.array(np.ones(3)))]
+
+    def call() -> None:
+        with pytest.raises(KeyError, match="no network"):
+            gradclip.clip_by_global_norm_(grads, 1.0, reduce=fail)
+
+    assert _waits(emulated, call) == [(0, 7), (7, 0)]
+
+
+def test_waits_leave_the_gil_to_others(emulated: EmulatedDevice) -> None:
+    """What the device is at may need it to end: a callback in Python on the stream."""
+    before = emulated.cuda.waits_with_gil()
+    waits = emulated.cuda.counters()[3]
+    plan = gradclip.Plan([emulated.array(np.ones(3)), Exporter(np.ones(3))])
+    plan.clip_by_global_norm_(1.0).to_host()
+    plan.clip_by_global_norm_(1.0, groups="tensor")
+    del plan
+    for count in (2000, 30_000):  # work memory grows
+        gradclip.global_norm([emulated.array(np.ones(1, np.float16))] * count)
+    gradclip.global_norm([Exporter(np.ones(3))])
+    assert emulated.cuda.counters()[3] >= waits + 5
+    assert emulated.cuda.waits_with_gil() == before
+
+
+def test_capture_of_arrays_with_streams_of_their_own(emulated: EmulatedDevice) -> None:
+    """To wait for them would end the capture, or draw their streams into it."""
+    own, array = emulated.array(np.ones(3)), emulated.array(np.ones(3))
+    same = gradclip.Plan([own, Foreign(array, stream=None)])
+    others = [gradclip.Plan([own, Foreign(array)]), gradclip.Plan([own, Exporter(np.ones(3))])]
+    before = emulated.cuda.counters()
+    emulated.cuda.set_machine(is_capturing=True)
+    same.global_norm()
+    for plan in others:
+        with pytest.raises(RuntimeError, match=r"^grads: expected a Plan of arrays .* on the stream"):
+            plan.global_norm()
+    message = r"^max_norm: expected a number or an array on the stream that is captured"
+    threshold: Any = Foreign(emulated.array(np.array(1.0)))
+    with pytest.raises(ValueError, match=message):
+        same.clip_by_global_norm_(threshold, nonfinite="skip")
+    with pytest.raises(RuntimeError, match=r"^grads: expected a Plan made before the stream was captured"):
+        gradclip.global_norm([own, Foreign(array)])
+    assert emulated.cuda.stream_waits() == []
+    assert emulated.cuda.counters() == (before[0] + 1, *before[1:])
+
+
+class JaxArray(Foreign, Exporter):
+    """As on a GPU: an interface that names no stream, and __dlpack__."""
+
+    def __init__(self, array: Array, on_gpu: Any) -> None:
+        Foreign.__init__(self, on_gpu, version=2, stream=None)
+        Exporter.__init__(self, array)
+
+
+def test_jax_arrays_come_through_dlpack(emulated: EmulatedDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jax", SimpleNamespace(Array=JaxArray))
+    array = JaxArray(np.full(4, 3.0), emulated.array(np.zeros(4)))
+    own = emulated.array(np.ones(3))
+    assert emulated.host(gradclip.tensor_norms([own, array]))[1] == 6.0
+    assert array.streams == [1]
+    with pytest.raises(TypeError, match=r"^grads\[1\]: expected .* can be written, got a jax.Array"):
+        gradclip.scale_([own, array], 2.0)
+
+
+def test_a_result_is_copied_on_its_own_device(emulated: EmulatedDevice) -> None:
+    """Its stream may be the default one, which is another on each device."""
+    emulated.cuda.set_memory(1, 1 << 62, 1, False)
+    memory = cupy.cuda.UnownedMemory(emulated.array(np.full(4, 3.0)).data.ptr, 32, None, 1)
+    array = cupy.ndarray((4,), np.float64, cupy.cuda.MemoryPointer(memory, 0))
+    result = gradclip.clip_by_global_norm_([array], 100.0)
+    assert emulated.cuda.current_device() == 0
+    assert result.to_host().total_norm == 6.0
+    assert emulated.cuda.current_device() == 0

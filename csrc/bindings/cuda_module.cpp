@@ -5,6 +5,7 @@
 
 #include "bindings/device_gradients.hpp"
 #include "bindings/gil.hpp"
+#include "bindings/on_device.hpp"
 
 #if defined(GRADCLIP_EMULATED)
 #include "emulated_module.hpp"
@@ -63,16 +64,17 @@ PYBIND11_MODULE(GRADCLIP_MODULE, m, py::mod_gil_not_used()) {
       py::arg("tensors"), py::arg("groups"));
   m.def(
       "copy_to_host",
-      [](std::uintptr_t pointer, std::size_t bytes, std::uintptr_t stream) {
+      [](std::uintptr_t pointer, std::size_t bytes, int device, std::uintptr_t stream) {
         std::string host(bytes, '\0');
         {
+          const gb::OnDevice on_device(device);  // whose default stream it may be
           const gb::GilRelease release;
           cuda::copy_to_host(host.data(), reinterpret_cast<const void*>(pointer), bytes,
                              reinterpret_cast<cuda::Stream>(stream));
         }
         return py::bytes(host);
       },
-      py::arg("pointer"), py::arg("bytes"), py::arg("stream"));
+      py::arg("pointer"), py::arg("bytes"), py::arg("device"), py::arg("stream"));
   m.def(
       "device_of",
       [](std::uintptr_t pointer) {

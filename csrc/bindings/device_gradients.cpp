@@ -4,33 +4,12 @@
 
 #include "bindings/arguments.hpp"
 #include "bindings/gil.hpp"
+#include "bindings/on_device.hpp"
 
 namespace gradclip::bindings {
 namespace {
 
 cuda::Stream as_stream(std::uintptr_t number) { return reinterpret_cast<cuda::Stream>(number); }
-
-// The current device while it lives.
-class OnDevice {
- public:
-  explicit OnDevice(int device) : before_(cuda::current_device()) {
-    if (device != before_) cuda::set_device(device);
-    changed_ = device != before_;
-  }
-  ~OnDevice() {
-    try {
-      if (changed_) cuda::set_device(before_);
-    } catch (const std::exception&) {
-      // It was the current one a moment ago: nothing on it works any more, as the next call will say.
-    }
-  }
-  OnDevice(const OnDevice&) = delete;
-  OnDevice& operator=(const OnDevice&) = delete;
-
- private:
-  int before_;
-  bool changed_;
-};
 
 std::byte* pointer_of(const py::object& memory) {
   return reinterpret_cast<std::byte*>(memory.attr("ptr").cast<std::uintptr_t>());
@@ -49,6 +28,11 @@ class ThresholdArgument {
       return;
     }
     const EntryName name("max_norm");
+    if (!reader_.is_leaders(value) && cuda::is_capturing(stream))
+      name.problem(Problem::value_error,
+                   "a number or an array on the stream that is captured into a CUDA graph",
+                   full_type_name(value))
+          .raise();
     reader_.read(value.ptr(), name, entry_);
     const py::tuple shape(value.attr("shape"));
     threshold_.per_group = shape.size() == 1 && groups.kind != Groups::all;
@@ -85,17 +69,28 @@ class DeviceGradients::Call {
       : all_(all), stream_(as_stream(stream)), on_device_(all.device_) {
     is_capturing_ = cuda::is_capturing(stream_);
     if (!all.is_kept_) {
-      if (is_capturing_)
-        throw std::runtime_error(
-            "grads: expected a Plan made before the stream was captured into a CUDA graph, got "
-            "arrays that have to be read and placed first");
+      const GilRelease release;
       own_.emplace(all.gradients_.spans(), groups, all.device_, stream_);
     } else {
+      if (is_capturing_ && all.reader_.has_producers_beside(stream_))
+        throw std::runtime_error(
+            "grads: expected a Plan of arrays that are all on the stream which is captured into a "
+            "CUDA graph, got some whose producers have streams of their own");
       kept_ = &all.kept(groups, is_capturing_);
       all.reader_.wait_for_producers(stream_);
     }
   }
+  // Where an exception ends it, too: what was enqueued will run.
+  ~Call() {
+    if (is_over_) return;
+    try {
+      end();
+    } catch (const std::exception&) {
+      // The exception that is under way says more.
+    }
+  }
   void end() {
+    is_over_ = true;
     own_.reset();
     all_.reader_.let_producers_wait(stream_);
   }
@@ -111,7 +106,7 @@ class DeviceGradients::Call {
   DeviceGradients& all_;
   cuda::Stream stream_;
   OnDevice on_device_;
-  bool is_capturing_ = false;
+  bool is_capturing_ = false, is_over_ = false;
   std::optional<cuda::List> own_;
   Kept* kept_ = nullptr;
 };
@@ -124,28 +119,42 @@ DeviceGradients::DeviceGradients(const py::object& grads, int device, std::uintp
       reader_(device, as_stream(stream), leader_, is_kept),
       gradients_([&] {
         const OnDevice on_device(device);
+        if (cuda::is_capturing(as_stream(stream)))
+          throw std::runtime_error(
+              "grads: expected a Plan made before the stream was captured into a CUDA graph, got "
+              "arrays that have to be read and placed first");
         return Gradients(grads, reader_);
       }()),
       is_kept_(is_kept) {
   gradients_.find_overlaps();
   if (!is_kept) return;
   const OnDevice on_device(device);
-  kept({}, cuda::is_capturing(as_stream(stream)));
+  kept({}, false);
+}
+
+DeviceGradients::~DeviceGradients() {
+  const GilRelease release;
+  for (Kept& kept : kept_) const cuda::List freed(std::move(kept.list));  // which may wait
 }
 
 DeviceGradients::Kept& DeviceGradients::kept(const Groups& groups, bool is_capturing) {
-  const auto found = std::ranges::find_if(
-      kept_, [&](const Kept& candidate) { return same(candidate.groups, groups); });
-  if (found != kept_.end()) return *found;
+  {
+    const std::scoped_lock lock(kept_mutex_);
+    const auto found = std::ranges::find_if(
+        kept_, [&](const Kept& candidate) { return same(candidate.groups, groups); });
+    if (found != kept_.end()) return *found;
+  }
   if (is_capturing)
     throw std::runtime_error(
-        kept_.empty()
-            ? "grads: expected a Plan made before the stream is captured into a CUDA graph"
-            : "groups: expected a grouping that the plan has seen before the stream is "
-              "captured into a CUDA graph (call it once), got a new one");
-  cuda::List list(gradients_.spans(), groups, device_);
+        "groups: expected a grouping that the plan has seen before the stream is captured into a "
+        "CUDA graph (call it once), got a new one");
+  cuda::List list = [&] {
+    const GilRelease release;
+    return cuda::List(gradients_.spans(), groups, device_);
+  }();
   py::object memory = allocate_for(list.layout());
-  kept_.push_back({groups, std::move(list), std::move(memory)});
+  const std::scoped_lock lock(kept_mutex_);
+  kept_.push_back({groups, std::move(list), std::move(memory)});  // perhaps by two threads: no harm
   return kept_.back();
 }
 

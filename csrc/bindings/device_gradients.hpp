@@ -3,6 +3,7 @@
 #pragma once
 
 #include <list>
+#include <mutex>
 
 #include "bindings/device_reader.hpp"
 #include "core/clip.hpp"
@@ -15,6 +16,7 @@ class DeviceGradients {
   // with `.ptr` that keeps it. `is_kept`: for many calls.
   DeviceGradients(const py::object& grads, int device, std::uintptr_t stream,
                   const std::string& leader, py::object allocate, bool is_kept);
+  ~DeviceGradients();
 
   py::object norms(const py::object& ord, std::uintptr_t stream);
   py::tuple clip(const py::object& max_norm, const py::object& ord, const py::object& groups,
@@ -53,6 +55,7 @@ class DeviceGradients {
   Gradients gradients_;
   bool is_kept_;
   std::list<Kept> kept_;
+  std::mutex kept_mutex_;  // nothing of Python is done under it
 };
 
 }  // namespace gradclip::bindings

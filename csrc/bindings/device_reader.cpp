@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "bindings/gil.hpp"
 #include "bindings/modules.hpp"
 
 namespace gradclip::bindings {
@@ -91,7 +92,7 @@ bool is_aligned(const Span& span) {
 }  // namespace
 
 DeviceReader::Leader DeviceReader::leader_named(const std::string& name) {
-  return name == "cupy" ? cupy : name == "torch" ? torch : other;
+  return name == "torch" ? torch : cupy;
 }
 
 DeviceReader::DeviceReader(int device, cuda::Stream stream, Leader leader, bool keeps_storages)
@@ -108,6 +109,10 @@ bool DeviceReader::is_cupy_array(PyObject* object) const {
 
 bool DeviceReader::is_device_array(py::handle object) const {
   return is_cupy_array(object.ptr()) || py::hasattr(object, "__cuda_array_interface__");
+}
+
+bool DeviceReader::is_leaders(py::handle object) const {
+  return leader_ == cupy ? is_cupy_array(object.ptr()) : is_torch_tensor(object);
 }
 
 bool DeviceReader::read_plain(PyObject* object, Span& span) {
@@ -139,7 +144,8 @@ void DeviceReader::read(PyObject* object, const EntryName& name, Entry& entry) {
       const py::object stream = imported("torch.cuda", "current_stream")(place_.device);
       add_stream(reinterpret_cast<cuda::Stream>(address_of(stream.attr("cuda_stream"))));
     }
-  } else if (!PyType_Check(object) && py::hasattr(object, "__cuda_array_interface__")) {
+  } else if (!PyType_Check(object) && !is_jax_array(object) &&
+             py::hasattr(object, "__cuda_array_interface__")) {
     read_cuda_interface(object, name, entry);
   } else {
     read_dlpack(object, name, place_, entry);
@@ -196,7 +202,7 @@ void DeviceReader::add_stream(cuda::Stream stream) {
 bool DeviceReader::is_device_memory(const std::byte* data) {
   const std::uintptr_t granule = reinterpret_cast<std::uintptr_t>(data) >> 21;
   std::uintptr_t& known = known_granules_[granule % kGranules];
-  if (known == granule) return true;
+  if (known == granule && granule != 0) return true;
   const cuda::PointerInfo info = cuda::pointer_info(data);
   if (info.device != place_.device || info.managed) return false;
   known = granule;
@@ -227,9 +233,16 @@ void DeviceReader::wait_for_producers(cuda::Stream stream) const {
     object.attr("__dlpack__")(py::arg("stream") = number == 0 ? 1 : number);
 }
 
+bool DeviceReader::has_producers_beside(cuda::Stream stream) const {
+  return !exporters_.empty() ||
+         std::ranges::any_of(streams_, [&](cuda::Stream producer) { return producer != stream; });
+}
+
 void DeviceReader::let_producers_wait(cuda::Stream stream) const {
   for (const cuda::Stream producer : streams_) cuda::wait_for(producer, stream);
-  if (!exporters_.empty()) cuda::synchronize(stream);
+  if (exporters_.empty()) return;
+  const GilRelease release;
+  cuda::synchronize(stream);
 }
 
 }  // namespace gradclip::bindings

@@ -13,7 +13,7 @@ namespace gradclip::bindings {
 class DeviceReader {
  public:
   // Whose arrays lie on the call's stream, because it is their current one.
-  enum Leader { cupy, torch, other };
+  enum Leader { cupy, torch };
   static Leader leader_named(const std::string& name);
 
   // `stream` waits for what the producers of the arrays have enqueued until they are read.
@@ -22,6 +22,8 @@ class DeviceReader {
 
   // A CuPy array, or one with __cuda_array_interface__.
   bool is_device_array(py::handle object) const;
+  // One that lies on the call's stream.
+  bool is_leaders(py::handle object) const;
   static void prefetch(PyObject* object) { __builtin_prefetch(object); }
   // A dense cupy.ndarray. False if it is anything else.
   bool read_plain(PyObject* object, Span& span);
@@ -29,6 +31,8 @@ class DeviceReader {
 
   // The same arrays, used again: `stream` waits for what has been enqueued since.
   void wait_for_producers(cuda::Stream stream) const;
+  // Whether any of that is asked for: what a captured stream must not do.
+  bool has_producers_beside(cuda::Stream stream) const;
   // The producers' streams wait for `stream`; the host does where a producer does not say what its
   // stream is.
   void let_producers_wait(cuda::Stream stream) const;
@@ -47,8 +51,8 @@ class DeviceReader {
   py::object cupy_array_;  // the type; None if nobody has imported CuPy
   // Granules of memory whose kind has been asked for.
   static constexpr std::size_t kGranules = 64;
-  std::array<std::uintptr_t, kGranules> known_granules_{};
-  std::vector<cuda::Stream> streams_;  // of producers, each once
+  std::array<std::uintptr_t, kGranules> known_granules_{};  // 0: none; null pointers lie there
+  std::vector<cuda::Stream> streams_;                       // of producers, each once
   std::vector<py::object> exporters_;  // arrays of which only __dlpack__ knows the stream
 };
 

@@ -70,6 +70,7 @@ void prefetch_shape(PyObject* object);
 bool read_plain_numpy(PyObject* object, Span& span);
 void read_numpy(PyObject* array, const EntryName& name, Entry& entry);
 bool is_torch_tensor(py::handle object);
+bool is_jax_array(py::handle object);
 
 // Where the arrays of a call must lie: on the CPU, or on one CUDA device.
 struct Place {

@@ -32,11 +32,6 @@ void check_torch(py::handle tensor, const EntryName& name) {
     value_problem("a tensor with memory", "a tensor on the meta device");
 }
 
-bool is_immutable(py::handle object) {
-  const py::object array = imported("jax", "Array");
-  return !array.is_none() && py::isinstance(object, array);
-}
-
 std::string device_name(int type, int id) {
   const std::string number = std::string(" ") + std::to_string(id);
   switch (type) {
@@ -163,6 +158,11 @@ bool is_torch_tensor(py::handle object) {
   return !tensor.is_none() && py::isinstance(object, tensor);
 }
 
+bool is_jax_array(py::handle object) {
+  const py::object array = imported("jax", "Array");
+  return !array.is_none() && py::isinstance(object, array);
+}
+
 void read_dlpack(py::handle object, const EntryName& name, const Place& place, Entry& entry) {
   if (PyType_Check(object.ptr()) || !py::hasattr(object, "__dlpack__") ||
       !py::hasattr(object, "__dlpack_device__"))
@@ -197,7 +197,7 @@ void read_dlpack(py::handle object, const EntryName& name, const Place& place, E
         .raise();
   }
   // Without a version there is no read-only flag: jax arrays must be known by their type.
-  if (is_immutable(object))
+  if (is_jax_array(object))
     entry.unwritable = name.problem(Problem::type_error, "an array that can be written",
                                     "a jax.Array, which is immutable");
 }

@@ -84,17 +84,17 @@ constexpr std::ptrdiff_t kMostInFlight = 64;
 
 Workspace* take_workspace(int device) {
   Pool& all = pool();
-  const std::scoped_lock lock(all.mutex);
+  std::unique_lock lock(all.mutex);
   const auto of_device = [&](const Workspace* w) { return w->device() == device; };
   const auto oldest = std::find_if(all.free.begin(), all.free.end(), of_device);
   if (oldest == all.free.end()) return new Workspace(device);
   Workspace* const workspace = *oldest;
-  if (!workspace->is_idle()) {
-    if (std::count_if(all.free.begin(), all.free.end(), of_device) < kMostInFlight)
-      return new Workspace(device);
-    workspace->wait_until_idle();
-  }
+  const bool is_idle = workspace->is_idle();
+  if (!is_idle && std::count_if(all.free.begin(), all.free.end(), of_device) < kMostInFlight)
+    return new Workspace(device);
   all.free.erase(oldest);
+  lock.unlock();  // others go on
+  if (!is_idle) workspace->wait_until_idle();
   return workspace;
 }
 

@@ -14,8 +14,8 @@ class _Memory(Protocol):
     def float64(self, offset: int, count: int) -> object: ...
 
 class Gradients:
-    """Gradients that have been read; `is_kept`: for many calls. `leader` is "cupy", "torch" or "other":
-    whose current stream `stream` is."""
+    """Gradients that have been read; `is_kept`: for many calls. `leader` is "cupy" or "torch": whose
+    current stream `stream` is."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class Gradients:
 def result_layout(tensors: int, groups: int) -> tuple[int, int, int, int, int, int, int]: ...
 
 # Waits.
-def copy_to_host(pointer: int, bytes: int, stream: int) -> bytes: ...
+def copy_to_host(pointer: int, bytes: int, device: int, stream: int) -> bytes: ...
 
 # The device whose memory a pointer points into; -1 if it is none's.
 def device_of(pointer: int) -> int: ...

@@ -98,17 +98,20 @@ class Torch:
 
 
 class Other:
-    """Gradients of anybody else, on the default stream; results are CuPy arrays, or torch tensors."""
+    """Gradients of anybody else: on the current stream of CuPy, or else torch, whose arrays results are.
 
-    name = "other"
+    Work and results on one stream: memory of a framework's pool is in order with its stream alone.
+    """
 
     def __init__(self) -> None:
-        for package, memory in (("cupy", CupyMemory), ("torch", TorchMemory)):
+        for package, framework in (("cupy", Cupy), ("torch", Torch)):
             try:
                 importlib.import_module(package)
             except ImportError:
                 continue
-            self.memory: type[Memory] = memory
+            self.name: str = framework.name
+            self.memory: type[Memory] = framework.memory
+            self.stream = framework.stream
             return
         raise RuntimeError("grads: expected CuPy or PyTorch to be installed, whose arrays hold the results")
 
@@ -117,10 +120,6 @@ class Other:
         if hasattr(array, "__dlpack_device__"):
             return int(array.__dlpack_device__()[1])
         return int(cuda.device_of(array.__cuda_array_interface__["data"][0]))
-
-    @staticmethod
-    def stream(device: int) -> tuple[int, object]:
-        return 0, None
 
 
 Framework = Cupy | Torch | Other
@@ -148,9 +147,10 @@ class DeviceClipResult(ClipResult):
     ``to_host()`` and ``repr``.
     """
 
-    __slots__ = ("_at", "_cuda", "_is_global", "_memory", "_names", "_shape", "_stream")
+    __slots__ = ("_at", "_cuda", "_device", "_is_global", "_memory", "_names", "_shape", "_stream")
     _at: _Layout
     _cuda: Any
+    _device: int
     _is_global: bool
     _memory: Memory
     _names: tuple[str, ...] | None
@@ -167,6 +167,7 @@ class DeviceClipResult(ClipResult):
     ) -> None:
         keep = partial(object.__setattr__, self)  # the base class is frozen
         keep("_cuda", gradients.cuda)
+        keep("_device", gradients.device)
         keep("_memory", memory)
         keep("_stream", stream)
         keep("_shape", (len(gradients), groups))
@@ -212,7 +213,7 @@ class DeviceClipResult(ClipResult):
         """Wait for the clip and copy all of it: a result of Python numbers and NumPy arrays."""
         tensors, groups = self._shape
         at = self._at
-        copy = self._cuda.copy_to_host(self._memory.ptr, at.nbytes, self._stream[0])
+        copy = self._cuda.copy_to_host(self._memory.ptr, at.nbytes, self._device, self._stream[0])
 
         def float64(offset: int, count: int) -> npt.NDArray[np.float64]:
             return np.frombuffer(copy, np.float64, count, offset).copy()
@@ -283,6 +284,10 @@ class DeviceGradients:
     @property
     def has_float64(self) -> bool:
         return self._gradients.has_float64  # type: ignore[no-any-return]
+
+    @property
+    def device(self) -> int:
+        return self._device
 
     @property
     def nbytes(self) -> int:
