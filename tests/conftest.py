@@ -8,7 +8,7 @@ import pytest
 from hypothesis import settings
 
 import gradclip
-from device import Device, RealDevice, emulated_device
+from device import Device, emulated_device, real_device
 from gradclip import _core
 from gradclip._dispatch import why_no_gpu
 
@@ -38,7 +38,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def device(request: pytest.FixtureRequest) -> Iterator[Device]:
     """A GPU: the emulator, and the machine's own where it has one."""
     if request.param == "real":
-        yield RealDevice()
+        with real_device() as real:
+            yield real
     else:
         with emulated_device() as emulated:
             yield emulated

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +33,13 @@ def _view_of(array: Any, memory: Any, offset: int) -> Any:
     return cupy.ndarray(array.shape, array.dtype, memory + offset, strides=array.strides)
 
 
+def _extent(array: Any) -> tuple[int, int]:
+    """Where an array's lowest byte lies, from its first element on, and how many there are to the highest."""
+    spans = [(n - 1) * step for n, step in zip(array.shape, array.strides, strict=True)]
+    low, high = sum(min(s, 0) for s in spans), sum(max(s, 0) for s in spans)
+    return low, high - low + array.itemsize
+
+
 class RealDevice:
     """The machine's GPU."""
 
@@ -46,14 +54,28 @@ class RealDevice:
         return _view_of(array, buffer.data, lead + array.ctypes.data - owner.ctypes.data)
 
     def host(self, array: Any) -> Array:
-        """A copy of a CuPy array."""
-        return np.asarray(cupy.asnumpy(array))
+        """A copy of a CuPy array. By bytes: CuPy has no kernels for every dtype and layout."""
+        if array.size == 0:
+            return np.zeros(array.shape, array.dtype)
+        low, nbytes = _extent(array)
+        whole = cupy.asnumpy(cupy.ndarray((nbytes,), np.uint8, array.data + low))
+        return np.ndarray(array.shape, array.dtype, whole, -low, array.strides).copy()
 
     def surroundings(self, array: Any) -> bytes:
         """All bytes of the memory that an array of ours is a view of."""
         memory = array.data.mem
         whole = cupy.ndarray((memory.size,), np.uint8, cupy.cuda.MemoryPointer(memory, 0))
         return bytes(cupy.asnumpy(whole).tobytes())
+
+
+@contextmanager
+def real_device() -> Iterator[RealDevice]:
+    """The machine's GPU. For compute-sanitizer without CuPy's pool: an array ends where its memory does."""
+    if "GRADCLIP_TESTS_WITHOUT_POOL" in os.environ:
+        with cupy.cuda.using_allocator(None):
+            yield RealDevice()
+    else:
+        yield RealDevice()
 
 
 class EmulatedDevice:
@@ -80,9 +102,8 @@ class EmulatedDevice:
     def host(self, array: Any) -> Array:
         if array.size == 0:
             return np.zeros(array.shape, array.dtype)
-        spans = [(n - 1) * step for n, step in zip(array.shape, array.strides, strict=True)]
-        low, high = sum(min(s, 0) for s in spans), sum(max(s, 0) for s in spans)
-        whole = _bytes_at(array.data.ptr + low, high - low + array.itemsize)
+        low, nbytes = _extent(array)
+        whole = _bytes_at(array.data.ptr + low, nbytes)
         return np.ndarray(array.shape, array.dtype, whole, -low, array.strides).copy()
 
     def surroundings(self, array: Any) -> bytes:

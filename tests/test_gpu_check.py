@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -44,8 +45,55 @@ def test_a_part_that_fails_or_hangs_is_reported(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "report.json").read_text())["parts"][2]["title"] == "late"
 
 
+def test_what_a_late_part_has_started_is_ended_too(tmp_path: Path) -> None:
+    """A sanitizer runs the tests in a process of their own."""
+    code = (
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "print(child.pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    with mock.patch.object(gpu_check, "TIMEOUT", 3):
+        assert gpu_check.run("late", [sys.executable, "-c", code], tmp_path / "log")["status"] == -1
+    status = Path("/proc", (tmp_path / "log").read_text().strip(), "status")
+    deadline = time.monotonic() + 10
+    while status.exists() and "zombie" not in status.read_text() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not status.exists() or "zombie" in status.read_text()
+
+
+def test_the_parts_that_are_chosen(tmp_path: Path) -> None:
+    ran: list[tuple[str, list[str], dict[str, str]]] = []
+
+    def note(title: str, command: list[str], log: Path, **environment: str) -> dict[str, object]:
+        ran.append((title, command, environment))
+        return {"title": title, "status": 0, "seconds": 0.0, "log": log.name}
+
+    with (
+        mock.patch.object(gpu_check, "run", note),
+        mock.patch.object(gpu_check, "sanitizer", return_value="cs"),
+    ):
+        gpu_check.check(tmp_path, ("synccheck", "memcheck"))
+    assert [title for title, _, _ in ran] == ["memcheck", "synccheck"]
+    assert ran[0][1][:3] == ["cs", "--tool", "memcheck"]
+    assert all(environment == {"GRADCLIP_TESTS_WITHOUT_POOL": "1"} for _, _, environment in ran)
+
+
+def test_the_sanitizer_knows_its_options() -> None:
+    """Where it is installed: to one that it does not know it answers with its usage."""
+    tool = gpu_check.sanitizer()
+    if tool is None:  # a tool of `dev`, which `test` does not bring
+        return
+    for kind in gpu_check.SANITIZERS:
+        options = gpu_check.OPTIONS + (gpu_check.MEMCHECK_OPTIONS if kind == "memcheck" else ())
+        command = [tool, "--tool", kind, *options, "true"]
+        told = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert "COMPUTE-SANITIZER" in told.stdout + told.stderr
+        assert "Usage:" not in told.stdout + told.stderr
+
+
 def test_tests_that_were_all_skipped_are_a_failure(tmp_path: Path) -> None:
-    def skipped(title: str, command: object, log: Path) -> dict[str, object]:
+    def skipped(title: str, command: object, log: Path, **environment: str) -> dict[str, object]:
         (tmp_path / "tests.xml").write_text(
             '<testsuites><testsuite tests="7" failures="0" errors="0" skipped="7"/></testsuites>'
         )
