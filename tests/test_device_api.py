@@ -11,10 +11,11 @@ from unittest import mock
 import cupy
 import numpy as np
 import pytest
+import torch
 
 import gradclip
 from device import Device, EmulatedDevice, emulated_device
-from gradclip import _core, _dispatch
+from gradclip import _core, _device, _dispatch
 from matrices import values
 
 
@@ -303,6 +304,28 @@ def test_one_allocation_a_call(device: Device) -> None:
         gradclip.clip_by_global_norm_(grads, 0.5)
         assert len(asked) == 1
         assert asked[0] < 256
+
+
+def test_results_in_memory_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the CPU here: where a field lies and what it is are the same."""
+    asked: list[tuple[int, str]] = []
+    empty = torch.empty
+
+    def on_cpu(nbytes: int, dtype: Any, device: str) -> Any:
+        asked.append((nbytes, device))
+        return empty(nbytes, dtype=dtype)
+
+    monkeypatch.setattr(torch, "empty", on_cpu)
+    memory = _device.TorchMemory(64, 1)
+    assert asked == [(64, "cuda:1")]
+    assert memory.ptr == memory.buffer.data_ptr()
+    content = np.concatenate([np.arange(7.0).view(np.uint8), np.array([0, 1] * 4, np.uint8)])
+    memory.buffer.copy_(torch.from_numpy(content))
+    assert memory.float64(8, 3).tolist() == [1.0, 2.0, 3.0]
+    assert memory.float64(8, 0).tolist() == []
+    scalar, flag = memory.array((), np.dtype(np.float64), 40), memory.array((), np.dtype(np.bool_), 57)
+    assert (scalar.shape, scalar.dtype, scalar.item()) == ((), torch.float64, 5.0)
+    assert (flag.shape, flag.dtype, flag.item()) == ((), torch.bool, True)
 
 
 # --- Graph capture ------------------------------------------------------------------------------------

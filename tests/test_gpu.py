@@ -19,7 +19,7 @@ import pytest
 
 import gradclip
 from device import RealDevice
-from matrices import Array, values
+from matrices import NAMES, Array, values
 
 pytestmark = pytest.mark.gpu
 
@@ -173,6 +173,28 @@ def test_two_streams_at_once() -> None:
     assert wrong == []
 
 
+def test_a_plan_on_two_streams_at_once() -> None:
+    """Its calls share work memory and take turns."""
+    host = _gradients(150, 40_000)
+    expected = gradclip.tensor_norms(host).tobytes()
+    plan = gradclip.Plan([_device.array(array) for array in host])
+    wrong: list[int] = []
+
+    def run(which: int) -> None:
+        with cupy.cuda.Stream(non_blocking=True) as stream:
+            told = [plan.tensor_norms() for _ in range(200)]
+            stream.synchronize()
+            wrong.extend(which for norms in told if _device.host(norms).tobytes() != expected)
+
+    cupy.cuda.Device().synchronize()
+    threads = [threading.Thread(target=run, args=(which,)) for which in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
 def test_the_same_bits_every_time() -> None:
     """Whichever block comes last."""
     grads = [_device.array(array) for array in _gradients(50, 200_000)]
@@ -262,6 +284,123 @@ def test_an_interface_with_a_stream() -> None:
     assert _device.host(copy).tobytes() == host.tobytes()
 
 
+# --- PyTorch ------------------------------------------------------------------------------------------
+
+
+def _torch() -> Any:
+    import torch  # noqa: PLC0415 (only here)
+
+    if not torch.cuda.is_available():
+        pytest.skip("no PyTorch with CUDA")
+    return torch
+
+
+def _to_torch(torch: Any, array: Array) -> Any:
+    return torch.from_numpy(array.view(np.uint8).copy()).cuda().view(getattr(torch, array.dtype.name))
+
+
+def _bytes_of(torch: Any, tensor: Any) -> bytes:
+    return bytes(tensor.view(torch.uint8).cpu().numpy().tobytes())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("planned", [False, True])
+def test_torch_tensors(name: str, planned: bool) -> None:
+    """On torch's current stream, with results that are tensors and a threshold that is one."""
+    torch = _torch()
+    host = [values(name, n, seed=n) for n in (5, 3000, 70_000)]
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        grads = [_to_torch(torch, array) for array in host]
+        threshold = torch.tensor(0.5, dtype=torch.float64, device="cuda")
+        clip = gradclip.Plan(grads).clip_by_global_norm_ if planned else None
+        if clip is None:
+            result = gradclip.clip_by_global_norm_(grads, threshold, nonfinite="skip")
+        else:
+            result = clip(threshold, nonfinite="skip")
+        fields: tuple[Any, ...] = (result.total_norm, result.norms, result.coefficient, result.clipped)
+        assert all(isinstance(field, torch.Tensor) and field.is_cuda for field in fields)
+        told = [field.cpu().numpy() for field in fields]
+    expected = gradclip.clip_by_global_norm_(host, 0.5)
+    assert told[0].tobytes() == np.float64(expected.total_norm).tobytes()
+    assert told[1].tobytes() == expected.norms.tobytes()
+    assert told[2].tobytes() == np.float64(expected.coefficient).tobytes()
+    assert bool(told[3]) is expected.clipped is True
+    assert result.to_host().nonfinite == ()
+    stream.synchronize()
+    assert [_bytes_of(torch, g) for g in grads] == [array.tobytes() for array in host]
+
+
+def test_a_torch_graph() -> None:
+    """Captured on a stream that torch chooses, replayed with changed gradients."""
+    torch = _torch()
+    host = _gradients()
+    grads = [_to_torch(torch, array) for array in host]
+    plan = gradclip.Plan(grads)
+    plan.clip_by_global_norm_(1e9, nonfinite="skip")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = plan.clip_by_global_norm_(1.0, nonfinite="skip")
+    for factor in (1.0, 5.0):
+        arrays = [array * np.float32(factor) for array in host]
+        for g, array in zip(grads, arrays, strict=True):
+            g.copy_(torch.from_numpy(array))
+        graph.replay()
+        torch.cuda.synchronize()
+        expected = gradclip.clip_by_global_norm_(arrays, 1.0)
+        assert result.to_host().norms.tobytes() == expected.norms.tobytes()
+        assert [_bytes_of(torch, g) for g in grads] == [array.tobytes() for array in arrays]
+
+
+def test_a_torch_tensor_among_cupys() -> None:
+    """CuPy's stream waits for torch's, where the tensor is being written, and torch's for CuPy's."""
+    torch = _torch()
+    own, theirs = values("float32", 1000, seed=1), values("float32", 100_000, seed=2)
+    array, source = _device.array(own), _to_torch(torch, theirs)
+    tensor = torch.zeros_like(source)
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        with cupy.cuda.ExternalStream(side.cuda_stream):
+            _spin(50)
+        tensor.copy_(source)
+        result = gradclip.clip_by_global_norm_([array, tensor], 1.0, nonfinite="skip")
+        after = tensor.clone()
+    side.synchronize()
+    expected = gradclip.clip_by_global_norm_([own, theirs], 1.0)
+    assert result.to_host().norms.tobytes() == expected.norms.tobytes()
+    assert _bytes_of(torch, after) == theirs.tobytes()
+    assert _device.host(array).tobytes() == own.tobytes()
+
+
+# --- The process --------------------------------------------------------------------------------------
+
+
+def test_a_callback_in_python_on_the_stream() -> None:
+    """The device waits for it, calls for the device, and it for the GIL: they must not hold that."""
+    script = (
+        "import time, cupy, gradclip\n"
+        "grads = [cupy.ones(4)]\n"
+        "plan = gradclip.Plan(grads)\n"
+        "stream, called = cupy.cuda.Stream(), []\n"
+        "def callback(argument):\n"
+        "    time.sleep(0.1)\n"
+        "    called.append(argument)\n"
+        "with stream:\n"
+        "    stream.launch_host_func(callback, 1)\n"
+        "    gradclip.clip_by_global_norm_(grads, 1.0)\n"
+        "    assert called == [1]\n"
+        "    stream.launch_host_func(callback, 2)\n"
+        "    del plan\n"
+        "    stream.launch_host_func(callback, 3)\n"
+        "    gradclip.Plan(grads)\n"
+        "    stream.synchronize()\n"
+        "assert called == [1, 2, 3]\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, timeout=120)
+
+
 def test_fork_leaves_the_parent_alone() -> None:
     """A child cannot use CUDA; the parent goes on."""
     script = (
@@ -284,4 +423,5 @@ def test_the_end_of_a_process() -> None:
         "result = plan.clip_by_global_norm_(1.0)\n"
         "assert result.to_host().total_norm == 2.0\n"
     )
-    subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", script], check=True)
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stderr == ""
