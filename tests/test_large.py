@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 
+import cupy
 import numpy as np
 import pytest
 
 import gradclip
+from device import emulated_device
 from matrices import Array
 
 _N = 2**31 + 9
@@ -66,3 +68,19 @@ def test_twenty_thousand_tensors() -> None:
     assert isinstance(result.coefficient, np.ndarray)
     assert result.coefficient.shape == (20_000,)
     assert gradclip.tensor_norms(grads) == pytest.approx(np.full(20_000, 2.0), rel=1e-6)
+
+
+def test_kernels_beyond_32_bits(huge: Array) -> None:
+    """Emulated: a GPU's own is in test_gpu.py. Only the last tile is written."""
+    with emulated_device(multiprocessors=2) as device:
+        owner = cupy.cuda.UnownedMemory(huge.ctypes.data, huge.nbytes, huge, 0)
+        memory = cupy.cuda.MemoryPointer(owner, 0)
+        ends = cupy.ndarray((2,), np.float16, memory, strides=(2**32 + 16,))
+        assert device.host(gradclip.tensor_norms([ends])).tolist() == [20**0.5]
+        huge[-1] = -9.0
+        result = gradclip.clip_by_value_([cupy.ndarray((_N,), np.float16, memory)], 4.0).to_host()
+        assert (result.clipped, result.total_norm) == (True, 9.0)
+        assert huge[-1] == -4.0
+        many = [device.array(np.full(3, 2.0, np.float32))] * 70_000
+        norms = device.host(gradclip.tensor_norms(many))
+        assert norms.tolist() == [12**0.5] * 70_000

@@ -2,6 +2,7 @@
 // alignment, layout, list, group, policy, grid and schedule.
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -12,6 +13,7 @@
 #include "core/reduction_order.hpp"
 #include "cpu/engine.hpp"
 #include "cuda/engine.hpp"
+#include "cuda/table.hpp"
 #include "simt/cuda_runtime.h"
 
 namespace gradclip {
@@ -391,6 +393,40 @@ TEST_CASE("a threshold on the device that is not positive writes nothing and say
       CHECK(flags.bad_threshold == 1);
       CHECK(bytes_of(list) == before);
     }
+}
+
+TEST_CASE("every tile has one warp, in order, also beyond 2^32 bytes and 2^16 tensors") {
+  std::vector<std::int64_t> sizes = {0, 1, (std::int64_t{1} << 33) + 5, 16384, 0, 16385};
+  sizes.push_back((std::int64_t{1} << 42) + 7);
+  sizes.insert(sizes.end(), 70'000, 4);
+  sizes.push_back(std::int64_t{3} << 31);
+  std::int64_t total = 0;
+  for (const std::int64_t bytes : sizes) total += cuda::cost_of(bytes);
+  for (const std::int64_t warps : {8, 3 * 132 * 8, 3 * 160 * 8}) {
+    std::int64_t cost = 0;
+    for (const std::int64_t bytes : sizes) {
+      const cuda::TensorEntry entry{nullptr, bytes, cost, 0, 0, DType::float16};
+      cost += cuda::cost_of(bytes);
+      const std::int64_t tiles = cuda::tiles_of(bytes);
+      const std::int64_t last_tile = entry.first_cost + (tiles - 1) * cuda::kTileCost;
+      const std::int64_t first = cuda::warp_at(total, entry.first_cost, warps);
+      const std::int64_t last = cuda::warp_at(total, last_tile, warps);
+      std::int64_t next = 0, wrong = 0;
+      for (std::int64_t w = std::max(first - 1, std::int64_t{0}); w < warps && w <= last + 1; ++w) {
+        const cuda::TileRange range = cuda::tile_range(entry, cuda::cost_range(total, w, warps));
+        if (range.empty()) continue;
+        wrong += w < first || w > last || range.begin != next || range.all != tiles;
+        next = range.end;
+        if (range.end == range.all) wrong += range.end_byte(bytes) != bytes;
+      }
+      if (wrong != 0 || next != tiles) {
+        CAPTURE(bytes);
+        CHECK(wrong == 0);
+        CHECK(next == tiles);
+      }
+    }
+    CHECK(cost == total);
+  }
 }
 
 TEST_CASE("calls of a kept list take turns on the device, whatever their streams") {
