@@ -18,9 +18,9 @@ if(NOT architectures_given)
   set(CMAKE_CUDA_ARCHITECTURES 75) # for the compiler's own test; chosen below
 endif()
 enable_language(CUDA) # fails loudly without a compiler
-if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.0)
+if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.1)
   if(NOT GRADCLIP_CUDA STREQUAL "AUTO")
-    message(FATAL_ERROR "gradclip: expected nvcc 12 or later, which knows C++20, got ${CMAKE_CUDA_COMPILER_VERSION}")
+    message(FATAL_ERROR "gradclip: expected nvcc 12.1 or later, which knows C++20 and large kernel arguments, got ${CMAKE_CUDA_COMPILER_VERSION}")
   endif()
   message(STATUS "gradclip: no CUDA engine (nvcc ${CMAKE_CUDA_COMPILER_VERSION} is too old)")
   set(build_cuda OFF)

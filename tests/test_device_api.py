@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ import torch
 
 import gradclip
 from device import Device, EmulatedDevice, emulated_device
-from gradclip import _core, _device, _dispatch
+from gradclip import _config, _core, _device, _dispatch
 from matrices import values
 
 
@@ -367,3 +368,26 @@ def test_without_a_gpu(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
                 RuntimeError, match=rf"^grads: .*no GPU here \({missing}\), got a cupy.ndarray"
             ):
                 call([array])
+
+
+def test_a_module_that_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Built, but not for this machine: that is said, and not that it was never built."""
+    with emulated_device() as device:
+        array = device.array(np.ones(3))
+
+    def broken(name: str) -> Any:
+        raise ImportError("libstdc++.so.6: version not found", name=name)
+
+    monkeypatch.setattr(importlib, "import_module", broken)
+    says = "its CUDA module does not load: libstdc++.so.6: version not found"
+    with pytest.raises(RuntimeError, match=says.replace("+", r"\+")):
+        gradclip.global_norm([array])
+    assert _config._gpus() == _config._gpu_engine() == f"none ({says})"
+
+
+def test_what_the_configuration_says_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    with emulated_device(multiprocessors=3) as device:
+        monkeypatch.setattr(_config, "cuda_module", lambda: device.cuda)
+        assert _config._gpu_engine() == "CUDA 13.0, compute capability emulated"
+        one = "emulated (0.0, 3 multiprocessors, 1 GiB)"
+        assert _config._gpus() == f"{one}, {one}; driver for CUDA 13.0"

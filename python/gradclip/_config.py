@@ -33,9 +33,12 @@ def _version(number: int) -> str:
 
 
 def _gpu_engine() -> str:
-    cuda = cuda_module()
+    try:
+        cuda = cuda_module()
+    except ImportError:
+        cuda = None
     if cuda is None:
-        return "none (built without a CUDA compiler)"
+        return f"none ({why_no_gpu()})"
     return f"CUDA {_version(cuda.runtime_version())}, compute capability {cuda.architectures()}"
 
 

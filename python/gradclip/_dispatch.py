@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -92,7 +93,10 @@ def engine_of(grads: Any) -> tuple[Engine, Any]:
 
 def why_no_gpu() -> str:
     """What is missing to run on a GPU; empty if nothing is."""
-    cuda = cuda_module()
+    try:
+        cuda = cuda_module()
+    except ImportError as error:
+        return f"its CUDA module does not load: {error}"
     return "built without a CUDA compiler" if cuda is None else str(cuda.missing())
 
 
@@ -126,12 +130,13 @@ def is_on_cuda(array: Any) -> bool:
 
 
 def cuda_module() -> ModuleType | None:
-    """The CUDA engine's module, if there is one."""
+    """The CUDA engine's module, if there is one. ImportError if it is there and does not load."""
     try:
-        from gradclip import _cuda  # noqa: PLC0415 (the only optional part)
-    except ImportError:
+        return importlib.import_module("gradclip._cuda")
+    except ModuleNotFoundError as error:
+        if error.name != "gradclip._cuda":
+            raise
         return None
-    return _cuda
 
 
 def _device_engine(array: Any) -> DeviceEngine:
