@@ -275,6 +275,18 @@ def test_two_launches_and_no_wait(emulated: EmulatedDevice, count: int) -> None:
     assert _cost(emulated, lambda: clip(nonfinite="raise")) == (2, 0, copies + 1, 1)
 
 
+def test_calls_in_flight_share_no_memory(emulated: EmulatedDevice) -> None:
+    """While the device is at earlier calls, each has work memory of its own; behind 64 the host waits."""
+    grads = [emulated.array(np.ones(3, np.float32))]
+    emulated.cuda.set_machine(is_busy=True)
+    costs = [_cost(emulated, lambda: gradclip.global_norm(grads)) for _ in range(70)]
+    assert all((allocations > 0) != (waits > 0) for _, allocations, _, waits in costs)
+    assert sum(allocations > 0 for _, allocations, _, _ in costs) <= 64
+    assert costs[64:] == [(1, 0, 0, 1)] * 6
+    emulated.cuda.set_machine()
+    assert _cost(emulated, lambda: gradclip.global_norm(grads)) == (1, 0, 0, 0)
+
+
 def test_a_plan_copies_nothing(emulated: EmulatedDevice) -> None:
     plan = gradclip.Plan([emulated.array(np.ones(3, np.float32)) for _ in range(2000)])
     assert _cost(emulated, lambda: plan.clip_by_global_norm_(0.5, nonfinite="zero")) == (2, 0, 0, 0)

@@ -14,15 +14,17 @@ void add_emulator(pybind11::module_& m) {
   machine().on_host_wait = [] { waits_with_gil += PyGILState_Check() != 0; };
   m.def(
       "set_machine",
-      [](int multiprocessors, bool is_capturing, unsigned seed, unsigned blocks_at_once) {
+      [](int multiprocessors, bool is_capturing, bool is_busy, unsigned seed,
+         unsigned blocks_at_once) {
         machine().multiprocessors = multiprocessors;
         machine().is_capturing = is_capturing;
+        machine().is_busy = is_busy;
         machine().memory.clear();
         machine().waits.clear();
         schedule() = {seed, blocks_at_once};
       },
       py::kw_only(), py::arg("multiprocessors") = 1, py::arg("is_capturing") = false,
-      py::arg("seed") = 0, py::arg("blocks_at_once") = 1);
+      py::arg("is_busy") = false, py::arg("seed") = 0, py::arg("blocks_at_once") = 1);
   // Let [begin, end) be memory of a device (-1: of none), the rest of the address space stay.
   m.def(
       "set_memory",

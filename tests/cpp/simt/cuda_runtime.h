@@ -67,7 +67,8 @@ enum cudaError_t {
   cudaErrorMemoryAllocation = 2,
   cudaErrorInsufficientDriver = 35,
   cudaErrorNoDevice = 100,
-  cudaErrorInvalidDevice = 101
+  cudaErrorInvalidDevice = 101,
+  cudaErrorNotReady = 600
 };
 inline const char* cudaGetErrorName(cudaError_t) { return "cudaError"; }
 inline const char* cudaGetErrorString(cudaError_t) { return "an error"; }
@@ -87,6 +88,7 @@ struct Machine {
   int devices = 2;
   int current_device = 0;
   bool is_capturing = false;
+  bool is_busy = false;  // no event that was recorded has been reached yet
   struct Memory {
     int device;  // -1: not of a device
     bool managed;
@@ -117,7 +119,9 @@ inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   event->recorded_on = stream;
   return cudaSuccess;
 }
-inline cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
+inline cudaError_t cudaEventQuery(cudaEvent_t) {
+  return simt::machine().is_busy ? cudaErrorNotReady : cudaSuccess;
+}
 inline cudaError_t cudaEventSynchronize(cudaEvent_t) {
   ++simt::counters().waits;
   simt::host_waits();
