@@ -133,6 +133,7 @@ DeviceGradients::DeviceGradients(const py::object& grads, int device, std::uintp
 }
 
 DeviceGradients::~DeviceGradients() {
+  if (kept_.empty()) return;
   const GilRelease release;
   for (Kept& kept : kept_) const cuda::List freed(std::move(kept.list));  // which may wait
 }
