@@ -95,23 +95,29 @@ def test_kinds_of_objects(emulated: EmulatedDevice) -> None:
     _refuses(emulated, swapped, TypeError, "expected dtype .* in native byte order, got dtype >f8")
 
 
+def _elsewhere(emulated: EmulatedDevice, number: int, managed: bool) -> Any:
+    """Memory of another device. It fills pages of 2 MB, as a driver's memory does: one is asked for once."""
+    page = 2 << 20
+    whole = emulated.array(np.ones(2 * page // 8))
+    array = cupy.ndarray((page // 8,), np.float64, whole.data + -whole.data.ptr % page)
+    emulated.cuda.set_memory(array.data.ptr, array.data.ptr + page, number, managed)
+    return array
+
+
 def test_managed_memory(emulated: EmulatedDevice) -> None:
-    array = emulated.array(np.ones(1 << 20))
-    emulated.cuda.set_memory(array.data.ptr, array.data.ptr + array.nbytes, 0, True)
+    array = _elsewhere(emulated, 0, managed=True)
     _refuses(emulated, array, ValueError, "expected memory on CUDA device 0, got managed memory")
     _refuses(emulated, Exporter(np.ones(3), (13, 0)), ValueError, ".*got an array on managed memory")
 
 
 def test_two_devices(emulated: EmulatedDevice) -> None:
-    array = emulated.array(np.ones(1 << 20))
-    emulated.cuda.set_memory(array.data.ptr, array.data.ptr + array.nbytes, 1, False)
+    array = _elsewhere(emulated, 1, managed=False)
     _refuses(emulated, array, ValueError, "expected memory on CUDA device 0, got an array on CUDA device 1")
     _refuses(emulated, Exporter(np.ones(3), (2, 1)), ValueError, ".*device 0, got an array on CUDA device 1")
 
 
 def test_memory_of_no_device(emulated: EmulatedDevice) -> None:
-    array = emulated.array(np.ones(1 << 20))
-    emulated.cuda.set_memory(array.data.ptr, array.data.ptr + array.nbytes, -1, False)
+    array = _elsewhere(emulated, -1, managed=False)
     _refuses(emulated, array, ValueError, "expected memory on CUDA device 0, got .* on no CUDA device")
 
 
@@ -342,7 +348,8 @@ def test_jax_arrays_come_through_dlpack(emulated: EmulatedDevice, monkeypatch: p
 def test_a_result_is_copied_on_its_own_device(emulated: EmulatedDevice) -> None:
     """Its stream may be the default one, which is another on each device."""
     emulated.cuda.set_memory(1, 1 << 62, 1, False)
-    memory = cupy.cuda.UnownedMemory(emulated.array(np.full(4, 3.0)).data.ptr, 32, None, 1)
+    owner = emulated.array(np.full(4, 3.0))
+    memory = cupy.cuda.UnownedMemory(owner.data.ptr, owner.nbytes, owner, 1)
     array = cupy.ndarray((4,), np.float64, cupy.cuda.MemoryPointer(memory, 0))
     result = gradclip.clip_by_global_norm_([array], 100.0)
     assert emulated.cuda.current_device() == 0
