@@ -32,6 +32,7 @@ from gradclip.torch._gradients import (
     name_of,
     naming,
     norm_dtype,
+    norm_of,
     readable,
     writable,
 )
@@ -241,7 +242,7 @@ def _clip_at_once(
     try:
         result = finish(read.clip(limit, order, None, 1.0, policy, None, EPSILON))
     except NonFiniteGradientError as error:
-        raise _nonfinite(error.entries, error.norms, names) from None
+        raise _nonfinite(order, error.entries, error.norms, names) from None
     total: Any = result.total_norm
     dtype = torch.float64 if read.has_float64 else torch.float32
     if isinstance(total, Tensor):
@@ -272,7 +273,7 @@ def total_norm_of(
     if error_if_nonfinite and not math.isfinite(total.item()):
         found = readable(tensors, names)
         each = np.array([0.0 if t is None or not t.numel() else _odd_norm(t, order).item() for t in found])
-        raise _nonfinite(_count_nonfinite(found), each, names)
+        raise _nonfinite(order, _count_nonfinite(found), each, names)
     return total, torch.float64 if is_wide else torch.float32
 
 
@@ -309,9 +310,8 @@ def _on_every_device(
 
 def _odd_norm(tensor: Tensor, order: float) -> Tensor:
     """What engines do not measure: orders that are not positive."""
-    wide = torch.complex128 if tensor.is_complex() else torch.float64
-    norm: Tensor = torch.linalg.vector_norm(tensor.detach(), order, dtype=wide)
-    return norm
+    wide = tensor.detach().to(torch.complex128 if tensor.is_complex() else torch.float64)
+    return wide.count_nonzero().to(torch.float64) if order == 0 else norm_of(wide.abs(), order)
 
 
 def _count_nonfinite(grads: Gradients) -> _Counts:
@@ -319,7 +319,9 @@ def _count_nonfinite(grads: Gradients) -> _Counts:
     return [(i, nan, inf) for i, nan, inf in counts if nan or inf]
 
 
-def _nonfinite(entries: _Counts, norms: npt.NDArray[np.float64], names: Names) -> NonFiniteNormError:
+def _nonfinite(
+    order: float, entries: _Counts, norms: npt.NDArray[np.float64], names: Names
+) -> NonFiniteNormError:
     found = [
         f"{name_of(names, int(i))}: expected finite elements, got {nan} NaN and {inf} inf"
         for i, nan, inf in entries[:5]
@@ -329,4 +331,6 @@ def _nonfinite(entries: _Counts, norms: npt.NDArray[np.float64], names: Names) -
     if not found:
         found.append("expected a finite norm, got one that is not, of gradients that are")
     named: list[tuple[int | str, int, int]] = [(name_of(names, int(i)), a, b) for i, a, b in entries]
-    return NonFiniteNormError("; ".join([*found, "nothing was written"]), named, norms)
+    # PyTorch's words first: there are scripts that look for them.
+    start = f"The total norm of order {order} for gradients from `parameters` is non-finite"
+    return NonFiniteNormError("; ".join([start, *found, "nothing was written"]), named, norms)

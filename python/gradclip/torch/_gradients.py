@@ -29,6 +29,7 @@ __all__ = [
     "name_of",
     "naming",
     "norm_dtype",
+    "norm_of",
     "readable",
     "writable",
 ]
@@ -204,14 +205,17 @@ def combine(norms: Sequence[Tensor], order: float) -> Tensor:
     if len(norms) == 1:
         return norms[0]
     stacked = torch.stack(list(norms))
-    if order == 0:
-        return stacked.sum()
+    return stacked.sum() if order == 0 else norm_of(stacked, order)
+
+
+def norm_of(values: Tensor, order: float) -> Tensor:
+    """The norm of float64 numbers that are not negative (or NaN), of any order but 0."""
+    unit = values.amax() if order > 0 else values.amin()
     if math.isinf(order):
-        return stacked.amax() if order > 0 else stacked.amin()
+        return unit
     # Scaled, so that powers neither overflow nor vanish; 0 and inf are their own sums.
-    unit = stacked.amax() if order > 0 else stacked.amin()
     unit = torch.where((unit > 0) & unit.isfinite(), unit, torch.ones_like(unit))
-    scaled: Tensor = torch.linalg.vector_norm(stacked / unit, order)
+    scaled: Tensor = torch.linalg.vector_norm(values / unit, order)
     return unit * scaled
 
 
