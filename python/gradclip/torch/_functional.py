@@ -23,6 +23,7 @@ from gradclip.torch._gradients import (
     Gradients,
     Names,
     as_list,
+    as_norm,
     as_number,
     as_threshold,
     by_device,
@@ -51,6 +52,7 @@ EPSILON = 1e-6  # what PyTorch adds to norms
 
 _T = TypeVar("_T")
 _CPU = torch.device("cpu")
+_LARGEST = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float64)}
 _Counts = Sequence[tuple[int | str, int, int]]
 
 
@@ -85,7 +87,8 @@ def clip_grad_norm_(
 
     Returns:
         The norm before clipping: a 0-d tensor on the device of the first gradient, of dtype float64 if
-        that is among the gradients' dtypes, else float32.
+        that is among the gradients' dtypes, else float32 (which says ``inf`` of a norm above 3.4e38;
+        gradients are clipped by what it is).
 
     Raises:
         TypeError: An entry is not a tensor, or its gradient is of a kind that cannot be clipped (integer,
@@ -103,7 +106,7 @@ def clip_grad_norm_(
         >>> weight.grad
         tensor([0.6000, 0.8000])
     """
-    listed = as_list(parameters)
+    listed = as_list(parameters, warn_at=2)
     if torch.compiler.is_compiling():
         return _compile.clip_grad_norm_(gradients_of(listed), max_norm, norm_type, error_if_nonfinite)
     return clip_gradients_(gradients_of(listed), max_norm, norm_type, error_if_nonfinite)
@@ -197,12 +200,11 @@ def clip_grad_value_(
     limit = as_threshold(clip_value, "clip_value")
     grads = gradients_of(as_list(parameters))
     if limit == 0:  # which engines take for a mistake
-        for grad in writable(grads, PARAMETERS):
-            if grad is not None:
-                grad.clamp_(0, 0)
+        _zero(writable(grads, PARAMETERS))
         return
-    _on_every_device(grads, PARAMETERS, writable, lambda read, _: read.clip_by_value(limit))
-    mark_written(grads)
+    results = _on_every_device(grads, PARAMETERS, writable, lambda read, _: finish(read.clip_by_value(limit)))
+    if not all(result.clipped is False for result in results):  # which a GPU does not know yet
+        mark_written(grads)
 
 
 # --- What they are made of ----------------------------------------------------------------------------
@@ -250,7 +252,8 @@ def _clip_at_once(
         return total.to(dtype)
     if result.clipped:
         mark_written(grads)
-    return torch.scalar_tensor(total, dtype=dtype)
+    # A float32 holds no norm above 3.4e38, and scalar_tensor would raise of it.
+    return torch.scalar_tensor(total if total <= _LARGEST[dtype] else total * math.inf, dtype=dtype)
 
 
 def total_norm_of(
@@ -265,9 +268,9 @@ def total_norm_of(
         norms = [torch.as_tensor(norm, dtype=torch.float64) for norm, _ in measured]
         is_wide = any(has_float64 for _, has_float64 in measured)
     else:
-        plain = [t for t in readable(tensors, names) if t is not None and t.numel() > 0]
-        norms = [_odd_norm(tensor, order) for tensor in plain]
-        is_wide = norm_dtype(plain) is torch.float64
+        found = readable(tensors, names)
+        norms = [_odd_norm(t, order) for t in found if t is not None and t.numel() > 0]
+        is_wide = norm_dtype(found) is torch.float64
     first = next((tensor.device for tensor in tensors if tensor is not None), _CPU)
     total = combine([norm.to(first) for norm in norms] or [torch.zeros((), dtype=torch.float64)], order)
     if error_if_nonfinite and not math.isfinite(total.item()):
@@ -279,13 +282,28 @@ def total_norm_of(
 
 def scale_by_norm_(grads: Gradients, limit: float | Tensor, total: Tensor, names: Names) -> None:
     """Multiply by what the norm ``total`` makes of the threshold; nothing is written where that is 1."""
-    wide = total.detach().to(torch.float64)
+    wide = as_norm(total)
 
     def scale(read: PlannedGradients, device: torch.device) -> None:
         read.clip_with_norm(wide.to(device) if device.type == "cuda" else wide.item(), limit, EPSILON)
 
     _on_every_device(grads, names, writable, scale)
-    mark_written(grads)
+    on_device = wide.is_cuda or isinstance(limit, Tensor)
+    if on_device or not limit >= wide.item() + EPSILON:
+        mark_written(grads)
+
+
+def _zero(grads: Gradients) -> None:
+    """All that is not NaN."""
+    for i, grad in enumerate(grads):
+        if grad is not None and grad.is_complex():
+            raise TypeError(
+                f"{name_of(PARAMETERS, i)}: expected a real dtype (complex numbers have no order), "
+                f"got {str(grad.dtype)[6:]}"
+            )
+    for grad in grads:
+        if grad is not None:
+            grad.clamp_(0, 0)
 
 
 def _on_every_device(
@@ -297,7 +315,9 @@ def _on_every_device(
     """Let an engine read the gradients as they are; if it does not, look at each of them first."""
     device = next((grad.device for grad in grads if grad is not None), _CPU)
     try:
-        return [use(engine_of(grads)[0].read(grads), device)]
+        read_at_once = engine_of(grads)[0].read(grads)
+        read_at_once.require_writable()  # also what is only measured: what two share counts once
+        return [use(read_at_once, device)]
     except (TypeError, ValueError):
         lists = by_device(prepare(grads, names))
     with naming(names):

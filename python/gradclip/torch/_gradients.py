@@ -20,6 +20,7 @@ __all__ = [
     "Names",
     "Unsupported",
     "as_list",
+    "as_norm",
     "as_number",
     "as_threshold",
     "by_device",
@@ -72,14 +73,29 @@ def as_threshold(value: SupportsFloat, name: str) -> float:
     return number
 
 
-def as_list(tensors: Tensor | Iterable[Tensor], stacklevel: int = 3) -> list[Tensor]:
-    """The tensors; with PyTorch's own warning for a generator that yields nothing."""
+def as_norm(value: Tensor) -> Tensor:
+    """A total norm as float64.
+
+    Raises:
+        TypeError: It is not a real tensor.
+        ValueError: It has not one element.
+    """
+    _check_tensor(value, "total_norm")
+    if value.is_complex():
+        raise TypeError(f"total_norm: expected a real number, got dtype {str(value.dtype)[6:]}")
+    if value.numel() != 1:
+        raise ValueError(f"total_norm: expected a 0-d tensor, got one of shape {tuple(value.shape)}")
+    return value.detach().to(torch.float64).reshape(())
+
+
+def as_list(tensors: Tensor | Iterable[Tensor], warn_at: int = 0) -> list[Tensor]:
+    """The tensors; ``warn_at`` a level of the stack, of a generator that yields nothing, as PyTorch does."""
     if isinstance(tensors, Tensor):
         return [tensors]
     found = list(tensors)
-    if not found and isinstance(tensors, types.GeneratorType):
+    if warn_at and not found and isinstance(tensors, types.GeneratorType):
         warnings.warn(
-            "`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=stacklevel
+            "`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=warn_at + 1
         )
     return found
 
@@ -124,7 +140,15 @@ def readable(grads: Gradients, names: Names) -> list[Tensor | None]:
     Raises:
         Unsupported: A tensor that no engine reads. It is named.
     """
-    return _once([None if grad is None else _read(grad, name_of(names, i)) for i, grad in enumerate(grads)])
+    first: set[int] = set()  # a sparse tensor that is not coalesced has no memory to be known again by
+    read: list[Tensor | None] = []
+    for i, grad in enumerate(grads):
+        if grad is None or id(grad) in first:
+            read.append(None)
+            continue
+        first.add(id(grad))
+        read.append(_read(grad, name_of(names, i)))
+    return _once(read)
 
 
 def writable(grads: Gradients, names: Names) -> list[Tensor | None]:
@@ -162,12 +186,16 @@ def _read(grad: Tensor, name: str) -> Tensor:
     if grad.dtype not in _FLOATS:
         raise refuse("a dtype of " + ", ".join(str(d)[6:] for d in _FLOATS), f"dtype {str(grad.dtype)[6:]}")
     if grad.layout is torch.sparse_coo:
-        return grad.coalesce().values().detach()
-    if grad.layout in _COMPRESSED:
-        return grad.values().detach()
-    if grad.layout is not torch.strided:
+        grad = grad.coalesce().values()
+    elif grad.layout in _COMPRESSED:
+        grad = grad.values()
+    elif grad.layout is not torch.strided:
         raise refuse("a dense or sparse layout", f"{grad.layout}")
-    return grad.detach() if grad.requires_grad else grad
+    grad = grad.detach() if grad.requires_grad else grad
+    # The memory without the signs that a view puts on it: neither norms nor clips see them.
+    if grad.is_conj():
+        grad = grad.conj()
+    return torch._neg_view(grad) if grad.is_neg() else grad
 
 
 def _once(grads: list[Tensor | None]) -> list[Tensor | None]:
