@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +12,8 @@ import gradclip
 from device import Device, emulated_device, real_device
 from gradclip import _core
 from gradclip._dispatch import why_no_gpu
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network; read when transformers is imported
 
 # The suite gives the same answer twice; `pytest --hypothesis-profile=explore` looks further.
 settings.register_profile("suite", max_examples=150, deadline=None, derandomize=True, database=None)
