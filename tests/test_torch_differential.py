@@ -33,6 +33,7 @@ from torch_lists import (
     bits,
     eps,
     gradients,
+    in_memory_order,
     parameter,
     tensor_of,
 )
@@ -74,7 +75,7 @@ class Drawn:
         self.before = [None if grad is None else array_of(grad) for grad in self.grads]
         self.versions = [None if grad is None else grad._version for grad in self.grads]
         self.pointers = [g.base.data_ptr() for g in drawn if g is not None]
-        self.arrays = [array for array in self.before if array is not None]
+        self.arrays = [in_memory_order(grad) for grad in self.grads if grad is not None]
         # PyTorch has no norm of an empty tensor for these orders.
         keep_empty = order > 0 and not math.isinf(order)
         self.theirs = [

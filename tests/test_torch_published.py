@@ -1,16 +1,13 @@
 """The cases that PyTorch publishes for its clipping functions, with gradclip's in their place.
 
-They are those of PyTorch's test/test_nn.py (2.6 and later): ``test_clip_grad_norm``,
-``test_clip_grad_value``, ``test_clip_grad_norm_error_if_nonfinite`` and
-``test_clip_grad_norm_multi_device``, with their parameters, numbers and tolerances (those of
-``torch.testing``), written anew in this suite's style. Each runs against ``gradclip.torch`` called by name
-and against ``torch.nn.utils`` rerouted.
+They are those of PyTorch's test/test_nn.py: ``test_clip_grad_norm``, ``test_clip_grad_value``,
+``test_clip_grad_norm_error_if_nonfinite`` and ``test_clip_grad_norm_multi_device``, with their parameters,
+numbers and tolerances (those of ``torch.testing``), written anew in this suite's style. Each runs against
+``gradclip.torch`` called by name and against ``torch.nn.utils`` rerouted.
 
-Changed:
-
-* Norms that PyTorch cannot hold: it expects an error for 2e200 under the orders 2, 3.5, -2 and -3.5, whose
-  norms are finite. Here they are compared with what they are.
-* In place of ``foreach`` on other devices than CPU and CUDA nothing: gradclip reads no others.
+Changed: for 2e200 under the orders 2, 3.5, -2 and -3.5 PyTorch expects an error, since it cannot hold
+those norms. They are finite, and here they are compared with what they are. And where there is but one
+GPU, the CPU is the second device.
 """
 
 from __future__ import annotations

@@ -45,6 +45,13 @@ def array_of(tensor: Tensor) -> Array:
     return found
 
 
+def in_memory_order(tensor: Tensor) -> Array:
+    """The same elements in the order in which they lie, which is the one that a norm is summed in."""
+    if tensor.layout is not torch.strided:
+        return array_of(tensor)
+    return array_of(tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True)))
+
+
 def tensor_of(array: Array) -> Tensor:
     """The other way round."""
     if array.dtype == ml_dtypes.bfloat16:
