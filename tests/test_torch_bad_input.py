@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 import gradclip.torch
-from torch_lists import bits, grad_of, parameter
+from torch_lists import SPARSE_WARNINGS, bits, grad_of, parameter
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor, .* are deprecated")
+pytestmark = [
+    *SPARSE_WARNINGS,
+    pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor, .* are deprecated"),
+]
 
 
 class Subclass(Tensor):
@@ -199,3 +202,11 @@ def test_what_pytorch_takes_goes_to_pytorch_under_the_reroute() -> None:
         assert counts.passed_on["clip_grads_with_norm_"] == 2
         assert any("does not require grad" in reason for reason in counts.reasons)
         assert any("Subclass" in reason for reason in counts.reasons)
+
+
+def test_a_sparse_gradient_stays_as_it_is_where_another_is_refused() -> None:
+    sparse = torch.sparse_coo_tensor(torch.tensor([[0, 0]]), torch.tensor([1.0, 2.0]), (3,))
+    for kind in ("integers", "requires grad"):
+        with pytest.raises(TypeError, match=r"parameters\[1\]"):
+            gradclip.torch.clip_grad_norm_([parameter(sparse), BAD[kind][0]()], 0.1)
+        assert not sparse.is_coalesced()
