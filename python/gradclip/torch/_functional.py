@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,11 +18,13 @@ from torch import Tensor
 from gradclip._dispatch import PlannedGradients, engine_of
 from gradclip._result import NonFiniteGradientError, finish
 from gradclip.torch import _compile
+from gradclip.torch._dtensor import is_dtensor, whole, writable_parts
 from gradclip.torch._gradients import (
     PARAMETERS,
     TENSORS,
     Gradients,
     Names,
+    Unsupported,
     as_list,
     as_norm,
     as_number,
@@ -38,6 +41,9 @@ from gradclip.torch._gradients import (
     writable,
 )
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 __all__ = [
     "EPSILON",
     "NonFiniteNormError",
@@ -45,7 +51,13 @@ __all__ = [
     "clip_grad_value_",
     "clip_gradients_",
     "clip_grads_with_norm_",
+    "count_nonfinite",
+    "describe",
     "get_total_norm",
+    "nonfinite_error",
+    "norms_of",
+    "scale_by_norm_",
+    "total_norm_of",
 ]
 
 EPSILON = 1e-6  # what PyTorch adds to norms
@@ -69,6 +81,8 @@ def clip_grad_norm_(
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
+    *,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """Clip the gradients of all parameters together by their norm: ``torch.nn.utils.clip_grad_norm_``.
 
@@ -84,18 +98,25 @@ def clip_grad_norm_(
             0 are left to PyTorch's own norms.
         error_if_nonfinite: Raise if the norm is infinite or NaN; nothing is written then. Waits for a GPU.
         foreach: Accepted and ignored: there is one way, and it is fast.
+        group: A process group of whose ranks each holds its shards of the gradients, in plain tensors: the
+            norm is over all of them. All ranks make the same call, with as many tensors. DTensors know
+            their groups: ``None``. See ``docs/scaling.md``.
 
     Returns:
         The norm before clipping: a 0-d tensor on the device of the first gradient, of dtype float64 if
         that is among the gradients' dtypes, else float32 (which says ``inf`` of a norm above 3.4e38;
-        gradients are clipped by what it is).
+        gradients are clipped by what it is). A DTensor, replicated, if DTensors are among the gradients.
+        The same bits on every rank.
 
     Raises:
         TypeError: An entry is not a tensor, or its gradient is of a kind that cannot be clipped (integer,
             quantised, meta, requiring grad). It is named.
-        ValueError: ``max_norm`` is negative or NaN; gradients overlap in memory.
+        ValueError: ``max_norm`` is negative or NaN; gradients overlap in memory; a process group is not
+            open, or its ranks disagree on the number of tensors.
         RuntimeError: ``error_if_nonfinite`` and the norm is not finite: a
-            :class:`gradclip.NonFiniteGradientError` too, which names the parameters.
+            :class:`gradclip.NonFiniteGradientError` too, which names the parameters. Of gradients on many
+            ranks, every rank raises what any of them has to (on a GPU without ``error_if_nonfinite``, only
+            that one does, and the norm of the others is NaN).
 
     Example:
         >>> import torch, gradclip.torch
@@ -107,9 +128,13 @@ def clip_grad_norm_(
         tensor([0.6000, 0.8000])
     """
     listed = as_list(parameters, warn_at=2)
-    if torch.compiler.is_compiling():
+    is_compiling = torch.compiler.is_compiling()
+    if group is not None or (not is_compiling and listed and is_dtensor(listed[0])):
+        norm: Tensor = _spread().clip_grad_norm_(listed, max_norm, norm_type, error_if_nonfinite, group)
+        return norm
+    if is_compiling:
         return _compile.clip_grad_norm_(gradients_of(listed), max_norm, norm_type, error_if_nonfinite)
-    return clip_gradients_(gradients_of(listed), max_norm, norm_type, error_if_nonfinite)
+    return clip_gradients_(gradients_of(listed), max_norm, norm_type, error_if_nonfinite, parameters=listed)
 
 
 def get_total_norm(
@@ -117,6 +142,8 @@ def get_total_norm(
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
+    *,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """Measure the norm of all tensors together: ``torch.nn.utils.get_total_norm``.
 
@@ -125,12 +152,14 @@ def get_total_norm(
         norm_type: As for :func:`clip_grad_norm_`.
         error_if_nonfinite: As for :func:`clip_grad_norm_`.
         foreach: Accepted and ignored.
+        group: As for :func:`clip_grad_norm_`.
 
     Returns:
         The norm, as :func:`clip_grad_norm_` returns it.
 
     Raises:
         TypeError: As for :func:`clip_grad_norm_`.
+        ValueError: As for :func:`clip_grad_norm_`, of process groups.
         RuntimeError: As for :func:`clip_grad_norm_`.
 
     Example:
@@ -138,8 +167,16 @@ def get_total_norm(
         >>> gradclip.torch.get_total_norm([torch.full((4,), 1e-25), torch.zeros(3)])
         tensor(2.0000e-25)
     """
-    total, dtype = total_norm_of(as_list(tensors), norm_type, error_if_nonfinite, TENSORS)
-    return total.to(dtype)
+    listed = as_list(tensors)
+    if group is None and (torch.compiler.is_compiling() or not (listed and is_dtensor(listed[0]))):
+        try:
+            total, dtype = total_norm_of(listed, norm_type, error_if_nonfinite, TENSORS)
+            return total.to(dtype)
+        except Unsupported:
+            if not any(map(is_dtensor, listed)):
+                raise
+    norm: Tensor = _spread().get_total_norm(listed, norm_type, error_if_nonfinite, group)
+    return norm
 
 
 def clip_grads_with_norm_(
@@ -153,7 +190,8 @@ def clip_grads_with_norm_(
     Args:
         parameters: As for :func:`clip_grad_norm_`.
         max_norm: Not negative.
-        total_norm: A 0-d tensor, as :func:`get_total_norm` returns it. On a GPU, nothing waits for it.
+        total_norm: A 0-d tensor or DTensor, as :func:`get_total_norm` returns it. On a GPU, nothing waits
+            for it.
         foreach: Accepted and ignored.
 
     Raises:
@@ -168,9 +206,15 @@ def clip_grads_with_norm_(
         >>> weight.grad
         tensor([1.5000, 2.0000])
     """
-    scale_by_norm_(
-        gradients_of(as_list(parameters)), as_threshold(max_norm, "max_norm"), total_norm, PARAMETERS
-    )
+    limit, total = as_threshold(max_norm, "max_norm"), whole(total_norm)
+    grads = gradients_of(as_list(parameters))
+    try:
+        scale_by_norm_(grads, limit, total, PARAMETERS)
+    except Unsupported:
+        if not any(map(is_dtensor, grads)):
+            raise
+        scale_by_norm_(writable_parts(grads, PARAMETERS), limit, total, PARAMETERS)
+        mark_written(grads)
 
 
 def clip_grad_value_(
@@ -199,11 +243,12 @@ def clip_grad_value_(
     """
     limit = as_threshold(clip_value, "clip_value")
     grads = gradients_of(as_list(parameters))
-    if limit == 0:  # which engines take for a mistake
-        _zero(writable(grads, PARAMETERS))
-        return
-    results = _on_every_device(grads, PARAMETERS, writable, lambda read, _: finish(read.clip_by_value(limit)))
-    if not all(result.clipped is False for result in results):  # which a GPU does not know yet
+    try:
+        _clip_values(grads, limit)
+    except Unsupported:
+        if not any(map(is_dtensor, grads)):
+            raise
+        _clip_values(writable_parts(grads, PARAMETERS, each_element=True), limit)
         mark_written(grads)
 
 
@@ -216,8 +261,9 @@ def clip_gradients_(
     norm_type: float,
     error_if_nonfinite: bool,
     names: Names = PARAMETERS,
+    parameters: Sequence[Tensor] = (),
 ) -> Tensor:
-    """:func:`clip_grad_norm_` for a list of gradients."""
+    """:func:`clip_grad_norm_` for a list of gradients; ``parameters`` tell where those lie that are None."""
     order = as_number(norm_type, "norm_type")
     on_device = isinstance(max_norm, Tensor) and max_norm.is_cuda
     limit = max_norm if on_device else as_threshold(max_norm, "max_norm")
@@ -226,6 +272,11 @@ def clip_gradients_(
             return _clip_at_once(grads, limit, order, error_if_nonfinite, names)
         except (TypeError, ValueError):
             pass  # Something among them needs a second look, which also says what is wrong.
+    if any(map(is_dtensor, grads)):
+        norm: Tensor = _spread().clip_gradients_(
+            grads, parameters, max_norm, norm_type, error_if_nonfinite, names
+        )
+        return norm
     grads = writable(grads, names)
     if order > 0 and len(by_device(grads)) <= 1:
         with naming(names):
@@ -244,7 +295,7 @@ def _clip_at_once(
     try:
         result = finish(read.clip(limit, order, None, 1.0, policy, None, EPSILON))
     except NonFiniteGradientError as error:
-        raise _nonfinite(order, error.entries, error.norms, names) from None
+        raise nonfinite_error(order, error.entries, error.norms, names) from None
     total: Any = result.total_norm
     dtype = torch.float64 if read.has_float64 else torch.float32
     if isinstance(total, Tensor):
@@ -275,8 +326,7 @@ def total_norm_of(
     total = combine([norm.to(first) for norm in norms] or [torch.zeros((), dtype=torch.float64)], order)
     if error_if_nonfinite and not math.isfinite(total.item()):
         found = readable(tensors, names)
-        each = np.array([0.0 if t is None or not t.numel() else _odd_norm(t, order).item() for t in found])
-        raise _nonfinite(order, _count_nonfinite(found), each, names)
+        raise nonfinite_error(order, count_nonfinite(found), norms_of(found, order), names)
     return total, torch.float64 if is_wide else torch.float32
 
 
@@ -304,6 +354,15 @@ def _zero(grads: Gradients) -> None:
     for grad in grads:
         if grad is not None:
             grad.clamp_(0, 0)
+
+
+def _clip_values(grads: Gradients, limit: float) -> None:
+    if limit == 0:  # which engines take for a mistake
+        _zero(writable(grads, PARAMETERS))
+        return
+    results = _on_every_device(grads, PARAMETERS, writable, lambda read, _: finish(read.clip_by_value(limit)))
+    if not all(result.clipped is False for result in results):  # which a GPU does not know yet
+        mark_written(grads)
 
 
 def _on_every_device(
@@ -334,22 +393,49 @@ def _odd_norm(tensor: Tensor, order: float) -> Tensor:
     return wide.count_nonzero().to(torch.float64) if order == 0 else norm_of(wide.abs(), order)
 
 
-def _count_nonfinite(grads: Gradients) -> _Counts:
+def _spread() -> ModuleType:
+    """The module for what is spread over ranks, imported by those who need it: it imports this one."""
+    from gradclip.torch import _sharded  # noqa: PLC0415
+
+    return _sharded
+
+
+# --- What is not finite -------------------------------------------------------------------------------
+
+
+def norms_of(tensors: Gradients, order: float) -> npt.NDArray[np.float64]:
+    """The norm of every tensor."""
+    return np.array([0.0 if t is None or not t.numel() else _odd_norm(t, order).item() for t in tensors])
+
+
+def count_nonfinite(grads: Gradients) -> _Counts:
+    """Position, NaNs and infinities of those that have any."""
     counts = [(i, int(g.isnan().sum()), int(g.isinf().sum())) for i, g in enumerate(grads) if g is not None]
     return [(i, nan, inf) for i, nan, inf in counts if nan or inf]
 
 
-def _nonfinite(
-    order: float, entries: _Counts, norms: npt.NDArray[np.float64], names: Names
-) -> NonFiniteNormError:
+def describe(entries: _Counts, names: Names) -> list[str]:
+    """What errors say of them."""
     found = [
         f"{name_of(names, int(i))}: expected finite elements, got {nan} NaN and {inf} inf"
         for i, nan, inf in entries[:5]
     ]
     if len(entries) > len(found):
         found.append(f"and {len(entries) - len(found)} more")
+    return found
+
+
+def nonfinite_error(
+    order: float,
+    entries: _Counts,
+    norms: npt.NDArray[np.float64],
+    names: Names,
+    found: Sequence[str] | None = None,
+) -> NonFiniteNormError:
+    """The error for them; ``found`` is what it says, if not what :func:`describe` does."""
+    found = describe(entries, names) if found is None else found
     if not found:
-        found.append("expected a finite norm, got one that is not, of gradients that are")
+        found = ["expected a finite norm, got one that is not, of gradients that are"]
     named: list[tuple[int | str, int, int]] = [(name_of(names, int(i)), a, b) for i, a, b in entries]
     # PyTorch's words first: there are scripts that look for them.
     start = f"The total norm of order {order} for gradients from `parameters` is non-finite"

@@ -32,6 +32,7 @@ __all__ = [
     "norm_dtype",
     "norm_of",
     "readable",
+    "refuse_graphs",
     "writable",
 ]
 
@@ -158,17 +159,22 @@ def writable(grads: Gradients, names: Names) -> list[Tensor | None]:
         Unsupported: As :func:`readable`; besides, a gradient that requires grad.
     """
     readable(grads, names)
+    refuse_graphs(grads, names)
+    for grad in grads:
+        if grad is not None and grad.layout is torch.sparse_coo and not grad.is_coalesced():
+            with torch.no_grad():
+                grad.copy_(grad.coalesce())
+    return readable(grads, names)
+
+
+def refuse_graphs(grads: Gradients, names: Names) -> None:
+    """Raise :class:`Unsupported` if a gradient requires grad."""
     for i, grad in enumerate(grads):
         if grad is not None and grad.requires_grad:
             raise Unsupported(
                 f"{name_of(names, i)}: expected a gradient that does not require grad, got one that does "
                 "(of create_graph=True): writing into it would falsify its graph"
             )
-    for grad in grads:
-        if grad is not None and grad.layout is torch.sparse_coo and not grad.is_coalesced():
-            with torch.no_grad():
-                grad.copy_(grad.coalesce())
-    return readable(grads, names)
 
 
 def _read(grad: Tensor, name: str) -> Tensor:
