@@ -15,7 +15,7 @@ from torch import Tensor
 import gradclip.torch
 from exact import exact_norm, relative_error
 from gradclip._dispatch import engine_of
-from gradclip.torch import _functional
+from gradclip.torch import _local
 from gradclip.torch._gradients import Gradients, by_device, combine
 from torch_lists import SPARSE_WARNINGS, array_of, bits, grad_of, parameter, random_tensor
 
@@ -116,8 +116,8 @@ class _Unreadable:
 def two_devices(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Unreadable]:
     """Every list with gradients at odd and at even positions is split in two."""
     engines = _Unreadable(engine_of)
-    monkeypatch.setattr(_functional, "engine_of", engines)
-    monkeypatch.setattr(_functional, "by_device", _alternating)
+    monkeypatch.setattr(_local, "engine_of", engines)
+    monkeypatch.setattr(_local, "by_device", _alternating)
     yield engines
     assert engines.parts > 1
 
@@ -136,8 +136,8 @@ def _leaves() -> tuple[list[Tensor], list[Tensor]]:
 def test_as_on_one_device(two_devices: _Unreadable, order: float, share: float) -> None:
     split, whole = _leaves()
     with pytest.MonkeyPatch.context() as one_device:
-        one_device.setattr(_functional, "engine_of", two_devices.engine_of)
-        one_device.setattr(_functional, "by_device", by_device)
+        one_device.setattr(_local, "engine_of", two_devices.engine_of)
+        one_device.setattr(_local, "by_device", by_device)
         max_norm = share * gradclip.torch.get_total_norm([grad_of(p) for p in whole], order).item()
         expected = gradclip.torch.clip_grad_norm_(whole, max_norm, order)
     versions = [grad_of(p)._version for p in split if not grad_of(p).is_sparse]

@@ -7,7 +7,6 @@ gradclip.torch.clip_grad_norm_(model.parameters(), 1.0)     # as torch.nn.utils.
 from gradclip.torch._amp import unscale_and_clip_
 from gradclip.torch._deferred import defer_clip_
 from gradclip.torch._functional import (
-    NonFiniteNormError,
     clip_grad_norm_,
     clip_grad_value_,
     clip_grads_with_norm_,
@@ -15,6 +14,7 @@ from gradclip.torch._functional import (
 )
 from gradclip.torch._install import Stats, install, patched, stats, uninstall
 from gradclip.torch._module import clip_module_, clip_param_groups_
+from gradclip.torch._nonfinite import NonFiniteNormError
 
 __all__ = [
     "NonFiniteNormError",

@@ -13,7 +13,6 @@ from torch.amp.grad_scaler import GradScaler, OptState
 
 from gradclip._dispatch import engine_of
 from gradclip._result import finish
-from gradclip.torch._functional import EPSILON, clip_gradients_
 from gradclip.torch._gradients import (
     PARAMETERS,
     Gradients,
@@ -24,6 +23,7 @@ from gradclip.torch._gradients import (
     naming,
     writable,
 )
+from gradclip.torch._local import EPSILON, clip_gradients_
 
 __all__ = ["begin_unscaling", "measured", "parameters_of", "unscale_and_clip_"]
 

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from gradclip.torch._gradients import Gradients, norm_dtype
+from gradclip.torch._local import clip_gradients_
 
 __all__ = ["clip_grad_norm_"]
 
 
 @torch.library.custom_op("gradclip::clip_grad_norm_", mutates_args={"grads"})
 def _clip(grads: Sequence[Tensor], max_norm: float, norm_type: float, error_if_nonfinite: bool) -> Tensor:
-    from gradclip.torch._functional import clip_gradients_  # noqa: PLC0415 (it imports this module)
-
     return clip_gradients_(grads, max_norm, norm_type, error_if_nonfinite)
 
 

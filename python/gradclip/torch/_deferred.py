@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
 from gradclip.torch._amp import begin_unscaling, measured, parameters_of
-from gradclip.torch._functional import EPSILON, total_norm_of
 from gradclip.torch._gradients import PARAMETERS, as_threshold
+from gradclip.torch._local import EPSILON, total_norm_of
 
 __all__ = ["defer_clip_"]
 

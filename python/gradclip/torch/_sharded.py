@@ -22,14 +22,6 @@ from torch.distributed import ProcessGroup
 from gradclip._dispatch import PlannedGradients, engine_of
 from gradclip.torch._collective import device_for, reduced
 from gradclip.torch._dtensor import writable_parts
-from gradclip.torch._functional import (
-    EPSILON,
-    count_nonfinite,
-    describe,
-    nonfinite_error,
-    norms_of,
-    scale_by_norm_,
-)
 from gradclip.torch._gradients import (
     PARAMETERS,
     TENSORS,
@@ -46,6 +38,8 @@ from gradclip.torch._gradients import (
     writable,
 )
 from gradclip.torch._layout import Groups, Layout
+from gradclip.torch._local import EPSILON, norms_of, scale_by_norm_
+from gradclip.torch._nonfinite import count_nonfinite, describe, nonfinite_error
 
 __all__ = ["clip_grad_norm_", "clip_gradients_", "get_total_norm"]
 

@@ -1,0 +1,178 @@
+"""Clipping what this process holds: by one engine where it reads all as it is, else after a second look."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from gradclip._dispatch import PlannedGradients, engine_of
+from gradclip._result import NonFiniteGradientError, finish
+from gradclip.torch._gradients import (
+    PARAMETERS,
+    Gradients,
+    Names,
+    as_norm,
+    as_number,
+    as_threshold,
+    by_device,
+    combine,
+    mark_written,
+    name_of,
+    naming,
+    norm_dtype,
+    norm_of,
+    readable,
+    writable,
+)
+from gradclip.torch._nonfinite import count_nonfinite, nonfinite_error
+
+__all__ = ["EPSILON", "clip_gradients_", "clip_values_", "norms_of", "scale_by_norm_", "total_norm_of"]
+
+EPSILON = 1e-6  # what PyTorch adds to norms
+
+_T = TypeVar("_T")
+_CPU = torch.device("cpu")
+_LARGEST = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float64)}
+
+
+def clip_gradients_(
+    grads: Gradients,
+    max_norm: float | Tensor,
+    norm_type: float,
+    error_if_nonfinite: bool,
+    names: Names = PARAMETERS,
+) -> Tensor:
+    """:func:`gradclip.torch.clip_grad_norm_` for a list of gradients."""
+    order = as_number(norm_type, "norm_type")
+    on_device = isinstance(max_norm, Tensor) and max_norm.is_cuda
+    limit = max_norm if on_device else as_threshold(max_norm, "max_norm")
+    if order > 0:
+        try:
+            return _clip_at_once(grads, limit, order, error_if_nonfinite, names)
+        except (TypeError, ValueError):
+            pass  # Something among them needs a second look, which also says what is wrong.
+    grads = writable(grads, names)
+    if order > 0 and len(by_device(grads)) <= 1:
+        with naming(names):
+            return _clip_at_once(grads, limit, order, error_if_nonfinite, names)
+    total, dtype = total_norm_of(grads, order, error_if_nonfinite, names)
+    scale_by_norm_(grads, limit, total, names)
+    return total.to(dtype)
+
+
+def _clip_at_once(
+    grads: Gradients, limit: float | Tensor, order: float, error_if_nonfinite: bool, names: Names
+) -> Tensor:
+    """Of gradients on one device, in one call of its engine."""
+    read = engine_of(grads)[0].read(grads)
+    policy = "raise" if error_if_nonfinite else "propagate"
+    try:
+        result = finish(read.clip(limit, order, None, 1.0, policy, None, EPSILON))
+    except NonFiniteGradientError as error:
+        raise nonfinite_error(order, error.entries, error.norms, names) from None
+    total: Any = result.total_norm
+    dtype = torch.float64 if read.has_float64 else torch.float32
+    if isinstance(total, Tensor):
+        mark_written(grads)  # for all that is known here
+        return total.to(dtype)
+    if result.clipped:
+        mark_written(grads)
+    # A float32 holds no norm above 3.4e38, and scalar_tensor would raise of it.
+    return torch.scalar_tensor(total if total <= _LARGEST[dtype] else total * math.inf, dtype=dtype)
+
+
+def total_norm_of(
+    tensors: Gradients, norm_type: float, error_if_nonfinite: bool, names: Names
+) -> tuple[Tensor, torch.dtype]:
+    """The norm of a list of tensors: float64, on the device of the first; and what dtype to return."""
+    order = as_number(norm_type, "norm_type")
+    if order > 0:
+        measured = _on_every_device(
+            tensors, names, readable, lambda read, _: (read.global_norm(order), read.has_float64)
+        )
+        norms = [torch.as_tensor(norm, dtype=torch.float64) for norm, _ in measured]
+        is_wide = any(has_float64 for _, has_float64 in measured)
+    else:
+        found = readable(tensors, names)
+        norms = [_odd_norm(t, order) for t in found if t is not None and t.numel() > 0]
+        is_wide = norm_dtype(found) is torch.float64
+    first = next((tensor.device for tensor in tensors if tensor is not None), _CPU)
+    total = combine([norm.to(first) for norm in norms] or [torch.zeros((), dtype=torch.float64)], order)
+    if error_if_nonfinite and not math.isfinite(total.item()):
+        found = readable(tensors, names)
+        raise nonfinite_error(order, count_nonfinite(found), norms_of(found, order), names)
+    return total, torch.float64 if is_wide else torch.float32
+
+
+def scale_by_norm_(grads: Gradients, limit: float | Tensor, total: Tensor, names: Names) -> None:
+    """Multiply by what the norm ``total`` makes of the threshold; nothing is written where that is 1."""
+    wide = as_norm(total)
+
+    def scale(read: PlannedGradients, device: torch.device) -> None:
+        read.clip_with_norm(wide.to(device) if device.type == "cuda" else wide.item(), limit, EPSILON)
+
+    _on_every_device(grads, names, writable, scale)
+    on_device = wide.is_cuda or isinstance(limit, Tensor)
+    if on_device or not limit >= wide.item() + EPSILON:
+        mark_written(grads)
+
+
+def _zero(grads: Gradients) -> None:
+    """All that is not NaN."""
+    for i, grad in enumerate(grads):
+        if grad is not None and grad.is_complex():
+            raise TypeError(
+                f"{name_of(PARAMETERS, i)}: expected a real dtype (complex numbers have no order), "
+                f"got {str(grad.dtype)[6:]}"
+            )
+    for grad in grads:
+        if grad is not None:
+            grad.clamp_(0, 0)
+
+
+def clip_values_(grads: Gradients, limit: float) -> None:
+    if limit == 0:  # which engines take for a mistake
+        _zero(writable(grads, PARAMETERS))
+        return
+    results = _on_every_device(grads, PARAMETERS, writable, lambda read, _: finish(read.clip_by_value(limit)))
+    if not all(result.clipped is False for result in results):  # which a GPU does not know yet
+        mark_written(grads)
+
+
+def _on_every_device(
+    grads: Gradients,
+    names: Names,
+    prepare: Callable[[Gradients, Names], Gradients],
+    use: Callable[[PlannedGradients, torch.device], _T],
+) -> list[_T]:
+    """Let an engine read the gradients as they are; if it does not, look at each of them first."""
+    device = next((grad.device for grad in grads if grad is not None), _CPU)
+    try:
+        read_at_once = engine_of(grads)[0].read(grads)
+        read_at_once.require_writable()  # also what is only measured: what two share counts once
+        return [use(read_at_once, device)]
+    except (TypeError, ValueError):
+        lists = by_device(prepare(grads, names))
+    with naming(names):
+        read = [(engine_of(each)[0].read(each), device) for device, each in lists.items()]
+        if prepare is writable:
+            for each, _ in read:  # all of them before the first is written
+                each.require_writable()
+        return [use(each, device) for each, device in read]
+
+
+def _odd_norm(tensor: Tensor, order: float) -> Tensor:
+    """What engines do not measure: orders that are not positive."""
+    wide = tensor.detach().to(torch.complex128 if tensor.is_complex() else torch.float64)
+    return wide.count_nonzero().to(torch.float64) if order == 0 else norm_of(wide.abs(), order)
+
+
+def norms_of(tensors: Gradients, order: float) -> npt.NDArray[np.float64]:
+    """The norm of every tensor."""
+    return np.array([0.0 if t is None or not t.numel() else _odd_norm(t, order).item() for t in tensors])
