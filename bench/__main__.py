@@ -1,23 +1,41 @@
-"""``python -m bench``: measure every promised speed in one process and say which are met."""
+"""``python -m bench``: every contender on the same gradients in one run; tables, plots, every sample."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-ROUNDS, QUICK_ROUNDS = 25, 5
+from bench.errors import BenchError
+
+RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def _arguments() -> argparse.Namespace:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds instead of {ROUNDS}")
-    parser.add_argument("--threads", type=int, help="processors for every contender (default: all allowed)")
-    parser.add_argument("--only", metavar="CASE", nargs="+", default=[], help="measure these cases alone")
-    parser.add_argument("--name", help="of the file in bench/results (default: by processor and threads)")
-    parser.add_argument("--markdown", metavar="FILE", type=Path, help="print a result file as Markdown; end")
-    return parser.parse_args()
+    add = parser.add_argument
+    add("--quick", action="store_true", help="fewer cases and rounds: within two minutes on two cores")
+    add("--threads", type=int, help="processors for every contender (default: all allowed)")
+    add("--cases", metavar="CASE", nargs="+", help="these alone, each in --dtypes")
+    add("--dtypes", metavar="DTYPE", nargs="+", help="of --cases (default: float32)")
+    add("--contenders", metavar="NAME", nargs="+", help="these alone, and gradclip")
+    add("--jobs", metavar="JOB", nargs="+", help="these alone")
+    add("--out", metavar="FILE", type=Path, help="result file (default: in bench/results, by processor)")
+    add(
+        "--compare",
+        metavar="FILE",
+        type=Path,
+        help="an older result: say what got slower; 1 if something did",
+    )
+    add("--against", metavar="FILE", type=Path, help="with --compare: compare this file; measure nothing")
+    add(
+        "--report", metavar="FILE", type=Path, help="make tables, plots and HTML of a result; measure nothing"
+    )
+    add("--list", action="store_true", help="cases, dtypes, jobs and contenders; measure nothing")
+    return parser
 
 
 def _set_threads(threads: int | None) -> None:
@@ -25,25 +43,36 @@ def _set_threads(threads: int | None) -> None:
     allowed = sorted(os.sched_getaffinity(0))
     if threads is not None:
         if not 1 <= threads <= len(allowed):
-            sys.exit(f"--threads: expected 1 to {len(allowed)} (processors allowed here), got {threads}")
+            raise BenchError(
+                f"--threads: expected 1 to {len(allowed)} (processors allowed here), got {threads}"
+            )
         allowed = allowed[:threads]
         os.sched_setaffinity(0, allowed)
-    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "GRADCLIP_NUM_THREADS"):
-        os.environ[variable] = str(len(allowed))
+    names = ("OMP", "OPENBLAS", "MKL", "NUMBA", "GRADCLIP")
+    os.environ.update({f"{name}_NUM_THREADS": str(len(allowed)) for name in names})
+    os.environ["JAX_ENABLE_X64"] = "1"  # or JAX has no float64
 
 
-def main() -> None:
-    arguments = _arguments()
+def _main(arguments: argparse.Namespace) -> int:
     _set_threads(arguments.threads)
     # Now: NumPy and the others count their threads when they are imported.
-    from bench import run  # noqa: PLC0415
+    from rich.console import Console  # noqa: PLC0415
 
-    if arguments.markdown:
-        run.print_markdown(arguments.markdown)
-    else:
-        rounds = QUICK_ROUNDS if arguments.quick else ROUNDS
-        run.run(rounds, arguments.only, arguments.name)
+    from bench import commands  # noqa: PLC0415
+
+    width = shutil.get_terminal_size((140, 50)).columns
+    return commands.execute(arguments, Console(width=width), Console(stderr=True), RESULTS)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the suite; 0 is well, 1 is slower than an older result, 2 is a mistake of the user's."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return _main(arguments)
+    except BenchError as error:
+        print(f"python -m bench: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,20 +1,16 @@
-"""Clipping of every case by every contender, when it clips and when there is nothing to clip."""
+"""Clipping by every contender, alone and with what users do beside it."""
 
 from __future__ import annotations
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.baselines import Peer, peers_for
-from bench.cases import CASES
-from bench.harness import time_by_pytest
-from bench.jobs import CLIPPING, NOT_CLIPPING, Workload
-
-_AXES = [pytest.param(c.key, p, id=f"{c.key}-{p.name}") for c in CASES.values() for p in peers_for(c)]
+from bench.harness import axes, time_by_pytest
+from bench.jobs import CLIP, LOG, NO_CLIP, UNSCALE
+from bench.workload import Workload
 
 
-@pytest.mark.parametrize("job", [CLIPPING, NOT_CLIPPING])
-@pytest.mark.parametrize(("workload", "peer"), _AXES, indirect=["workload"])
-def test_clip(benchmark: BenchmarkFixture, workload: Workload, peer: type[Peer], job: str) -> None:
-    contender = workload.clip_of(workload.peer(peer), clipping=job == CLIPPING)
-    time_by_pytest(benchmark, workload, job, contender)
+@pytest.mark.parametrize("job", [CLIP, NO_CLIP, UNSCALE, LOG])
+@pytest.mark.parametrize(("workload", "peer"), axes(), indirect=["workload"])
+def test_clip(benchmark: BenchmarkFixture, workload: Workload, peer: str, job: str) -> None:
+    time_by_pytest(benchmark, workload, job, peer)

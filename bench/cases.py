@@ -1,67 +1,96 @@
-"""The parameter lists that are measured, and their data."""
+"""The lists of gradients that are measured: real models and synthetic axes."""
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["CASES", "Array", "Case", "dtype_of"]
+from bench.errors import BenchError
+
+__all__ = [
+    "CASES",
+    "DTYPES",
+    "Array",
+    "Case",
+    "Load",
+    "choose",
+    "dtype_of",
+    "read_model",
+    "readable_bytes",
+    "readable_count",
+]
 
 Array: TypeAlias = npt.NDArray[Any]
 Shape: TypeAlias = tuple[int, ...]
 
-# What PyTorch and JAX align memory to; NumPy's own allocations are aligned to 16 only, which makes
-# every 64-byte load of a large array touch two cache lines. The roofline is highest on aligned memory.
-_ALIGNMENT = 64
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+MODELS = Path(__file__).resolve().parent / "models"
+
+_MB = 2**20
 
 
 @dataclass(frozen=True)
 class Case:
-    """A list of gradients.
+    """A list of gradients, in any dtype.
 
     Attributes:
         key: Its name on the command line and in result files.
         title: Its name in tables.
         source: Where the shapes come from.
         shapes: One shape per gradient.
-        dtype: ``float32``, ``float16`` or ``bfloat16``.
-        in_cache: Measured again and again on the same memory, so that it comes from the caches as far as
-            it fits. Else the caches are filled with other data before every call.
-        peers: Whether other libraries take part.
+        cold: The caches are filled with other data before every call. Else it is measured again and
+            again on the same memory, which comes from the caches as far as it fits.
+        axis: The synthetic axis that it is a point of: "count" or "bytes".
     """
 
     key: str
     title: str
     source: str
     shapes: tuple[Shape, ...]
-    dtype: str = "float32"
-    in_cache: bool = True
-    peers: bool = True
+    cold: bool = False
+    axis: str = ""
 
     @property
     def num_elements(self) -> int:
-        return sum(math.prod(shape) for shape in self.shapes)
+        return sum(map(math.prod, self.shapes))
+
+
+@dataclass(frozen=True)
+class Load:
+    """A case in one dtype: what a contender is given."""
+
+    case: Case
+    dtype: str = "float32"
+
+    @property
+    def key(self) -> str:
+        return f"{self.case.key}/{self.dtype}"
 
     @property
     def nbytes(self) -> int:
-        return self.num_elements * dtype_of(self.dtype).itemsize
+        return self.case.num_elements * dtype_of(self.dtype).itemsize
 
-    def make(self) -> list[Array]:
-        """The gradients: normally distributed, the same in every run, each in memory of its own."""
-        rng = np.random.default_rng(20190214)
-        grads = []
-        for shape in self.shapes:
-            grad = _aligned_empty(shape, dtype_of(self.dtype))
-            if grad.dtype == np.float32:
-                rng.standard_normal(dtype=np.float32, out=grad)
-            else:
-                grad[...] = rng.standard_normal(shape, dtype=np.float32)
-            grads.append(grad)
-        return grads
+    @property
+    def title(self) -> str:
+        count = f"{len(self.case.shapes):,}".replace(",", " ")
+        noun = "tensor" if count == "1" else "tensors"
+        return f"{self.case.title}, {self.dtype}: {count} {noun}, {readable_bytes(self.nbytes)}"
+
+
+def readable_bytes(nbytes: float) -> str:
+    """Such as "498 MB"."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if nbytes >= size:
+            return f"{nbytes / size:.3g} {unit}"
+    return f"{nbytes:.0f} B"
 
 
 def dtype_of(name: str) -> np.dtype[Any]:
@@ -74,59 +103,86 @@ def dtype_of(name: str) -> np.dtype[Any]:
     return np.dtype(name)
 
 
-def _aligned_empty(shape: Shape, dtype: np.dtype[Any]) -> Array:
-    nbytes = math.prod(shape) * dtype.itemsize
-    memory = np.empty(nbytes + _ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
-    return memory[start : start + nbytes].view(dtype).reshape(shape)
+def read_model(path: Path) -> dict[str, Any]:
+    """A parameter list: title, source, parameters, and shapes by name."""
+    try:
+        model: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if sum(map(math.prod, model["shapes"].values())) != model["parameters"]:
+            raise ValueError("the shapes do not have as many elements as it says")
+    except FileNotFoundError:
+        exist = ", ".join(sorted(p.stem for p in path.parent.glob("*.json"))) or "no file"
+        raise BenchError(f"{path}: expected a file; in that directory there is {exist}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BenchError(
+            f"{path}: expected JSON with title, source, parameters and shapes: {error}"
+        ) from None
+    return model
 
 
-def _gpt2_shapes(width: int = 768) -> tuple[Shape, ...]:
-    """The parameters of GPT-2 124M; the output layer shares the token embedding."""
-    block: tuple[Shape, ...] = (
-        (width,), (width,),  # ln_1: weight, bias
-        (width, 3 * width), (3 * width,),  # attn.c_attn
-        (width, width), (width,),  # attn.c_proj
-        (width,), (width,),  # ln_2
-        (width, 4 * width), (4 * width,),  # mlp.c_fc
-        (4 * width, width), (width,),  # mlp.c_proj
-    )  # fmt: skip
-    return ((50257, width), (1024, width), *block * 12, (width,), (width,))
+def _model(key: str) -> Case:
+    model = read_model(MODELS / f"{key}.json")
+    shapes = tuple(tuple(shape) for shape in model["shapes"].values())
+    return Case(key, model["title"], model["source"], shapes, cold=True)
 
 
-def _half(shape: Shape) -> Shape:
-    return (*shape[:-1], shape[-1] // 2)
+def _count(count: int) -> Case:
+    size = 8 * _MB // 4 // count
+    key, title = f"count-{count}", f"{readable_count(count)} of {readable_count(size)}"
+    return Case(key, title, "synthetic: 8 MB of float32 in so many tensors", ((size,),) * count, axis="count")
 
 
-_GPT2 = (
-    "Radford et al. 2019, Language Models are Unsupervised Multitask Learners, smallest model; "
-    "sizes as in github.com/openai/gpt-2, src/model.py: 12 layers, width 768, context 1024, "
-    "vocabulary 50257"
-)
+def _bytes(nbytes: int) -> Case:
+    """Beyond the caches the data comes from memory anyway."""
+    size = nbytes // 4 // 16
+    source = "synthetic: so many bytes of float32 in 16 tensors"
+    title = f"16 of {readable_count(size)}"
+    return Case(f"bytes-{_power(nbytes)}", title, source, ((size,),) * 16, nbytes >= 64 * _MB, "bytes")
 
 
-def _mlp_shapes(layers: int, width: int) -> tuple[Shape, ...]:
-    return ((width, width), (width,)) * layers
+def _power(nbytes: int) -> str:
+    """Such as "64K"."""
+    for unit, size in (("G", 2**30), ("M", 2**20), ("K", 2**10)):
+        if nbytes >= size:
+            return f"{nbytes // size}{unit}"
+    return str(nbytes)
 
 
-CASES: dict[str, Case] = {
-    case.key: case
-    for case in (
-        Case("gpt2", "GPT-2 124M, 148 arrays, 498 MB", _GPT2, _gpt2_shapes(), in_cache=False),
-        Case("mlp", "80 arrays, 5.4 MB", "weights and biases of 40 layers, width 183", _mlp_shapes(40, 183)),
-        Case("tiny", "300 arrays of 64", "synthetic", ((64,),) * 300),
-        Case("many", "20 000 arrays of 100", "synthetic", ((100,),) * 20_000),
-        Case("fewer", "2 000 arrays of 100", "synthetic", ((100,),) * 2_000, peers=False),
-        # The same bytes in three dtypes: half the elements of GPT-2 in float32.
-        Case(
-            "float32",
-            "float32, 249 MB",
-            f"half of every gradient of: {_GPT2}",
-            tuple(map(_half, _gpt2_shapes())),
-            in_cache=False,
-            peers=False,
-        ),
-        Case("bfloat16", "bfloat16, 249 MB", _GPT2, _gpt2_shapes(), "bfloat16", in_cache=False, peers=False),
-        Case("float16", "float16, 249 MB", _GPT2, _gpt2_shapes(), "float16", in_cache=False, peers=False),
+def readable_count(count: int) -> str:
+    """With thin groups: 20 000."""
+    return f"{count:,}".replace(",", " ")
+
+
+_COUNTS = (1, 10, 100, 1000, 10_000, 20_000)
+_BYTES = tuple(2**power for power in (12, 16, 20, 24, 28, 32))
+_MODEL_KEYS = (
+    "gpt2", "resnet50", "vit-b16", "bert-base", "lstm", "mixtral-16th", "llama-3.2-1b", "gpt2-xl"
+)  # fmt: skip
+
+
+@cache
+def _all() -> dict[str, Case]:
+    huge: tuple[Shape, ...] = ((8192, 8192), *((64,),) * 900)
+    cases = (
+        *map(_model, _MODEL_KEYS),
+        Case("mlp", "MLP", "weights and biases of 40 layers, width 183", ((183, 183), (183,)) * 40),
+        Case("tiny", "300 of 64", "synthetic", ((64,),) * 300),
+        Case("many", "20 000 of 100", "synthetic", ((100,),) * 20_000),
+        Case("fewer", "2 000 of 100", "synthetic", ((100,),) * 2_000),
+        Case("huge-and-tiny", "one of 8192 x 8192, 900 of 64", "synthetic", huge, cold=True),
+        *map(_count, _COUNTS),
+        *map(_bytes, _BYTES),
     )
-}
+    return {case.key: case for case in cases}
+
+
+CASES: Mapping[str, Case] = _all()
+
+
+def choose(what: str, names: Iterable[str], existing: Iterable[str]) -> list[str]:
+    """The names, each of which exists; an error lists what does."""
+    known = list(existing)
+    chosen = list(dict.fromkeys(names))
+    unknown = [name for name in chosen if name not in known]
+    if unknown:
+        raise BenchError(f"unknown {what} {', '.join(unknown)}; there are: {', '.join(known)}")
+    return chosen

@@ -12,9 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import gradclip
-from bench.cases import CASES
-from bench.jobs import CLIPPING, NORMS
-from bench.targets import Outcome
+from bench.cases import CASES, Load
+from bench.data import Gradients
+from bench.jobs import CLIP, JOBS, NORMS
+from bench.targets import Verdict
 from bench.timing import Spread
 from gradclip import _core
 
@@ -42,18 +43,18 @@ def _peak_growth(call: Callable[[], object]) -> float:
 
 def memory_of_norms() -> float:
     """Of the first call in the process, so that threads and tables are counted."""
-    grads = CASES["gpt2"].make()
+    grads = Gradients(Load(CASES["gpt2"])).arrays
     return _peak_growth(lambda: gradclip.tensor_norms(grads))
 
 
 def memory_of_clip() -> float:
-    grads = CASES["gpt2"].make()
+    grads = Gradients(Load(CASES["gpt2"])).arrays
     return _peak_growth(lambda: gradclip.clip_by_global_norm_(grads, 1.0))
 
 
 def threads_for_tiny() -> float:
     """Threads that were started by calls over 77 KB."""
-    grads = CASES["tiny"].make()
+    grads = Gradients(Load(CASES["tiny"])).arrays
     plan = gradclip.Plan(grads)
     for _ in range(100):
         gradclip.tensor_norms(grads)
@@ -71,14 +72,15 @@ def _in_own_process(check: Callable[[], float]) -> Spread | None:
     return Spread(value, value, value)
 
 
-def run_checks() -> list[Outcome]:
+def run_checks() -> list[Verdict]:
     """The rows of the table that are not times."""
-    gpt2, tiny = CASES["gpt2"].title, CASES["tiny"].title
+    gpt2, tiny = Load(CASES["gpt2"]).key, Load(CASES["tiny"]).key
+    norms, clip = JOBS[NORMS].title, JOBS[CLIP].title
     memory = "growth of peak memory"
     return [
-        Outcome(gpt2, NORMS, memory, _in_own_process(memory_of_norms), 1.0, False, "MB"),
-        Outcome(gpt2, CLIPPING, memory, _in_own_process(memory_of_clip), 1.0, False, "MB"),
-        Outcome(tiny, "norms and clip", "threads started", _in_own_process(threads_for_tiny), 0.0, False, ""),
+        Verdict(gpt2, norms, memory, _in_own_process(memory_of_norms), 1.0, False, "MB"),
+        Verdict(gpt2, clip, memory, _in_own_process(memory_of_clip), 1.0, False, "MB"),
+        Verdict(tiny, "norms and clip", "threads started", _in_own_process(threads_for_tiny), 0.0, False, ""),
     ]
 
 

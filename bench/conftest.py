@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from bench.cases import CASES
-from bench.jobs import Workload
+from bench.cases import CASES, Load
+from bench.workload import Workload
 
 
 @pytest.fixture(scope="session")
 def workload(request: pytest.FixtureRequest) -> Workload:
-    return Workload(CASES[request.param])
+    return Workload(Load(CASES[request.param]))

@@ -6,28 +6,60 @@ from typing import Any
 
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.jobs import Workload
+from bench.cases import CASES
+from bench.jobs import JOBS, NORMS, key
+from bench.peers import CPU, PEERS, present
 from bench.timing import Contender
+from bench.workload import Workload
 
-__all__ = ["time_by_pytest"]
+__all__ = ["PYTEST_CASES", "axes", "time_by_pytest", "time_roofline"]
+
+PYTEST_CASES = ("gpt2", "mlp", "tiny", "many")  # one of each kind; python -m bench measures all
 
 
-def time_by_pytest(benchmark: BenchmarkFixture, workload: Workload, job: str, contender: Contender) -> None:
-    """Time a contender, whose answer has been checked; every call is confirmed and undone."""
+def axes() -> list[tuple[str, str]]:
+    """Cases, and the contenders that take part in them."""
+    pairs = []
+    for case in PYTEST_CASES:
+        for peer in present():
+            most = PEERS[peer].most_tensors
+            if PEERS[peer].place == CPU and (most is None or len(CASES[case].shapes) <= most):
+                pairs.append((case, peer))
+    return pairs
+
+
+def time_by_pytest(benchmark: BenchmarkFixture, workload: Workload, job: str, peer: str) -> None:
+    """Time a contender that answers rightly; every call is confirmed and undone."""
+    contender = workload.contender(peer, JOBS[job])
+    error = workload.errors.get(key(workload.load.key, job, peer))
+    _time(benchmark, workload, JOBS[job].title, contender, relative_error=error)
+
+
+def time_roofline(benchmark: BenchmarkFixture, workload: Workload) -> None:
+    """Time the machine's own read of the same bytes."""
+    _time(benchmark, workload, JOBS[NORMS].title, workload.rooflines()[0])
+
+
+def _time(
+    benchmark: BenchmarkFixture, workload: Workload, job: str, contender: Contender, **facts: Any
+) -> None:
     answers: list[Any] = []
+    contender.before_turn()
 
     def settle() -> None:
         while answers:
-            contender.after(answers.pop())
+            answer = answers.pop()
+            contender.after(answer)
+            contender.undo(answer)
         contender.before()
 
     def call() -> None:
         answers.append(contender.call())
 
-    case = workload.case
-    benchmark.group = f"{case.title}: {job}"
-    benchmark.extra_info.update(bytes=case.nbytes, relative_error=workload.errors.get(contender.key))
-    rounds, warm_up = (200, 5) if case.in_cache else (7, 1)
+    load = workload.load
+    benchmark.group = f"{load.title}: {job}"
+    benchmark.extra_info.update(bytes=load.nbytes, **facts)
+    rounds, warm_up = (7, 1) if load.case.cold else (200, 5)
     benchmark.pedantic(  # type: ignore[no-untyped-call]
         call, setup=settle, rounds=rounds, warmup_rounds=warm_up
     )

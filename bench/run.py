@@ -1,91 +1,131 @@
-"""One run of the suite: measure, judge, save, show."""
+"""One run of the suite: a worker measures, this process shows how far it is and survives it."""
 
 from __future__ import annotations
 
-import re
-import shutil
-import sys
+import multiprocessing
 import time
-from pathlib import Path
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from bench import baselines, checks, machine, report
-from bench.cases import CASES
-from bench.jobs import Workload
+from bench import checks, machine, peers
+from bench.results import LoadFacts, Results
+from bench.suite import Experiment
 from bench.targets import TARGETS, judge
-from bench.timing import Rounds, measure
+from bench.worker import Outcome, work
 
-__all__ = ["print_markdown", "run"]
+__all__ = ["run"]
 
-_RESULTS = Path(__file__).resolve().parent / "results"
-# Cases that are compared in a ratio are measured by turns with each other.
-_EXPERIMENTS = (("gpt2",), ("mlp",), ("tiny",), ("many", "fewer"), ("float32", "bfloat16", "float16"))
+_MOST_CRASHES = 50
 
 
-class _Experiment:
-    """Cases measured together."""
+class _Display:
+    """Drawn by this process only when the worker is about to sleep or to check, not by a timer."""
 
-    def __init__(self, cases: list[str], progress: Progress) -> None:
-        self.title = "; ".join(CASES[case].title for case in cases)
-        self._progress = progress
-        self._task = progress.add_task(f"{self.title}: checking answers", total=None)
-        progress.refresh()
-        self._workloads = [Workload(CASES[case]) for case in cases]
-        self._contenders = [c for workload in self._workloads for c in workload.contenders()]
+    def __init__(self, console: Console, count: int) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+        self.progress = Progress(*columns, console=console, auto_refresh=False)
+        self._count = count
+        self._all = self.progress.add_task("suite", total=count)
+        self._one = self.progress.add_task("", total=1.0)
+        self._drawn = 0.0
 
-    @property
-    def errors(self) -> dict[str, float]:
-        return {key: error for workload in self._workloads for key, error in workload.errors.items()}
-
-    def measure(self, rounds: int) -> dict[str, Rounds]:
-        turns = rounds * len(self._contenders)
-        self._progress.update(self._task, description=self.title, total=turns, refresh=True)
-        return measure(self._contenders, self._workloads[0].protocol(rounds), self._tick)
-
-    def _tick(self) -> None:
-        # Between turns, by this thread: a display that draws itself would do so during a timed call.
-        self._progress.update(self._task, advance=1, refresh=True)
+    def show(self, number: int, what: str, name: str, done: float) -> None:
+        self.progress.update(self._all, completed=number + done)
+        self.progress.update(
+            self._one, description=f"{number + 1}/{self._count} {what}: {name}", completed=done
+        )
+        if time.monotonic() - self._drawn > 0.2:
+            self.progress.refresh()
+            self._drawn = time.monotonic()
 
 
-def run(rounds: int, only: list[str], name: str | None) -> None:
-    """Measure all cases, or those named, print the tables and write ``bench/results/<name>.json``."""
-    unknown = sorted(set(only) - set(CASES))
-    if unknown:
-        sys.exit(f"--only: expected some of {', '.join(CASES)}, got {', '.join(unknown)}")
+def _follow(pipe: Connection, display: _Display, state: dict[str, Any]) -> None:
+    """Take what the worker says into ``state``; raises EOFError when it has gone."""
+    while True:
+        kind, *rest = pipe.recv()
+        if kind == "begin":
+            state["number"], state["turn"] = rest[0], ""
+        elif kind == "turn":
+            state["turn"] = rest[1]
+            display.show(state["number"], *rest)
+        else:
+            state["outcomes"][rest[0]] = rest[1]
+
+
+def _run_worker(
+    experiments: Sequence[tuple[int, Experiment]],
+    wanted: Sequence[str],
+    skip: set[str],
+    display: _Display,
+    outcomes: dict[int, Outcome],
+) -> tuple[str, str] | None:
+    """Run experiments until all are done, or the worker dies: then who had its turn, and how it ended."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=work, args=(theirs, experiments, wanted, frozenset(skip)), daemon=True)
+    process.start()
+    theirs.close()
+    state: dict[str, Any] = {"number": experiments[0][0], "turn": "", "outcomes": outcomes}
+    try:
+        _follow(ours, display, state)
+    except EOFError:
+        process.join()
+    if process.exitcode == 0:
+        return None
+    code = process.exitcode or 0
+    return state["turn"], f"crashed: signal {-code}" if code < 0 else f"crashed: exit status {code}"
+
+
+def _measure(
+    experiments: Sequence[Experiment], wanted: Sequence[str], console: Console
+) -> tuple[dict[int, Outcome], dict[str, str]]:
+    """What every experiment gave, and who broke a worker."""
+    outcomes: dict[int, Outcome] = {}
+    crashed: dict[str, str] = {}
+    display = _Display(console, len(experiments))
+    with display.progress:
+        while len(outcomes) < len(experiments):
+            left = [(i, e) for i, e in enumerate(experiments) if i not in outcomes]
+            died = _run_worker(left, wanted, set(crashed), display, outcomes)
+            if died is None:
+                break
+            name, how = died
+            if not name or name in crashed or len(crashed) > _MOST_CRASHES:
+                raise RuntimeError(f"the worker {how} outside of a contender's turn ({name or 'start'})")
+            crashed[name] = how
+            console.print(f"{name} {how}: measuring again without it", highlight=False)
+    return outcomes, crashed
+
+
+def run(
+    experiments: Sequence[Experiment], wanted: Sequence[str], console: Console, quick: bool, everything: bool
+) -> Results:
+    """Measure; ``everything`` also looks at memory and threads and trains the models."""
     start = time.monotonic()
-    console = Console(stderr=True)
-    for library in baselines.missing():
-        console.print(f"{library} is not installed: left out")
+    absent = peers.missing()
+    left_out = [f"{peers.PEERS[key].title}: {absent[key]}" for key in wanted if key in absent]
+    taking_part = [key for key in wanted if key not in absent]
+    for line in left_out:
+        console.print(f"left out: {line}", highlight=False)
     described = machine.describe()
-    outcomes = [] if only else checks.run_checks()
-    samples: dict[str, Rounds] = {}
-    errors: dict[str, float] = {}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, auto_refresh=False) as progress:
-        for experiment_cases in _EXPERIMENTS:
-            cases = [case for case in experiment_cases if case in only or not only]
-            if cases:
-                experiment = _Experiment(cases, progress)
-                samples |= experiment.measure(rounds)
-                errors |= experiment.errors
-    described |= {"rounds": rounds, "seconds": round(time.monotonic() - start)}
-    judged = [judge(target, samples) for target in TARGETS if target.case in only or not only]
-    results = report.Results(described, [*judged, *outcomes], samples, errors)
-
-    report.show(results, Console(width=shutil.get_terminal_size((120, 50)).columns))
-    path = _RESULTS / f"{name or _default_name(described)}.json"
-    report.save(results, path)
-    console.print(f"written to {path}", highlight=False)
-
-
-def print_markdown(path: Path) -> None:
-    """Print a result file as Markdown."""
-    print(report.to_markdown(report.load(path)), end="")
-
-
-def _default_name(described: dict[str, object]) -> str:
-    model = str(described["cpu"]).split("(", maxsplit=1)[0]
-    words = re.findall("[a-z0-9]+", f"{model} {described['threads']} threads {described['isa']}".lower())
-    return "-".join(words)
+    results = Results(described, left_out=left_out)
+    outcomes, crashed = _measure(experiments, taking_part, console)
+    for i in sorted(outcomes):
+        outcome = outcomes[i]
+        results.loads |= {load.key: LoadFacts.of(load) for load in experiments[i].loads}
+        results.samples |= outcome.samples
+        results.errors |= outcome.errors
+        results.failures |= outcome.failures
+        results.left_out += outcome.left_out
+        for line in outcome.left_out:
+            console.print(f"left out: {line}", highlight=False)
+    results.failures |= crashed
+    results.verdicts = [judge(target, results.samples) for target in TARGETS if target.load in results.loads]
+    if everything:
+        results.verdicts += checks.run_checks()
+    described["seconds"] = round(time.monotonic() - start)
+    return results

@@ -5,21 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from bench.cases import CASES
-from bench.jobs import CLIPPING, NORMS, NOT_CLIPPING, READ, READ_WRITE, key
+from bench.cases import CASES, Load
+from bench.jobs import CLIP, JOBS, NO_CLIP, NORMS, key
 from bench.timing import Rounds, Spread, spread_of_ratio
+from bench.workload import READ, READ_WRITE, ROOFLINE
 
-__all__ = ["TARGETS", "Outcome", "Target", "judge"]
+__all__ = ["TARGETS", "Target", "Verdict", "judge"]
 
-_LIST, _PLAN = "gradclip", "gradclip, Plan"
-_TORCH, _DOT = "PyTorch", "NumPy dot"
+_LIST, _PLAN = "gradclip", "gradclip-plan"
+_TORCH, _DOT = "torch", "numpy-dot"
 
 
 @dataclass(frozen=True)
 class Target:
     """``scale`` x median(``above``) / sum of the medians of ``below``, and its bound."""
 
-    case: str
+    load: str
     job: str
     what: str
     above: str
@@ -31,10 +32,10 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Verdict:
     """A row of the table. ``value`` is None where something was not measured."""
 
-    case: str
+    load: str
     job: str
     what: str
     value: Spread | None
@@ -49,42 +50,53 @@ class Outcome:
         return self.value.median >= self.bound if self.at_least else self.value.median <= self.bound
 
 
+def _float32(case: str) -> str:
+    return Load(CASES[case]).key
+
+
 def _roofline(case: str, job: str, probes: tuple[str, ...], bound: float) -> Target:
+    load = _float32(case)
     what = "time / (read + read-write)" if len(probes) > 1 else "time / read"
-    return Target(case, job, what, key(case, job, _LIST), tuple(key(case, p) for p in probes), bound)
+    below = tuple(key(load, probe, ROOFLINE) for probe in probes)
+    return Target(load, job, what, key(load, job, _LIST), below, bound)
 
 
 def _against(case: str, job: str, peer: str, label: str, bound: float) -> Target:
-    above, below = key(case, job, peer), (key(case, job, _LIST),)
-    return Target(case, job, f"{label} / gradclip", above, below, bound, at_least=True)
+    load = _float32(case)
+    above, below = key(load, job, peer), (key(load, job, _LIST),)
+    return Target(load, job, f"{label} / gradclip", above, below, bound, at_least=True)
 
 
 def _absolute(case: str, peer: str, bound: float, unit: str, scale: float) -> Target:
     what = "time of a Plan" if peer == _PLAN else "time of a list"
-    return Target(case, NORMS, what, key(case, NORMS, peer), (), bound, unit=unit, scale=scale)
+    load = _float32(case)
+    return Target(load, NORMS, what, key(load, NORMS, peer), (), bound, unit=unit, scale=scale)
 
 
 def _linear(job: str) -> Target:
-    above, below = key("many", job, _LIST), (key("fewer", job, _LIST),)
+    many, fewer = _float32("many"), _float32("fewer")
     scale = len(CASES["fewer"].shapes) / len(CASES["many"].shapes)
+    what = "time per array / that of 2 000"
     # Ten times the arrays leave the second cache: some growth is memory's. A quadratic step has 10.
-    return Target("many", job, "time per array / that of 2 000", above, below, 2.0, scale=scale)
+    return Target(many, job, what, key(many, job, _LIST), (key(fewer, job, _LIST),), 2.0, scale=scale)
 
 
 def _dtype(dtype: str, job: str) -> Target:
-    above, below = key("float32", job, _LIST), (key(dtype, job, _LIST),)
-    scale = CASES[dtype].nbytes / CASES["float32"].nbytes
-    return Target(dtype, job, "bytes/s / that of float32", above, below, 0.9, at_least=True, scale=scale)
+    single, other = Load(CASES["gpt2"]), Load(CASES["gpt2"], dtype)
+    above, below = key(single.key, job, _LIST), (key(other.key, job, _LIST),)
+    scale = other.nbytes / single.nbytes
+    what = "bytes/s / that of float32"
+    return Target(other.key, job, what, above, below, 0.9, at_least=True, scale=scale)
 
 
-_CLIPS = (CLIPPING, NOT_CLIPPING)
+_CLIPS = (CLIP, NO_CLIP)
 
 TARGETS: tuple[Target, ...] = (
     _roofline("gpt2", NORMS, (READ,), 1.08),
-    _roofline("gpt2", CLIPPING, (READ, READ_WRITE), 1.08),
-    _against("gpt2", CLIPPING, _TORCH, "PyTorch clip", 1.0),
-    _roofline("gpt2", NOT_CLIPPING, (READ,), 1.08),
-    _against("gpt2", NOT_CLIPPING, _TORCH, "PyTorch clip", 2.0),
+    _roofline("gpt2", CLIP, (READ, READ_WRITE), 1.08),
+    _against("gpt2", CLIP, _TORCH, "PyTorch clip", 1.0),
+    _roofline("gpt2", NO_CLIP, (READ,), 1.08),
+    _against("gpt2", NO_CLIP, _TORCH, "PyTorch clip", 2.0),
     _roofline("mlp", NORMS, (READ,), 1.25),
     _against("mlp", NORMS, _DOT, "NumPy dot per array", 2.0),
     _against("mlp", NORMS, _TORCH, "PyTorch get_total_norm", 4.0),
@@ -99,11 +111,11 @@ TARGETS: tuple[Target, ...] = (
 )
 
 
-def judge(target: Target, samples: Mapping[str, Rounds]) -> Outcome:
+def judge(target: Target, samples: Mapping[str, Rounds]) -> Verdict:
     """What was measured of a target."""
     value = None
     if all(name in samples for name in (target.above, *target.below)):
         below = [samples[name] for name in target.below]
         value = spread_of_ratio(samples[target.above], below, target.scale)
-    title = CASES[target.case].title
-    return Outcome(title, target.job, target.what, value, target.bound, target.at_least, target.unit)
+    title = JOBS[target.job].title
+    return Verdict(target.load, title, target.what, value, target.bound, target.at_least, target.unit)

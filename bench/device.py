@@ -1,0 +1,81 @@
+"""The GPU as a place for gradients: one buffer there, events for its time, its own speed as the roofline."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import cupy
+
+import gradclip
+from bench.cases import Array, Load
+from bench.data import Gradients, Pattern
+from bench.peers import GPU
+from bench.timing import Clock
+from bench.workload import READ, READ_WRITE, Place
+
+__all__ = ["GpuPlace"]
+
+_SCRATCH_BYTES = 256 * 2**20  # several times the second cache
+
+
+def gpu_clock(call: Callable[[], Any]) -> tuple[Any, tuple[float, float, float]]:
+    """Seconds on the device between two events, on the host until the call returns, until all is done."""
+    start, end = cupy.cuda.Event(), cupy.cuda.Event()
+    cupy.cuda.Device().synchronize()
+    begin = time.perf_counter()
+    start.record()
+    answer = call()
+    end.record()
+    returned = time.perf_counter()
+    cupy.cuda.Device().synchronize()
+    done = time.perf_counter()
+    return answer, (cupy.cuda.get_elapsed_time(start, end) / 1e3, returned - begin, done - begin)
+
+
+class GpuGradients(Gradients):
+    """Views of one buffer of the device."""
+
+    def __init__(self, load: Load) -> None:
+        self.pattern = Pattern(load)
+        self._elements = cupy.asarray(self.pattern.elements.view("u1")).view(self.pattern.dtype)
+        self._buffer = cupy.empty(self.pattern.length, self.pattern.dtype)
+        self.arrays = self.views(load)
+        self.restore()
+
+    def restore(self) -> None:
+        """By copies within the device."""
+        for first, elements in self.pattern.pieces():
+            self._buffer[first : first + elements.size] = self._elements[: elements.size]
+
+    @staticmethod
+    def to_host(array: Any) -> Array:
+        on_host: Array = cupy.asnumpy(array)
+        return on_host
+
+
+class GpuPlace(Place):
+    """The current device."""
+
+    name = GPU
+    clock: Clock = staticmethod(gpu_clock)
+    clocks = ("", "@host", "@done")
+    make = GpuGradients
+
+    def __init__(self, load: Load) -> None:
+        self._scratch = cupy.ones(_SCRATCH_BYTES // 8) if load.case.cold else None
+
+    @staticmethod
+    def free_memory() -> int:
+        cupy.get_default_memory_pool().free_all_blocks()
+        return int(cupy.cuda.Device().mem_info[0])
+
+    def prepare_caches(self) -> None:
+        if self._scratch is not None:
+            self._scratch += 1
+
+    def rooflines(self, grads: Sequence[Any]) -> dict[str, tuple[Callable[[], Any], Clock]]:
+        """The device's own speed over the same bytes, timed by events."""
+        plan: Any = gradclip.Plan(grads)._plan
+        return {READ: (plan.probe_read, gpu_clock), READ_WRITE: (plan.probe_read_write, gpu_clock)}

@@ -1,0 +1,37 @@
+"""The contenders: each library as its users would write it, over the same gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from bench.peers.base import CPU, GPU, Peer
+from bench.peers.ours import Gradclip, GradclipGpu, GradclipGpuPlan, GradclipPlan
+from bench.peers.with_cupy import CupyNrm2, CupySquares
+from bench.peers.with_jax import Optax, OptaxDonated
+from bench.peers.with_numpy import Numba, NumpyDot, NumpySquares
+from bench.peers.with_torch import Apex, Torch, TorchCuda, TorchCudaLoop, TorchLoop, TransformerEngine
+
+__all__ = ["CPU", "GPU", "OURS", "PEERS", "Peer", "missing", "present"]
+
+PEERS: Mapping[str, type[Peer]] = {
+    peer.key: peer
+    for peer in (
+        Gradclip, GradclipPlan, NumpyDot, NumpySquares, Numba, Torch, TorchLoop, Optax, OptaxDonated,
+        GradclipGpu, GradclipGpuPlan, CupyNrm2, CupySquares, TorchCuda, TorchCudaLoop, Apex,
+        TransformerEngine,
+    )
+}  # fmt: skip
+# What the others are compared with, by place.
+OURS = {CPU: Gradclip.key, GPU: GradclipGpu.key}
+
+
+def missing() -> dict[str, str]:
+    """Why a contender cannot take part here, by its key."""
+    reasons = {key: peer.missing() for key, peer in PEERS.items()}
+    return {key: reason for key, reason in reasons.items() if reason}
+
+
+def present() -> list[str]:
+    """The contenders that can take part here."""
+    absent = missing()
+    return [key for key in PEERS if key not in absent]

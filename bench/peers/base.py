@@ -1,0 +1,118 @@
+"""What every contender answers."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+from bench.jobs import CLIP, LOG, NO_CLIP, NORMS, UNSCALE, Job, Traffic
+
+__all__ = ["CPU", "GPU", "Peer"]
+
+CPU, GPU = "cpu", "gpu"
+
+
+class Peer:
+    """One library, one way to write it, over the same gradients as the others.
+
+    A peer answers one call per job. The rest is for the benchmark, outside of the timed region: what the
+    answer says, what the gradients hold now, and how to make them as they were. Each peer undoes its clip
+    with its own library: threads of another one would still be awake during the next call.
+
+    Attributes:
+        key: Its name on the command line and in result files.
+        title: Its name in tables.
+        place: Where its gradients live.
+        needs: The modules that it cannot do without.
+        tolerance: Largest relative error that is taken for an answer; each error is reported.
+        copies: How many times the gradients' bytes it needs beside the gradients.
+        traffic: What it moves, by the way that it is written: the report holds it against the time taken.
+    """
+
+    key: ClassVar[str]
+    title: ClassVar[str]
+    place: ClassVar[str] = CPU
+    needs: ClassVar[tuple[str, ...]] = ()
+    tolerance: ClassVar[float] = 1e-2
+    copies: ClassVar[float] = 0.0
+    most_tensors: ClassVar[int | None] = None
+    traffic: ClassVar[Mapping[str, Traffic]] = {}
+
+    def __init__(self, grads: Sequence[Any]) -> None:
+        self.grads = grads
+
+    @classmethod
+    def missing(cls) -> str | None:
+        """Why it cannot take part here; None if it can."""
+        absent = [name for name in cls.needs if not _is_installed(name)]
+        return f"{', '.join(absent)} not installed" if absent else None
+
+    def call(self, job: Job, max_norm: float) -> Callable[[], Any]:
+        """What is timed; whatever its user would do once, such as compile, is done here."""
+        calls: dict[str, Callable[[], Any]] = {
+            NORMS: self.norms,
+            CLIP: partial(self.clip, max_norm),
+            NO_CLIP: partial(self.clip, max_norm),
+            UNSCALE: partial(self.unscale_and_clip, max_norm, job.scale),
+            LOG: partial(self.norms_and_clip, max_norm),
+        }
+        return calls[job.key]
+
+    def norms(self) -> Any:
+        """Timed: the norms, or the global norm alone where that is all that the library offers."""
+        raise NotImplementedError
+
+    def clip(self, max_norm: float) -> Any:
+        """Timed: measure and clip."""
+        raise NotImplementedError
+
+    def unscale_and_clip(self, max_norm: float, scale: float) -> Any:
+        """Timed: divide by the loss scale, measure and clip."""
+        raise NotImplementedError
+
+    def norms_and_clip(self, max_norm: float) -> Any:
+        """Timed: every norm, for the log, and clip."""
+        raise NotImplementedError
+
+    def total(self, answer: Any) -> float | None:
+        """The global norm that was answered; None if it is not in there."""
+        raise NotImplementedError
+
+    def layer_norms(self, answer: Any) -> Sequence[float] | None:
+        """Every norm that was answered; None if they are not in there."""
+        return None
+
+    def confirm(self, answer: Any, max_norm: float, clipping: bool) -> None:
+        """Assert that a call had to clip, or had not."""
+        total = self.total(answer)
+        assert total is None or (total > max_norm) == clipping, f"norm {total}, threshold {max_norm}"
+
+    def undo(self, answer: Any, factor: float) -> None:
+        """After a call that clipped: multiply the gradients by the factor."""
+        raise NotImplementedError
+
+    def restore(self) -> None:
+        """Before a turn, when the gradients have been made as they were: the same for copies of them."""
+
+    def settle(self) -> None:
+        """After a call, outside of the timed region: what the library asks for between two steps."""
+
+    def current(self, answer: Any) -> Sequence[Any]:
+        """The gradients after a call that clips."""
+        return self.grads
+
+
+def traffic(
+    norms: Traffic, clip: Traffic, no_clip: Traffic, unscale: Traffic, log: Traffic
+) -> Mapping[str, Traffic]:
+    """By job."""
+    return {NORMS: norms, CLIP: clip, NO_CLIP: no_clip, UNSCALE: unscale, LOG: log}
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # a part of a package that is not there
+        return False

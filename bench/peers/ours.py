@@ -1,0 +1,114 @@
+"""gradclip, of a list and by a plan, on the CPU and on a GPU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import gradclip
+from bench.jobs import Traffic
+from bench.peers.base import GPU, Peer, traffic
+from gradclip._dispatch import why_no_gpu
+
+__all__ = ["Gradclip", "GradclipGpu", "GradclipGpuPlan", "GradclipPlan"]
+
+
+class Gradclip(Peer):
+    key, title = "gradclip", "gradclip"
+    tolerance = 1e-7
+    traffic = traffic(Traffic(1), Traffic(1, 1), Traffic(1), Traffic(1, 1), Traffic(1, 1))
+
+    def norms(self) -> Any:
+        return gradclip.tensor_norms(self.grads)
+
+    def clip(self, max_norm: float) -> Any:
+        return gradclip.clip_by_global_norm_(self.grads, max_norm)
+
+    def unscale_and_clip(self, max_norm: float, scale: float) -> Any:
+        return gradclip.clip_by_global_norm_(self.grads, max_norm, grad_scale=scale)
+
+    def norms_and_clip(self, max_norm: float) -> Any:
+        return self.clip(max_norm)
+
+    def total(self, answer: Any) -> float:
+        if isinstance(answer, gradclip.ClipResult):
+            return answer.total_norm
+        return math.sqrt(math.fsum(answer * answer))
+
+    def layer_norms(self, answer: Any) -> Sequence[float]:
+        norms: Any = answer.norms if isinstance(answer, gradclip.ClipResult) else answer
+        return list(map(float, norms))
+
+    def confirm(self, answer: Any, max_norm: float, clipping: bool) -> None:
+        assert answer.clipped == clipping, f"clipped: {answer.clipped}"
+
+    def undo(self, answer: Any, factor: float) -> None:
+        gradclip.scale_(self.grads, factor)
+
+
+class GradclipPlan(Gradclip):
+    key, title = "gradclip-plan", "gradclip, Plan"
+
+    def __init__(self, grads: Sequence[Any]) -> None:
+        super().__init__(grads)
+        self._plan = gradclip.Plan(grads)
+
+    def norms(self) -> Any:
+        return self._plan.tensor_norms()
+
+    def clip(self, max_norm: float) -> Any:
+        return self._plan.clip_by_global_norm_(max_norm)
+
+    def unscale_and_clip(self, max_norm: float, scale: float) -> Any:
+        return self._plan.clip_by_global_norm_(max_norm, grad_scale=scale)
+
+    def undo(self, answer: Any, factor: float) -> None:
+        self._plan.scale_(factor)
+
+
+class GradclipGpu(Gradclip):
+    """Results stay on the device, and nothing waits; ``total`` and the others copy them."""
+
+    key, title = "gradclip-gpu", "gradclip, GPU"
+    place, needs = GPU, ("cupy",)
+
+    @classmethod
+    def missing(cls) -> str | None:
+        return super().missing() or why_no_gpu()
+
+    def clip(self, max_norm: float) -> Any:
+        return gradclip.clip_by_global_norm_(self.grads, max_norm, nonfinite="skip")
+
+    def unscale_and_clip(self, max_norm: float, scale: float) -> Any:
+        return gradclip.clip_by_global_norm_(self.grads, max_norm, grad_scale=scale, nonfinite="skip")
+
+    def total(self, answer: Any) -> float:
+        return super().total(answer.to_host() if isinstance(answer, gradclip.ClipResult) else answer.get())
+
+    def layer_norms(self, answer: Any) -> Sequence[float]:
+        on_host = answer.to_host() if isinstance(answer, gradclip.ClipResult) else answer.get()
+        return super().layer_norms(on_host)
+
+    def confirm(self, answer: Any, max_norm: float, clipping: bool) -> None:
+        super().confirm(answer.to_host(), max_norm, clipping)
+
+
+class GradclipGpuPlan(GradclipGpu):
+    key, title = "gradclip-gpu-plan", "gradclip, GPU, Plan"
+
+    def __init__(self, grads: Sequence[Any]) -> None:
+        super().__init__(grads)
+        self._plan = gradclip.Plan(grads)
+
+    def norms(self) -> Any:
+        return self._plan.tensor_norms()
+
+    def clip(self, max_norm: float) -> Any:
+        return self._plan.clip_by_global_norm_(max_norm, nonfinite="skip")
+
+    def unscale_and_clip(self, max_norm: float, scale: float) -> Any:
+        return self._plan.clip_by_global_norm_(max_norm, grad_scale=scale, nonfinite="skip")
+
+    def undo(self, answer: Any, factor: float) -> None:
+        self._plan.scale_(factor)

@@ -1,0 +1,98 @@
+"""optax under ``jax.jit``: compiled once; JAX arrays are immutable, so clipped gradients are new ones."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from bench.cases import Array
+from bench.jobs import LOG, NORMS, UNSCALE, Job, Traffic
+from bench.peers.base import Peer, traffic
+
+__all__ = ["Optax", "OptaxDonated"]
+
+
+class Optax(Peer):
+    key, title = "optax", "optax, jit"
+    needs = ("jax", "optax")
+    copies = 2.0  # its own gradients and the clipped ones
+    most_tensors = 1000  # compiling a program of 20 000 arguments takes longer than all else together
+    traffic = traffic(Traffic(1), Traffic(1, 1), Traffic(1, 1), Traffic(1, 1), Traffic(2, 1))
+    donate = False
+
+    def __init__(self, grads: Sequence[Array]) -> None:
+        super().__init__(grads)
+        # By name: they come without types.
+        self._jax: Any = importlib.import_module("jax")
+        self._optax: Any = importlib.import_module("optax")
+        self._norm = self._jax.jit(self._optax.tree.norm)
+        self.copy_gradients()
+
+    def copy_gradients(self) -> None:
+        """Copies in any case: JAX would take aligned NumPy memory as it is, and others write into it."""
+        self._jax_grads: Any = []  # those there were, if any, are let go of first
+        self._jax_grads = [self._jax.numpy.array(g, copy=True) for g in self.grads]
+
+    def call(self, job: Job, max_norm: float) -> Callable[[], Any]:
+        """Compiled with the threshold in it, as one writes it into an optimizer."""
+        if job.key == NORMS:
+            return self.norms
+        jax, transform = self._jax, self._optax.clip_by_global_norm(max_norm)
+        state = transform.init(self._jax_grads)
+
+        def clip(grads: Any) -> Any:
+            return transform.update(grads, state)[0]
+
+        def unscale_and_clip(grads: Any) -> Any:
+            return clip(jax.tree.map(lambda g: g / job.scale, grads))
+
+        def norms_and_clip(grads: Any) -> Any:
+            return jax.numpy.stack([jax.numpy.linalg.norm(g) for g in grads]), clip(grads)
+
+        function = {UNSCALE: unscale_and_clip, LOG: norms_and_clip}.get(job.key, clip)
+        compiled = jax.jit(function, donate_argnums=(0,) if self.donate else ())
+        return lambda: jax.block_until_ready(compiled(self._jax_grads))
+
+    def norms(self) -> Any:
+        return self._norm(self._jax_grads).block_until_ready()
+
+    def total(self, answer: Any) -> float | None:
+        return None if isinstance(answer, (list, tuple)) else float(answer)
+
+    def layer_norms(self, answer: Any) -> Sequence[float] | None:
+        return list(map(float, answer[0])) if isinstance(answer, tuple) else None
+
+    def undo(self, answer: Any, factor: float) -> None:
+        pass
+
+    def current(self, answer: Any) -> Sequence[Array]:
+        clipped = answer[1] if isinstance(answer, tuple) else answer
+        return [np.asarray(g) for g in clipped]
+
+
+class OptaxDonated(Optax):
+    """The gradients are given away, so that XLA may write over them."""
+
+    key, title = "optax-donated", "optax, jit, donated"
+    copies = 1.0
+    donate = True
+    traffic = traffic(Traffic(1), Traffic(1, 1), Traffic(1), Traffic(1, 1), Traffic(2, 1))
+
+    def __init__(self, grads: Sequence[Array]) -> None:
+        super().__init__(grads)
+        self._scale = self._jax.jit(lambda grads, c: [g * c.astype(g.dtype) for g in grads], donate_argnums=0)
+
+    def confirm(self, answer: Any, max_norm: float, clipping: bool) -> None:
+        self._jax_grads = answer[1] if isinstance(answer, tuple) else answer  # what was given is gone
+        at_threshold = abs(float(self._norm(self._jax_grads)) / max_norm - 1) < self.tolerance
+        assert at_threshold == clipping, "the clipped gradients have another norm than the threshold"
+
+    def restore(self) -> None:
+        self.copy_gradients()
+
+    def undo(self, answer: Any, factor: float) -> None:
+        scaled = self._scale(self._jax_grads, self._jax.numpy.asarray(factor))
+        self._jax_grads = self._jax.block_until_ready(scaled)

@@ -1,0 +1,128 @@
+"""NumPy and numba, as one writes a norm and a clip by hand."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from bench.jobs import Traffic
+from bench.peers.base import Peer, traffic
+
+__all__ = ["Numba", "NumpyDot", "NumpySquares"]
+
+
+class _ByHand(Peer):
+    """A norm of each array, one ``if``, a product with each."""
+
+    # It has the norms in hand and folds the loss scale into the product: as good as a loop gets.
+    traffic = traffic(Traffic(1), Traffic(1, 1), Traffic(1), Traffic(1, 1), Traffic(1, 1))
+
+    def _squares(self) -> list[float]:
+        raise NotImplementedError
+
+    def norms(self) -> list[float]:
+        return [math.sqrt(square) for square in self._squares()]
+
+    def clip(self, max_norm: float) -> tuple[float, list[float] | None]:
+        total = math.sqrt(sum(self._squares()))
+        if total > max_norm:
+            self.undo(None, max_norm / total)
+        return total, None
+
+    def unscale_and_clip(self, max_norm: float, scale: float) -> tuple[float, list[float] | None]:
+        total = math.sqrt(sum(self._squares())) / scale
+        self.undo(None, min(1.0, max_norm / total) / scale)
+        return total, None
+
+    def norms_and_clip(self, max_norm: float) -> tuple[float, list[float] | None]:
+        norms = self.norms()
+        total = math.hypot(*norms)
+        if total > max_norm:
+            self.undo(None, max_norm / total)
+        return total, norms
+
+    def total(self, answer: Any) -> float:
+        return math.hypot(*answer) if isinstance(answer, list) else float(answer[0])
+
+    def layer_norms(self, answer: Any) -> Sequence[float] | None:
+        return answer if isinstance(answer, list) else answer[1]
+
+    def undo(self, answer: Any, factor: float) -> None:
+        for g in self.grads:
+            np.multiply(g, factor, out=g)
+
+
+class NumpySquares(_ByHand):
+    """The first thing that comes to mind: temporaries, an unscale of its own, norms twice for the log."""
+
+    key, title = "numpy-sum", "NumPy sum(g*g)"
+    copies = 0.1  # a temporary of the size of a gradient
+    # g * g is written and read again.
+    traffic = traffic(Traffic(1, 1), Traffic(1, 2), Traffic(1, 1), Traffic(1, 3), Traffic(2, 3))
+
+    def _squares(self) -> list[float]:
+        return [float(np.sum(g * g)) for g in self.grads]
+
+    def unscale_and_clip(self, max_norm: float, scale: float) -> tuple[float, list[float] | None]:
+        self.undo(None, 1 / scale)
+        return self.clip(max_norm)
+
+    def norms_and_clip(self, max_norm: float) -> tuple[float, list[float] | None]:
+        norms = self.norms()
+        return self.clip(max_norm)[0], norms
+
+
+class NumpyDot(_ByHand):
+    key, title = "numpy-dot", "NumPy dot loop"
+
+    def _squares(self) -> list[float]:
+        squares = []
+        for g in self.grads:
+            flat = g.reshape(-1)
+            squares.append(float(np.dot(flat, flat)))
+        return squares
+
+
+_MANY_ELEMENTS = 2**16  # from which on it pays to wake other threads
+
+
+@cache
+def _compiled(parallel: bool) -> tuple[Any, Any]:
+    numba: Any = importlib.import_module("numba")
+
+    def squares(x: Any) -> Any:
+        total = x.dtype.type(0)
+        for i in numba.prange(x.size):
+            total += x[i] * x[i]
+        return total
+
+    def scale(x: Any, factor: Any) -> None:
+        for i in numba.prange(x.size):
+            x[i] *= factor
+
+    compile_ = numba.njit(parallel=parallel, fastmath=True)
+    return compile_(squares), compile_(scale)
+
+
+class Numba(_ByHand):
+    """Two loops, compiled with leave to reorder sums; large arrays by all threads."""
+
+    key, title = "numba", "numba loops"
+    needs = ("numba",)
+
+    def __init__(self, grads: Sequence[Any]) -> None:
+        super().__init__(grads)
+        self._flat = [(g.reshape(-1), *_compiled(g.size >= _MANY_ELEMENTS)) for g in grads]
+
+    def _squares(self) -> list[float]:
+        return [float(squares(flat)) for flat, squares, _ in self._flat]
+
+    def undo(self, answer: Any, factor: float) -> None:
+        factor = self.grads[0].dtype.type(factor)
+        for flat, _, scale in self._flat:
+            scale(flat, factor)

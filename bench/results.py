@@ -1,0 +1,121 @@
+"""One run of the suite, and its file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench.cases import Load
+from bench.errors import BenchError
+from bench.peers import PEERS
+from bench.targets import Verdict
+from bench.timing import Rounds, Spread
+
+__all__ = ["LoadFacts", "Results", "load", "save"]
+
+_FORMAT = 2
+
+
+@dataclass(frozen=True)
+class LoadFacts:
+    """What a result file says about a load, so that it can be read when the suite has changed."""
+
+    case: str
+    dtype: str
+    title: str
+    source: str
+    tensors: int
+    nbytes: int
+    cold: bool
+    axis: str
+
+    @classmethod
+    def of(cls, load: Load) -> LoadFacts:
+        case = load.case
+        return cls(
+            case.key, load.dtype, load.title, case.source, len(case.shapes), load.nbytes, case.cold, case.axis
+        )
+
+
+@dataclass
+class Results:
+    """One run.
+
+    Attributes:
+        machine: What it ran on, and how long it took.
+        loads: What was measured, by key.
+        samples: Seconds of every timed call, by the key of the contender, a list for each turn.
+        errors: Relative error of the global norm that a contender answered.
+        failures: What went wrong with a contender.
+        left_out: Who or what did not take part, and why.
+        verdicts: The promises, in order.
+        training: Seconds of training steps and of the clip in them, by model and way to clip.
+    """
+
+    machine: dict[str, Any]
+    loads: dict[str, LoadFacts] = field(default_factory=dict)
+    samples: dict[str, Rounds] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+    verdicts: list[Verdict] = field(default_factory=list)
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+def _lines(mapping: Mapping[str, Any]) -> str:
+    lines = (f"{json.dumps(k)}: {json.dumps(v, separators=(',', ':'))}" for k, v in mapping.items())
+    return "{\n" + ",\n".join(lines) + "\n}"
+
+
+def save(results: Results, path: Path) -> None:
+    """Write a run as JSON, a line for each contender: samples in nanoseconds, a list for each turn."""
+    samples = {
+        name: [[round(seconds * 1e9) for seconds in turn] for turn in rounds]
+        for name, rounds in results.samples.items()
+    }
+    sections = {
+        "format": str(_FORMAT),
+        "machine": json.dumps(results.machine, indent=1),
+        "loads": _lines({name: asdict(facts) for name, facts in results.loads.items()}),
+        "contenders": _lines({name: peer.title for name, peer in PEERS.items()}),
+        "left_out": json.dumps(results.left_out, indent=1),
+        "failures": _lines(results.failures),
+        "promises": "[\n" + ",\n".join(json.dumps(asdict(v)) for v in results.verdicts) + "\n]",
+        "training": _lines(results.training),
+        "relative_errors": _lines(results.errors),
+        "samples_ns": _lines(samples),
+    }
+    text = ",\n".join(f'"{name}": {section}' for name, section in sections.items())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("{\n" + text + "\n}\n", encoding="utf-8")
+
+
+def load(path: Path) -> Results:
+    """Read what ``save`` wrote; an error lists the result files that there are."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data["format"] != _FORMAT:
+            raise ValueError(f"format {data['format']}, expected {_FORMAT}")
+        verdicts = []
+        for row in data["promises"]:
+            value = row.pop("value")
+            verdicts.append(Verdict(**row, value=Spread(**value) if value else None))
+        return Results(
+            machine=data["machine"],
+            loads={name: LoadFacts(**facts) for name, facts in data["loads"].items()},
+            samples={k: [[ns / 1e9 for ns in turn] for turn in v] for k, v in data["samples_ns"].items()},
+            errors=data["relative_errors"],
+            failures=data["failures"],
+            left_out=data["left_out"],
+            verdicts=verdicts,
+            training=data["training"],
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        exist = ", ".join(sorted(p.name for p in path.parent.glob("*.json"))) or "no .json file"
+        why = "there is no such file" if isinstance(error, FileNotFoundError) else f"{error!r}"
+        raise BenchError(
+            f"{path}: expected a result file of python -m bench, but {why}; in that directory: {exist}"
+        ) from None

@@ -1,0 +1,80 @@
+"""Which loads are measured, by whom and how often: the quick suite, the full one, or what was named."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from bench.cases import CASES, DTYPES, Load
+from bench.jobs import CLIP, JOBS, NO_CLIP, NORMS
+
+__all__ = ["Experiment", "named", "standard"]
+
+_THREE = (NORMS, CLIP, NO_CLIP)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Loads that are measured by turns with each other, because they are compared with each other.
+
+    Attributes:
+        loads: One or more.
+        jobs: What is done to them.
+        rounds: At most.
+        seconds: After which no other round is begun.
+    """
+
+    loads: Sequence[Load]
+    jobs: Sequence[str] = field(default=tuple(JOBS))
+    rounds: int = 15
+    seconds: float = 45.0
+
+
+def _loads(*names: str, dtypes: Sequence[str] = DTYPES[:1]) -> tuple[Load, ...]:
+    return tuple(Load(CASES[name], dtype) for name in names for dtype in dtypes)
+
+
+def _axis(axis: str) -> list[str]:
+    return [key for key, case in CASES.items() if case.axis == axis]
+
+
+def standard(quick: bool, jobs: Sequence[str] = tuple(JOBS)) -> list[Experiment]:
+    """What ``python -m bench`` measures; a quick run takes a look at every kind."""
+    chosen = _quick() if quick else _full()
+    narrowed = (replace(e, jobs=[job for job in e.jobs if job in jobs]) for e in chosen)
+    return [experiment for experiment in narrowed if experiment.jobs]
+
+
+def _quick() -> list[Experiment]:
+    points = ("count-1", "count-100", "count-10000", "bytes-4K", "bytes-1M", "bytes-256M")
+    return [
+        Experiment(_loads("gpt2"), rounds=3, seconds=12),
+        Experiment(_loads("mlp"), rounds=3, seconds=5),
+        Experiment(_loads("mlp", dtypes=DTYPES[1:]), _THREE, rounds=3, seconds=5),
+        Experiment(_loads("tiny"), rounds=5, seconds=5),
+        *(Experiment(_loads(point), _THREE, rounds=3, seconds=3) for point in points),
+    ]
+
+
+def _full() -> list[Experiment]:
+    return [
+        Experiment(_loads("gpt2", dtypes=DTYPES), seconds=150),
+        Experiment(_loads("mlp", dtypes=DTYPES), seconds=60),
+        Experiment(_loads("tiny"), rounds=25, seconds=40),
+        Experiment(_loads("many", "fewer"), _THREE, rounds=15, seconds=50),
+        *(Experiment(_loads(model)) for model in ("resnet50", "vit-b16", "bert-base", "lstm")),
+        Experiment(_loads("mixtral-16th"), seconds=60),
+        Experiment(_loads("llama-3.2-1b", dtypes=("bfloat16",)), _THREE, seconds=60),
+        Experiment(_loads("gpt2-xl"), _THREE, seconds=60),
+        Experiment(_loads("huge-and-tiny"), _THREE, seconds=30),
+        *(Experiment(_loads(point), _THREE, seconds=20) for point in _axis("count")),
+        *(Experiment(_loads(point), _THREE, seconds=20) for point in _axis("bytes")),
+    ]
+
+
+def named(cases: Sequence[str], dtypes: Sequence[str], jobs: Sequence[str], quick: bool) -> list[Experiment]:
+    """Every case in every dtype, each by itself."""
+    rounds, seconds = (3, 10) if quick else (15, 45)
+    return [
+        Experiment(_loads(case, dtypes=(dtype,)), jobs, rounds, seconds) for case in cases for dtype in dtypes
+    ]

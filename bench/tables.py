@@ -1,0 +1,188 @@
+"""The tables of a run, for the terminal and for Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table as RichTable
+
+from bench.cases import readable_bytes
+from bench.jobs import JOBS
+from bench.peers import OURS, PEERS
+from bench.results import Results
+from bench.rows import Row, moved, rows
+from bench.targets import Verdict
+from bench.timing import Spread
+from bench.training import shares
+
+__all__ = ["NOTE", "Table", "headline", "markdown", "number", "readable_time", "show", "tables"]
+
+NOTE = (
+    "Times: median of the turns, with quartiles. Moved: what the contender moves by the way that it is "
+    "written, in all and per second. Of roofline: time of the machine's own passes over the same bytes that "
+    "the job cannot do without (a read; a read and a read-modify-write where something is written), divided "
+    "by the contender's time. x gradclip: time over that of gradclip with a plain list of arrays, median and "
+    "quartiles of the ratios within each round; below 1, gradclip loses."
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text. ``marks`` says of a row that it is "ours", "good" or "bad"."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    marks: list[str]
+
+
+def number(value: float) -> str:
+    """Three significant digits at most."""
+    return f"{value:.0f}" if value >= 100 or value == 0 else f"{value:.2g}" if value < 0.1 else f"{value:.2f}"
+
+
+def readable_time(seconds: float) -> str:
+    """Such as "16.9 ms"."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}" if seconds < 999 * size else f"{seconds / size:.0f} {unit}"
+    return f"{seconds * 1e9:.0f} ns"
+
+
+def _with_quartiles(value: Spread, text: Any) -> str:
+    low, high = text(value.low), text(value.high)
+    return text(value.median) if low == high else f"{text(value.median)} ({low} … {high})"
+
+
+def headline(machine: Mapping[str, Any]) -> str:
+    """The machine, in a sentence."""
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
+    changes = " with uncommitted changes" if machine["uncommitted_changes"] else ""
+    commit = (machine["commit"] or "unknown")[:12] + changes
+    gpu = f"GPU: {machine['gpu']}. " if machine.get("gpu") else ""
+    return (
+        f"{machine['cpu']}, threads of every contender: {machine['threads']}, {machine['isa']}; caches "
+        f"{'; '.join(machine['caches'])}; {machine['memory_gb']} GB of memory: read "
+        f"{machine['read_gb_per_s']} GB/s, read and write {machine['read_write_gb_per_s']} GB/s. {gpu}"
+        f"{machine['system']}, Python {machine['python']}, {versions}. {machine['date']}, commit {commit}."
+    )
+
+
+def _promises(verdicts: Iterable[Verdict], titles: Mapping[str, str]) -> Table:
+    cells, marks = [], []
+    for v in verdicts:
+        unit = f" {v.unit}" if v.unit else ""
+        bound = f"{'≥' if v.at_least else '≤'} {v.bound:g}{unit}"
+        word = {True: "met", False: "missed", None: "not measured"}[v.met]
+        measured = _with_quartiles(v.value, number) + unit if v.value else ""
+        cells.append((titles.get(v.load, v.load), v.job, v.what, measured, bound, word))
+        marks.append({"met": "good", "missed": "bad"}.get(word, ""))
+    header = ("gradients", "job", "what", "measured (quartiles)", "promise", "")
+    return Table("Promises", header, cells, marks)
+
+
+_HEADER = ("contender", "time (quartiles)", "moved", "GB/s", "of roofline", "x gradclip (quartiles)", "error")
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    title = PEERS[row.peer].title
+    if row.seconds is None:
+        return (title, row.failure, *[""] * (len(_HEADER) - 2))
+    time = _with_quartiles(row.seconds, readable_time)
+    if row.host_seconds:
+        time += f"; host {readable_time(row.host_seconds.median)}"
+    return (
+        title,
+        time,
+        readable_bytes(row.nbytes),
+        number(row.bytes_per_second / 1e9),
+        "" if row.of_roofline is None else f"{100 * row.of_roofline:.0f} %",
+        _with_quartiles(row.ratio, number) if row.ratio else "",
+        "" if row.error is None else f"{row.error:.0e}",
+    )
+
+
+def _mark(row: Row) -> str:
+    if row.failure:
+        return "bad"
+    return "ours" if row.peer in OURS.values() else "loss" if row.ratio and row.ratio.high < 1 else ""
+
+
+def _of_loads(results: Results) -> Iterator[Table]:
+    by_job: dict[tuple[str, str], list[Row]] = {}
+    for row in rows(results):
+        by_job.setdefault((row.load, row.job), []).append(row)
+    for (load, job), group in by_job.items():
+        cold = "caches cold" if results.loads[load].cold else "caches warm"
+        title = f"{results.loads[load].title}, {cold}: {JOBS[job].title}"
+        yield Table(title, _HEADER, list(map(_cells, group)), list(map(_mark, group)))
+
+
+def _traffic(results: Results) -> Table | None:
+    found = [m for m in moved(results) if m.load.startswith(("gpt2/", "llama"))]
+    header = ("gradients", "job", "contender", "must move", "is written to move", "moved at most", "so it")
+    cells = [
+        (
+            m.load, JOBS[m.job].title, PEERS[m.peer].title, f"{m.floor} N", f"{m.written} N",
+            f"{m.at_most:.2f} N", m.verdict,
+        )
+        for m in found
+    ]  # fmt: skip
+    return Table("The rule of traffic, by the clock", header, cells, [""] * len(cells)) if cells else None
+
+
+def _training(results: Results) -> Table | None:
+    cells, marks = [], []
+    for share in shares(results.training):
+        cells.append(
+            (
+                share.model, share.way, readable_time(share.step), readable_time(share.clip),
+                f"{100 * share.share:.2g} %",
+            )
+        )  # fmt: skip
+        marks.append("ours" if "gradclip" in share.way else "")
+    header = ("model", "clip by", "step", "clip in it", "share of the step")
+    return Table("In a training step", header, cells, marks) if cells else None
+
+
+def tables(results: Results) -> list[Table]:
+    """All tables of a run; the first ones are the ones to read."""
+    titles = {name: facts.title for name, facts in results.loads.items()}
+    found = [
+        _promises(results.verdicts, titles) if results.verdicts else None,
+        _training(results),
+        _traffic(results),
+        *_of_loads(results),
+    ]
+    return [table for table in found if table]
+
+
+_STYLES = {"ours": "bold cyan", "good": "green", "bad": "red", "loss": "yellow"}
+
+
+def show(results: Results, console: Console) -> None:
+    """Print a run."""
+    console.print(headline(results.machine), highlight=False)
+    for table in tables(results):
+        view = RichTable(title=escape(table.title), title_justify="left")
+        for i, column in enumerate(table.header):
+            view.add_column(column, justify="left" if i == 0 else "right")
+        for cells, mark in zip(table.rows, table.marks, strict=True):
+            view.add_row(*map(escape, cells), style=_STYLES.get(mark))
+        console.print(view)
+    for line in results.left_out:
+        console.print(f"left out: {line}", highlight=False)
+    console.print(NOTE, highlight=False)
+
+
+def markdown(chosen: Sequence[Table]) -> str:
+    """Tables for the documentation."""
+    parts = []
+    for table in chosen:
+        lines = [table.header, ("---",) * len(table.header), *table.rows]
+        parts.append(f"**{table.title}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,121 @@
+"""Measures one experiment after the other, in a process of its own.
+
+Whatever a contender does to its process, the run goes on: ``bench.run`` knows who had its turn, starts
+another worker, and leaves that one out.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from bench import peers
+from bench.cases import Load, readable_bytes
+from bench.jobs import key
+from bench.suite import Experiment
+from bench.timing import Contender, Rounds, measure
+from bench.workload import Place, Workload, bytes_needed
+
+__all__ = ["Outcome", "Tell", "measure_experiment", "work"]
+
+_SPARE = 0.9  # of the memory that is free
+
+# What is being done, with whose key, and how far: fraction of the experiment.
+Tell = Callable[[str, str, float], None]
+
+
+@dataclass
+class Outcome:
+    """What one experiment gave."""
+
+    samples: dict[str, Rounds] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+
+
+def places() -> list[type[Place]]:
+    """Where gradients can live here."""
+    found = [Place]
+    if peers.GPU in {peers.PEERS[peer].place for peer in peers.present()}:
+        from bench.device import GpuPlace  # noqa: PLC0415 (needs CuPy)
+
+        found.append(GpuPlace)
+    return found
+
+
+def fitting(
+    load: Load, place: type[Place], wanted: Sequence[str], held: int, outcome: Outcome
+) -> list[str] | None:
+    """The contenders for which there is memory beside what the experiment holds; None if there is for none.
+
+    Who is left out, and why, goes into the outcome.
+    """
+    free = int(place.free_memory() * _SPARE) - held
+    if bytes_needed(load, ()) > free:
+        outcome.left_out.append(
+            f"{load.key}, {place.name}: needs {readable_bytes(bytes_needed(load, ()))}, "
+            f"{readable_bytes(max(free, 0))} are free"
+        )
+        return None
+    chosen: list[str] = []
+    for peer in wanted:
+        kind = peers.PEERS[peer]
+        if kind.place != place.name:
+            continue
+        most = kind.most_tensors
+        if most is not None and len(load.case.shapes) > most:
+            outcome.left_out.append(f"{load.key}: {kind.title}: more than {most} tensors")
+        elif bytes_needed(load, [*chosen, peer]) > free:
+            need = readable_bytes(load.nbytes * kind.copies)
+            outcome.left_out.append(f"{load.key}: {kind.title}: needs {need} more memory than is free")
+        else:
+            chosen.append(peer)
+    return chosen
+
+
+def measure_experiment(
+    experiment: Experiment, wanted: Sequence[str], skip: Collection[str], tell: Tell
+) -> Outcome:
+    """Check and time everybody; ``skip`` has the keys of those who broke a process."""
+    outcome = Outcome()
+    workloads: list[Workload] = []
+    contenders: list[Contender] = []
+    held = 0
+    for load in experiment.loads:
+        for place in places():
+            tell("making gradients", load.key, 0.0)
+            chosen = fitting(load, place, wanted, held, outcome)
+            if not chosen:
+                continue
+            held += bytes_needed(load, chosen)
+            workload = Workload(load, place)
+            workloads.append(workload)
+            contenders += workload.rooflines()
+            pairs = [(p, j) for p in chosen for j in experiment.jobs if key(load.key, j, p) not in skip]
+            contenders += workload.contenders(pairs, lambda name: tell("checking answers", name, 0.0))
+    if workloads:
+        measured = measure(
+            contenders,
+            workloads[0].protocol(experiment.rounds, experiment.seconds),
+            lambda name, done: tell("timing", name, done),
+        )
+        outcome.samples, outcome.failures = measured.samples, measured.failures
+    for workload in workloads:
+        outcome.errors |= workload.errors
+        outcome.failures |= workload.failures
+    return outcome
+
+
+def work(
+    pipe: Any, experiments: Sequence[tuple[int, Experiment]], wanted: Sequence[str], skip: Collection[str]
+) -> None:
+    """Send what happens through the pipe: ("turn", ...) before anything that may end this process."""
+    warnings.simplefilter("ignore")  # of the peers: their affairs, and the display is the parent's
+    for number, experiment in experiments:
+        pipe.send(("begin", number))
+        outcome = measure_experiment(experiment, wanted, skip, lambda *what: pipe.send(("turn", *what)))
+        pipe.send(("end", number, outcome))
+    pipe.close()

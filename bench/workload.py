@@ -1,0 +1,183 @@
+"""One load, ready to be timed: its gradients, the peers that share them, and the right answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import psutil
+
+from bench import reference
+from bench.cases import Array, Load
+from bench.data import Gradients
+from bench.jobs import JOBS, NORMS, Job, key
+from bench.peers import CPU, PEERS, Peer
+from bench.timing import Clock, Contender, Protocol, describe_error, host_clock, own_clock
+from gradclip import _core
+
+__all__ = ["READ", "READ_WRITE", "Place", "Workload", "bytes_needed"]
+
+READ, READ_WRITE = "read", "read-write"  # the rooflines, in the place of a job
+ROOFLINE = "roofline"
+
+_SCRATCH_BYTES = 128 * 2**20  # several times the last cache
+
+
+def roofline_of(place: str) -> str:
+    """What stands for the contender in the keys of a place's roofline."""
+    return ROOFLINE if place == CPU else f"{ROOFLINE}-{place}"
+
+
+class Place:
+    """The host: where gradients lie, how its time is taken, how fast it can be."""
+
+    name = CPU
+    clock: Clock = staticmethod(host_clock)
+    clocks: tuple[str, ...] = ("",)
+    make: type[Gradients] = Gradients
+
+    def __init__(self, load: Load) -> None:
+        self._scratch = np.ones(_SCRATCH_BYTES // 8) if load.case.cold else None
+
+    @staticmethod
+    def free_memory() -> int:
+        """Bytes that could be taken now."""
+        return int(psutil.virtual_memory().available)
+
+    def prepare_caches(self) -> None:
+        """Fill the caches with other data, unless the case is about the caches."""
+        if self._scratch is not None:
+            self._scratch.sum()  # NumPy: on one thread, none is left awake
+
+    def rooflines(self, grads: Sequence[Any]) -> dict[str, tuple[Callable[[], Any], Clock]]:
+        """The machine's own speed over the same bytes, timed in C++, with the same threads."""
+        return {
+            READ: (partial(_core.probe_read, grads), own_clock),
+            READ_WRITE: (partial(_core.probe_read_write, grads), own_clock),
+        }
+
+
+def bytes_needed(load: Load, peers: Iterable[str]) -> int:
+    """Memory for the gradients and what these peers need beside them."""
+    return int(load.nbytes * (1 + sum(PEERS[peer].copies for peer in peers))) + _SCRATCH_BYTES
+
+
+class Workload:
+    """What a load needs to be measured in one place.
+
+    Attributes:
+        errors: The relative error of every global norm, by the key of its contender.
+        failures: What went wrong with a contender, by its key.
+    """
+
+    def __init__(self, load: Load, place: type[Place] = Place) -> None:
+        self.load = load
+        self.place = place(load)
+        self.gradients = place.make(load)
+        self.norms = reference.norms([self.gradients.to_host(g) for g in self.gradients.arrays])
+        self.total = reference.total_of(self.norms)
+        self.errors: dict[str, float] = {}
+        self.failures: dict[str, str] = {}
+        self._peers: dict[str, Peer] = {}
+
+    def protocol(self, rounds: int, seconds: float) -> Protocol:
+        """Calls that take long need neither many repetitions nor a warm-up."""
+        if self.load.case.cold:
+            return Protocol(rounds, seconds, calls=1, warm_up=0, settle=0.01)
+        # Warm until the turn is half over: after a pause the processor has to find its clock again.
+        return Protocol(rounds, seconds, calls=30, warm_up=1000, turn_seconds=0.01)
+
+    def rooflines(self) -> list[Contender]:
+        """The machine's own speed over the same bytes."""
+        return [
+            Contender(
+                key(self.load.key, name, roofline_of(self.place.name)), call,
+                before=self.place.prepare_caches, clock=clock, clocks=self.place.clocks,
+            )
+            for name, (call, clock) in self.place.rooflines(self.gradients.arrays).items()
+        ]  # fmt: skip
+
+    def contenders(
+        self, pairs: Iterable[tuple[str, str]], tick: Callable[[str], None] = lambda _: None
+    ) -> Iterator[Contender]:
+        """Of these pairs of peer and job those that answer rightly; the others are in ``failures``.
+
+        ``tick`` is told who is next.
+        """
+        for peer, job in pairs:
+            name = key(self.load.key, job, peer)
+            tick(name)
+            if job != NORMS and key(self.load.key, NORMS, peer) in self.failures:
+                self.failures[name] = "not tried: see its norms"
+                continue
+            try:
+                yield self.contender(peer, JOBS[job])
+            except Exception as error:
+                self.failures[name] = describe_error(error)
+
+    def contender(self, peer_key: str, job: Job) -> Contender:
+        """A contender that has answered rightly; raises if it has not."""
+        name = key(self.load.key, job.key, peer_key)
+        self.gradients.restore()
+        if peer_key in self._peers:
+            self._peers[peer_key].restore()
+        else:
+            self._peers[peer_key] = PEERS[peer_key](self.gradients.arrays)
+        peer = self._peers[peer_key]
+        max_norm = job.threshold(self.total)
+        call = peer.call(job, max_norm)
+        answer = call()
+        self._check(name, peer, job, answer)
+        writes = job.coefficient != 1
+
+        def after(answer: Any) -> None:
+            if job.key != NORMS:
+                peer.confirm(answer, max_norm, job.coefficient < 1)
+            peer.settle()
+
+        def undo(answer: Any) -> None:
+            if writes:
+                peer.undo(answer, 1 / job.coefficient)
+
+        def before_turn() -> None:
+            if writes:
+                self.gradients.restore()
+                peer.restore()
+
+        after(answer)
+        return Contender(
+            name, call, before_turn, self.place.prepare_caches, after, undo,
+            self.place.clock, self.place.clocks,
+        )  # fmt: skip
+
+    def _check(self, name: str, peer: Peer, job: Job, answer: Any) -> None:
+        total, norms = peer.total(answer), peer.layer_norms(answer)
+        if total is not None:
+            expected = self.total / job.scale
+            self.errors[name] = abs(total / expected - 1)
+            _close("norm", np.array([total]), np.array([expected]), peer.tolerance)
+        if norms is not None:
+            _close("norms", np.array(norms), np.array(self.norms) / job.scale, peer.tolerance)
+        if job.key == NORMS:
+            return
+        # Of float16 subnormals, which the smallest elements become; others are halved exactly.
+        spacing = 2.0**-24 if self.load.dtype == "float16" else 0.0
+        for i, grad in enumerate(peer.current(answer)):
+            now = self.gradients.to_host(grad).reshape(-1)
+            places, held = self.gradients.pattern.sample(i, now.size)
+            got = now[places].astype(np.float64)
+            _close(f"gradient {i}", got, job.coefficient * held, peer.tolerance, spacing)
+
+
+class WrongAnswerError(Exception):
+    """A contender answered, but not rightly."""
+
+
+def _close(what: str, got: Array, expected: Array, tolerance: float, spacing: float = 0.0) -> None:
+    excess = np.maximum(np.abs(got - expected) - spacing, 0.0)
+    relative = excess / np.where(expected == 0, 1, np.abs(expected))
+    worst = int(np.argmax(np.where(np.isnan(relative), np.inf, relative)))
+    if not relative[worst] <= tolerance:
+        raise WrongAnswerError(f"{what}: expected {expected[worst]:.6g}, got {got[worst]:.6g}")
