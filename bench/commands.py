@@ -12,7 +12,9 @@ from rich.console import Console
 
 from bench import suite
 from bench.cases import CASES, DTYPES, choose
+from bench.compare import compare, show_changes
 from bench.errors import BenchError
+from bench.html import write_report
 from bench.jobs import JOBS
 from bench.peers import OURS, PEERS, missing
 from bench.results import Results, load, save
@@ -20,6 +22,8 @@ from bench.run import run
 from bench.tables import show
 
 __all__ = ["execute"]
+
+SLOWER = 1  # exit status
 
 
 def execute(arguments: argparse.Namespace, out: Console, err: Console, directory: Path) -> int:
@@ -46,11 +50,14 @@ def execute(arguments: argparse.Namespace, out: Console, err: Console, directory
 
 
 def _report(results: Results, path: Path, err: Console) -> None:
-    pass
+    for written in write_report(results, path.with_suffix(".html")):
+        err.print(f"written: {written}", highlight=False)
 
 
 def _compare(old: Results, new: Results, out: Console) -> int:
-    return 0
+    changes = compare(old, new)
+    show_changes(changes, old, new, out)
+    return SLOWER if any(change.verdict == "slower" for change in changes) else 0
 
 
 def _measure(arguments: argparse.Namespace, err: Console) -> Results:

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from bench import checks, machine, peers
 from bench.results import LoadFacts, Results
-from bench.suite import Experiment
+from bench.suite import Experiment, Training, trainings
 from bench.targets import TARGETS, judge
 from bench.worker import Outcome, work
 
@@ -57,19 +57,19 @@ def _follow(pipe: Connection, display: _Display, state: dict[str, Any]) -> None:
 
 
 def _run_worker(
-    experiments: Sequence[tuple[int, Experiment]],
+    tasks: Sequence[tuple[int, Experiment | Training]],
     wanted: Sequence[str],
     skip: set[str],
     display: _Display,
     outcomes: dict[int, Outcome],
 ) -> tuple[str, str] | None:
-    """Run experiments until all are done, or the worker dies: then who had its turn, and how it ended."""
+    """Run tasks until all are done, or the worker dies: then who had its turn, and how it ended."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=work, args=(theirs, experiments, wanted, frozenset(skip)), daemon=True)
+    process = context.Process(target=work, args=(theirs, tasks, wanted, frozenset(skip)), daemon=True)
     process.start()
     theirs.close()
-    state: dict[str, Any] = {"number": experiments[0][0], "turn": "", "outcomes": outcomes}
+    state: dict[str, Any] = {"number": tasks[0][0], "turn": "", "outcomes": outcomes}
     try:
         _follow(ours, display, state)
     except EOFError:
@@ -81,15 +81,15 @@ def _run_worker(
 
 
 def _measure(
-    experiments: Sequence[Experiment], wanted: Sequence[str], console: Console
+    tasks: Sequence[Experiment | Training], wanted: Sequence[str], console: Console
 ) -> tuple[dict[int, Outcome], dict[str, str]]:
-    """What every experiment gave, and who broke a worker."""
+    """What every task gave, and who broke a worker."""
     outcomes: dict[int, Outcome] = {}
     crashed: dict[str, str] = {}
-    display = _Display(console, len(experiments))
+    display = _Display(console, len(tasks))
     with display.progress:
-        while len(outcomes) < len(experiments):
-            left = [(i, e) for i, e in enumerate(experiments) if i not in outcomes]
+        while len(outcomes) < len(tasks):
+            left = [(i, e) for i, e in enumerate(tasks) if i not in outcomes]
             died = _run_worker(left, wanted, set(crashed), display, outcomes)
             if died is None:
                 break
@@ -113,10 +113,20 @@ def run(
         console.print(f"left out: {line}", highlight=False)
     described = machine.describe()
     results = Results(described, left_out=left_out)
-    outcomes, crashed = _measure(experiments, taking_part, console)
-    for i in sorted(outcomes):
-        outcome = outcomes[i]
-        results.loads |= {load.key: LoadFacts.of(load) for load in experiments[i].loads}
+    for experiment in experiments:
+        results.loads |= {load.key: LoadFacts.of(load) for load in experiment.loads}
+    tasks: list[Experiment | Training] = [*experiments, *(trainings(quick) if everything else [])]
+    outcomes, crashed = _measure(tasks, taking_part, console)
+    described["tasks"] = [
+        {
+            "task": task.title,
+            "seconds": round(outcomes[i].seconds, 1),
+            "checking": round(outcomes[i].checking, 1),
+        }
+        for i, task in enumerate(tasks)
+    ]
+    for _, outcome in sorted(outcomes.items()):
+        results.training |= outcome.training
         results.samples |= outcome.samples
         results.errors |= outcome.errors
         results.failures |= outcome.failures

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 
 from bench.cases import CASES, DTYPES, Load
 from bench.jobs import CLIP, JOBS, NO_CLIP, NORMS
+from bench.training import MODELS
 
-__all__ = ["Experiment", "named", "standard"]
+__all__ = ["Experiment", "Training", "named", "standard", "trainings"]
 
 _THREE = (NORMS, CLIP, NO_CLIP)
 
@@ -28,6 +29,27 @@ class Experiment:
     jobs: Sequence[str] = field(default=tuple(JOBS))
     rounds: int = 15
     seconds: float = 45.0
+
+    @property
+    def title(self) -> str:
+        return ", ".join(load.key for load in self.loads)
+
+
+@dataclass(frozen=True)
+class Training:
+    """A model that is trained for a few steps with each way to clip."""
+
+    model: str
+    rounds: int
+
+    @property
+    def title(self) -> str:
+        return f"training {self.model}"
+
+
+def trainings(quick: bool) -> list[Training]:
+    """The models of ``bench.training``."""
+    return [Training(model, 5 if quick else 30) for model in MODELS]
 
 
 def _loads(*names: str, dtypes: Sequence[str] = DTYPES[:1]) -> tuple[Load, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,24 @@ from bench.jobs import JOBS
 from bench.peers import OURS, PEERS
 from bench.results import Results
 from bench.rows import Row, moved, rows
-from bench.targets import Verdict
 from bench.timing import Spread
 from bench.training import shares
 
-__all__ = ["NOTE", "Table", "headline", "markdown", "number", "readable_time", "show", "tables"]
+__all__ = [
+    "NOTE",
+    "Table",
+    "headline",
+    "losses",
+    "markdown",
+    "number",
+    "of_load",
+    "promises",
+    "readable_time",
+    "show",
+    "tables",
+    "traffic",
+    "training",
+]
 
 NOTE = (
     "Times: median of the turns, with quartiles. Moved: what the contender moves by the way that it is "
@@ -28,6 +41,9 @@ NOTE = (
     "by the contender's time. x gradclip: time over that of gradclip with a plain list of arrays, median and "
     "quartiles of the ratios within each round; below 1, gradclip loses."
 )
+
+
+_TRAFFIC_OF = ("gpt2/float32", "llama-3.2-1b/bfloat16")  # a table of all would not be read
 
 
 @dataclass(frozen=True)
@@ -72,17 +88,19 @@ def headline(machine: Mapping[str, Any]) -> str:
     )
 
 
-def _promises(verdicts: Iterable[Verdict], titles: Mapping[str, str]) -> Table:
+def promises(results: Results) -> Table | None:
+    """What gradclip promises, and what was measured of it."""
     cells, marks = [], []
-    for v in verdicts:
+    for v in results.verdicts:
         unit = f" {v.unit}" if v.unit else ""
         bound = f"{'≥' if v.at_least else '≤'} {v.bound:g}{unit}"
         word = {True: "met", False: "missed", None: "not measured"}[v.met]
         measured = _with_quartiles(v.value, number) + unit if v.value else ""
-        cells.append((titles.get(v.load, v.load), v.job, v.what, measured, bound, word))
+        facts = results.loads.get(v.load)
+        cells.append((facts.title if facts else v.load, v.job, v.what, measured, bound, word))
         marks.append({"met": "good", "missed": "bad"}.get(word, ""))
     header = ("gradients", "job", "what", "measured (quartiles)", "promise", "")
-    return Table("Promises", header, cells, marks)
+    return Table("Promises", header, cells, marks) if cells else None
 
 
 _HEADER = ("contender", "time (quartiles)", "moved", "GB/s", "of roofline", "x gradclip (quartiles)", "error")
@@ -112,30 +130,50 @@ def _mark(row: Row) -> str:
     return "ours" if row.peer in OURS.values() else "loss" if row.ratio and row.ratio.high < 1 else ""
 
 
-def _of_loads(results: Results) -> Iterator[Table]:
-    by_job: dict[tuple[str, str], list[Row]] = {}
+def of_load(results: Results, load: str) -> Iterator[Table]:
+    """A table for each job that was done to a load."""
+    facts = results.loads[load]
+    by_job: dict[str, list[Row]] = {}
     for row in rows(results):
-        by_job.setdefault((row.load, row.job), []).append(row)
-    for (load, job), group in by_job.items():
-        cold = "caches cold" if results.loads[load].cold else "caches warm"
-        title = f"{results.loads[load].title}, {cold}: {JOBS[job].title}"
+        if row.load == load:
+            by_job.setdefault(row.job, []).append(row)
+    for job, group in by_job.items():
+        title = f"{facts.title}, caches {'cold' if facts.cold else 'warm'}: {JOBS[job].title}"
         yield Table(title, _HEADER, list(map(_cells, group)), list(map(_mark, group)))
 
 
-def _traffic(results: Results) -> Table | None:
-    found = [m for m in moved(results) if m.load.startswith(("gpt2/", "llama"))]
+def losses(results: Results) -> Table:
+    """Rows in which somebody else took less time than gradclip with a list."""
+    cells, marks = [], []
+    for row in rows(results):
+        if row.ratio and row.ratio.median < 1 and "gradclip" not in row.peer:
+            clearly = row.ratio.high < 1
+            cells.append(
+                (
+                    results.loads[row.load].title, JOBS[row.job].title, PEERS[row.peer].title,
+                    _with_quartiles(row.ratio, number), "clearly" if clearly else "within the noise",
+                )
+            )  # fmt: skip
+            marks.append("bad" if clearly else "")
+    header = ("gradients", "job", "faster", "its time over gradclip's (quartiles)", "")
+    return Table("Where gradclip is not first", header, cells, marks)
+
+
+def traffic(results: Results) -> Table | None:
+    """What every contender moves, held against the clock."""
     header = ("gradients", "job", "contender", "must move", "is written to move", "moved at most", "so it")
     cells = [
         (
             m.load, JOBS[m.job].title, PEERS[m.peer].title, f"{m.floor} N", f"{m.written} N",
-            f"{m.at_most:.2f} N", m.verdict,
+            f"{m.at_most:.1f} N", m.verdict,
         )
-        for m in found
+        for m in moved(results) if m.load in _TRAFFIC_OF
     ]  # fmt: skip
     return Table("The rule of traffic, by the clock", header, cells, [""] * len(cells)) if cells else None
 
 
-def _training(results: Results) -> Table | None:
+def training(results: Results) -> Table | None:
+    """What clipping costs in a training step."""
     cells, marks = [], []
     for share in shares(results.training):
         cells.append(
@@ -151,14 +189,9 @@ def _training(results: Results) -> Table | None:
 
 def tables(results: Results) -> list[Table]:
     """All tables of a run; the first ones are the ones to read."""
-    titles = {name: facts.title for name, facts in results.loads.items()}
-    found = [
-        _promises(results.verdicts, titles) if results.verdicts else None,
-        _training(results),
-        _traffic(results),
-        *_of_loads(results),
-    ]
-    return [table for table in found if table]
+    found = [promises(results), training(results), losses(results), traffic(results)]
+    of_loads = [table for load in results.loads for table in of_load(results, load)]
+    return [table for table in (*found, *of_loads) if table and table.rows]
 
 
 _STYLES = {"ours": "bold cyan", "good": "green", "bad": "red", "loss": "yellow"}

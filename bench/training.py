@@ -7,7 +7,9 @@ time is that of the step less that of a step without.
 
 from __future__ import annotations
 
+import gc
 import importlib
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -16,7 +18,7 @@ from typing import Any
 
 import gradclip
 
-__all__ = ["MODELS", "Share", "shares", "train"]
+__all__ = ["MODELS", "Share", "Steps", "missing", "shares", "train"]
 
 # Seconds of the whole step and of the clip in it, by way to clip; of the clip 0 where it is not a call.
 Steps = dict[str, list[tuple[float, float]]]
@@ -26,18 +28,12 @@ _MAX_NORM = 1.0
 _WARM_UP = 2  # steps of each way
 
 
-def _take_turns(steps: Mapping[str, Callable[[], tuple[float, float]]], rounds: int) -> Steps:
-    taken: Steps = {way: [] for way in steps}
-    for round_ in range(-_WARM_UP, rounds):
-        for way, step in steps.items():
-            seconds = step()
-            if round_ >= 0:
-                taken[way].append(seconds)
-    return taken
+Step = Callable[[], tuple[float, float]]
 
 
-def _torch_steps(model: Any, loss_of: Callable[[Any], Any]) -> dict[str, Callable[[], tuple[float, float]]]:
+def _torch_steps(model: Any, loss_of: Callable[[Any], Any]) -> dict[str, Step]:
     torch: Any = importlib.import_module("torch")
+    torch.set_num_threads(gradclip.get_num_threads())
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
 
@@ -60,7 +56,7 @@ def _torch_steps(model: Any, loss_of: Callable[[Any], Any]) -> dict[str, Callabl
     return {"PyTorch clip_grad_norm_": lambda: step(by_torch), "gradclip": lambda: step(by_gradclip)}
 
 
-def _gpt(rounds: int) -> Steps:
+def _gpt() -> dict[str, Step]:
     """Six layers of width 384, 16 million parameters, batches of 4 x 128 tokens."""
     torch: Any = importlib.import_module("torch")
     nn = torch.nn
@@ -83,10 +79,10 @@ def _gpt(rounds: int) -> Steps:
         logits = model["head"](model["blocks"](x, mask, is_causal=True))
         return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
-    return _take_turns(_torch_steps(model, loss), rounds)
+    return _torch_steps(model, loss)
 
 
-def _resnet(rounds: int) -> Steps:
+def _resnet() -> dict[str, Step]:
     """The ResNet of 20 layers for 32 x 32 images (arXiv:1512.03385, section 4.2), batches of 32."""
     torch: Any = importlib.import_module("torch")
     nn = torch.nn
@@ -115,12 +111,10 @@ def _resnet(rounds: int) -> Steps:
             inputs = outputs
     model = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
     images, labels = torch.randn(32, 3, 32, 32), torch.randint(10, (32,))
-    return _take_turns(
-        _torch_steps(model, lambda model: nn.functional.cross_entropy(model(images), labels)), rounds
-    )
+    return _torch_steps(model, lambda model: nn.functional.cross_entropy(model(images), labels))
 
 
-def _optax(rounds: int) -> Steps:
+def _optax() -> dict[str, Step]:
     """An MLP of 8 layers of width 1024 by Adam, batches of 64; gradclip measures, the update scales."""
     jax: Any = importlib.import_module("jax")
     optax: Any = importlib.import_module("optax")
@@ -137,7 +131,7 @@ def _optax(rounds: int) -> Steps:
             h = jnp.tanh(h @ weight + bias)
         return jnp.mean((h - y) ** 2)
 
-    def steps_of(transform: Any, apart: bool) -> Callable[[], tuple[float, float]]:
+    def steps_of(transform: Any, apart: bool) -> Step:
         state = {"parameters": parameters, "optimizer": transform.init(parameters)}
         gradients = jax.jit(jax.grad(loss))
 
@@ -171,26 +165,41 @@ def _optax(rounds: int) -> Steps:
 
     adam = optax.adam(1e-4)
     clipped = optax.chain(optax.clip_by_global_norm(_MAX_NORM), adam)
-    return _take_turns(
-        {
-            _NO_CLIP: steps_of(adam, apart=False),
-            "optax clip_by_global_norm": steps_of(clipped, apart=False),
-            "gradclip norm, scaled in the update": steps_of(adam, apart=True),
-        },
-        rounds,
-    )
+    return {
+        _NO_CLIP: steps_of(adam, apart=False),
+        "optax clip_by_global_norm": steps_of(clipped, apart=False),
+        "gradclip norm, scaled in the update": steps_of(adam, apart=True),
+    }
 
 
-MODELS: Mapping[str, tuple[str, tuple[str, ...], Callable[[int], Steps]]] = {
+MODELS: Mapping[str, tuple[str, tuple[str, ...], Callable[[], dict[str, Step]]]] = {
     "gpt": ("small GPT, PyTorch, AdamW", ("torch",), _gpt),
     "resnet": ("ResNet-20, PyTorch, AdamW", ("torch",), _resnet),
     "mlp": ("MLP 8 x 1024, JAX, optax Adam", ("jax", "optax"), _optax),
 }
 
 
-def train(model: str, rounds: int) -> Steps:
-    """Train a model for so many steps with each way to clip."""
-    return MODELS[model][2](rounds)
+def missing(model: str) -> list[str]:
+    """The modules that the model needs and that are not installed."""
+    return [name for name in MODELS[model][1] if importlib.util.find_spec(name) is None]
+
+
+def train(model: str, rounds: int, tick: Callable[[float], None] = lambda _: None) -> Steps:
+    """Train a model for so many steps with each way to clip; ``tick`` is told how much is done."""
+    steps = MODELS[model][2]()
+    taken: Steps = {way: [] for way in steps}
+    gc.collect()
+    gc.disable()
+    try:
+        for round_ in range(-_WARM_UP, rounds):
+            tick(max(round_, 0) / rounds)
+            for way, step in steps.items():
+                seconds = step()
+                if round_ >= 0:
+                    taken[way].append(seconds)
+    finally:
+        gc.enable()
+    return taken
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ another worker, and leaves that one out.
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -14,11 +15,12 @@ from typing import Any
 from bench import peers
 from bench.cases import Load, readable_bytes
 from bench.jobs import key
-from bench.suite import Experiment
-from bench.timing import Contender, Rounds, measure
+from bench.suite import Experiment, Training
+from bench.timing import Contender, Rounds, describe_error, measure
+from bench.training import Steps, missing, train
 from bench.workload import Place, Workload, bytes_needed
 
-__all__ = ["Outcome", "Tell", "measure_experiment", "work"]
+__all__ = ["Outcome", "Tell", "measure_experiment", "train_model", "work"]
 
 _SPARE = 0.9  # of the memory that is free
 
@@ -28,12 +30,15 @@ Tell = Callable[[str, str, float], None]
 
 @dataclass
 class Outcome:
-    """What one experiment gave."""
+    """What one experiment or training gave."""
 
     samples: dict[str, Rounds] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
+    training: dict[str, Steps] = field(default_factory=dict)
+    checking: float = 0.0  # seconds until the first timed call
+    seconds: float = 0.0  # in all
 
 
 def places() -> list[type[Place]]:
@@ -81,6 +86,7 @@ def measure_experiment(
 ) -> Outcome:
     """Check and time everybody; ``skip`` has the keys of those who broke a process."""
     outcome = Outcome()
+    start = time.monotonic()
     workloads: list[Workload] = []
     contenders: list[Contender] = []
     held = 0
@@ -96,6 +102,7 @@ def measure_experiment(
             contenders += workload.rooflines()
             pairs = [(p, j) for p in chosen for j in experiment.jobs if key(load.key, j, p) not in skip]
             contenders += workload.contenders(pairs, lambda name: tell("checking answers", name, 0.0))
+    outcome.checking = time.monotonic() - start
     if workloads:
         measured = measure(
             contenders,
@@ -109,13 +116,40 @@ def measure_experiment(
     return outcome
 
 
+def train_model(training: Training, skip: Collection[str], tell: Tell) -> Outcome:
+    """Train a model, unless it broke a process."""
+    name = f"training/{training.model}"
+    absent = missing(training.model)
+    if absent:
+        return Outcome(left_out=[f"{name}: {', '.join(absent)} not installed"])
+    if name in skip:
+        return Outcome()
+    try:
+        steps = train(training.model, training.rounds, lambda done: tell("training", name, done))
+    except Exception as error:
+        return Outcome(failures={name: describe_error(error)})
+    return Outcome(training={training.model: steps})
+
+
 def work(
-    pipe: Any, experiments: Sequence[tuple[int, Experiment]], wanted: Sequence[str], skip: Collection[str]
+    pipe: Any,
+    tasks: Sequence[tuple[int, Experiment | Training]],
+    wanted: Sequence[str],
+    skip: Collection[str],
 ) -> None:
     """Send what happens through the pipe: ("turn", ...) before anything that may end this process."""
     warnings.simplefilter("ignore")  # of the peers: their affairs, and the display is the parent's
-    for number, experiment in experiments:
+
+    def tell(what: str, name: str, done: float) -> None:
+        pipe.send(("turn", what, name, done))
+
+    for number, task in tasks:
+        start = time.monotonic()
         pipe.send(("begin", number))
-        outcome = measure_experiment(experiment, wanted, skip, lambda *what: pipe.send(("turn", *what)))
+        if isinstance(task, Training):
+            outcome = train_model(task, skip, tell)
+        else:
+            outcome = measure_experiment(task, wanted, skip, tell)
+        outcome.seconds = time.monotonic() - start
         pipe.send(("end", number, outcome))
     pipe.close()

@@ -22,6 +22,8 @@ __all__ = ["READ", "READ_WRITE", "Place", "Workload", "bytes_needed"]
 READ, READ_WRITE = "read", "read-write"  # the rooflines, in the place of a job
 ROOFLINE = "roofline"
 
+# Half of a unit in the last place of 1.
+_UNIT = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 _SCRATCH_BYTES = 128 * 2**20  # several times the last cache
 
 
@@ -164,11 +166,12 @@ class Workload:
             return
         # Of float16 subnormals, which the smallest elements become; others are halved exactly.
         spacing = 2.0**-24 if self.load.dtype == "float16" else 0.0
+        tolerance = max(peer.tolerance, peer.rounding * _UNIT[self.load.dtype])
         for i, grad in enumerate(peer.current(answer)):
             now = self.gradients.to_host(grad).reshape(-1)
             places, held = self.gradients.pattern.sample(i, now.size)
             got = now[places].astype(np.float64)
-            _close(f"gradient {i}", got, job.coefficient * held, peer.tolerance, spacing)
+            _close(f"gradient {i}", got, job.coefficient * held, tolerance, spacing)
 
 
 class WrongAnswerError(Exception):

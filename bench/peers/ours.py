@@ -16,7 +16,7 @@ __all__ = ["Gradclip", "GradclipGpu", "GradclipGpuPlan", "GradclipPlan"]
 
 class Gradclip(Peer):
     key, title = "gradclip", "gradclip"
-    tolerance = 1e-7
+    tolerance, rounding = 1e-7, 0.0
     traffic = traffic(Traffic(1), Traffic(1, 1), Traffic(1), Traffic(1, 1), Traffic(1, 1))
 
     def norms(self) -> Any:

@@ -1,0 +1,114 @@
+"""What got slower or faster between two runs.
+
+Another day the same machine is faster or slower as a whole, so a time is compared in units of the
+roofline of its own run: what the same bytes cost the machine at that time. A row has
+changed only if the medians differ by more than a tenth and the spreads say that it is no accident: the
+probability that two turns, one of each run, are in this order is 95 % or more (Mann and Whitney's U).
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from bench.jobs import JOBS
+from bench.peers import PEERS
+from bench.results import Results
+from bench.rows import roofline_seconds
+from bench.tables import headline, number
+from bench.timing import Spread, spread, turns
+
+__all__ = ["Change", "compare", "show_changes"]
+
+_LEAST_CHANGE = 1.10
+_CERTAIN = 0.95
+
+
+@dataclass(frozen=True)
+class Change:
+    """A row of both runs, in units of each run's roofline.
+
+    Attributes:
+        ratio: New over old, of the medians.
+        certainty: How often a turn of the new run took longer than one of the old run, from 0 to 1.
+        verdict: "slower", "faster" or "same".
+    """
+
+    load: str
+    job: str
+    peer: str
+    old: Spread
+    new: Spread
+    ratio: float
+    certainty: float
+    verdict: str
+
+
+def compare(old: Results, new: Results) -> list[Change]:
+    """All rows that both runs have, those that got slower first."""
+    changes = []
+    for name in new.samples:
+        load, _, rest = name.partition("/")
+        dtype, job, peer = rest.split("/", 2)
+        load = f"{load}/{dtype}"
+        if job not in JOBS or peer not in PEERS or name not in old.samples:
+            continue
+        olds, news = (_relative(results, load, job, peer, name) for results in (old, new))
+        if olds and news:
+            changes.append(_change(load, job, peer, olds, news))
+    return sorted(changes, key=lambda change: -change.ratio)
+
+
+def _relative(results: Results, load: str, job: str, peer: str, name: str) -> list[float] | None:
+    floor = roofline_seconds(results, load, JOBS[job].floor, PEERS[peer].place)
+    return [seconds / floor for seconds in turns(results.samples[name])] if floor else None
+
+
+def _change(load: str, job: str, peer: str, olds: Sequence[float], news: Sequence[float]) -> Change:
+    old, new = spread(olds), spread(news)
+    ratio = new.median / old.median
+    certainty = _probability_of_greater(news, olds)
+    verdict = "same"
+    if ratio > _LEAST_CHANGE and certainty >= _CERTAIN:
+        verdict = "slower"
+    elif ratio < 1 / _LEAST_CHANGE and certainty <= 1 - _CERTAIN:
+        verdict = "faster"
+    return Change(load, job, peer, old, new, ratio, certainty, verdict)
+
+
+def _probability_of_greater(these: Sequence[float], those: Sequence[float]) -> float:
+    """How often one of these is greater than one of those; a tie counts half."""
+    ordered = sorted(those)
+    below = sum(bisect.bisect_left(ordered, x) + bisect.bisect_right(ordered, x) for x in these)
+    return below / (2 * len(these) * len(those))
+
+
+def show_changes(changes: Sequence[Change], old: Results, new: Results, console: Console) -> None:
+    """Print what changed, and how much did not."""
+    console.print(f"old: {headline(old.machine)}\nnew: {headline(new.machine)}", highlight=False)
+    if not changes:
+        console.print("the two runs have no row in common")
+        return
+    view = Table(title="Times in units of each run's roofline: medians (quartiles)", title_justify="left")
+    for i, column in enumerate(("gradients", "job", "contender", "old", "new", "new / old", "longer in", "")):
+        view.add_column(column, justify="left" if i < 3 else "right")
+    styles = {"slower": "red", "faster": "green"}
+    for c in changes:
+        if c.verdict in styles:
+            view.add_row(
+                escape(c.load), JOBS[c.job].title, escape(PEERS[c.peer].title), _text(c.old), _text(c.new),
+                f"{c.ratio:.2f} x", f"{100 * c.certainty:.0f} %", c.verdict, style=styles[c.verdict],
+            )  # fmt: skip
+    counts = {verdict: sum(c.verdict == verdict for c in changes) for verdict in ("slower", "faster", "same")}
+    if view.rows:
+        console.print(view)
+    console.print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()), highlight=False)
+
+
+def _text(value: Spread) -> str:
+    return f"{number(value.median)} ({number(value.low)} … {number(value.high)})"

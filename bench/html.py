@@ -1,0 +1,93 @@
+"""The report of a run: one HTML file that needs nothing else, and its plots as PNG."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from bench import tables
+from bench.jobs import CLIP, JOBS, NO_CLIP, key
+from bench.peers import CPU, OURS
+from bench.plots import plots
+from bench.results import Results
+from bench.rows import Row, rows
+from bench.timing import spread_of_ratio
+
+__all__ = ["write_report"]
+
+_DPI = 150
+_TEMPLATE = Path(__file__).resolve().parent / "report.html.j2"
+
+
+def write_report(results: Results, path: Path) -> list[Path]:
+    """Write ``path``, an HTML file, and its plots beside it in a directory of the same name."""
+    directory = path.with_suffix("")
+    directory.mkdir(parents=True, exist_ok=True)
+    written, drawn = [path], []
+    for name, what, figure in plots(results):
+        png = directory / f"{name}.png"
+        figure.savefig(png, dpi=_DPI, metadata={"Software": None})
+        written.append(png)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None})
+        svg = text.getvalue()
+        drawn.append({"name": name, "what": what, "svg": svg[svg.index("<svg") :]})
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    path.write_text(template.render(**_content(results), plots=drawn), encoding="utf-8")
+    return written
+
+
+def _content(results: Results) -> dict[str, Any]:
+    return {
+        "machine": results.machine,
+        "headline": tables.headline(results.machine),
+        "facts": _facts(results),
+        "promises": tables.promises(results),
+        "training": tables.training(results),
+        "losses": tables.losses(results),
+        "traffic": tables.traffic(results),
+        "loads": _loads(results),
+        "left_out": results.left_out,
+        "note": tables.NOTE,
+    }
+
+
+def _loads(results: Results) -> list[dict[str, Any]]:
+    groups = []
+    for name, facts in results.loads.items():
+        found = list(tables.of_load(results, name))
+        if found:
+            groups.append({"title": facts.title, "source": facts.source, "tables": found})
+    return groups
+
+
+def _facts(results: Results) -> list[tuple[str, str]]:
+    """The run in a few figures."""
+    found = []
+    ours = OURS[CPU]
+    for load in ("gpt2/float32", "tiny/float32"):
+        for job in (CLIP, NO_CLIP):
+            torch, mine = (results.samples.get(key(load, job, peer)) for peer in ("torch", ours))
+            if torch and mine:
+                times = tables.number(spread_of_ratio(torch, [mine]).median)
+                what = f"PyTorch's time over gradclip's: {JOBS[job].title}, {results.loads[load].title}"
+                found.append((f"{times} x", what))
+    best = _best_of_roofline(list(rows(results)))
+    if best:
+        found.insert(0, best)
+    met = sum(verdict.met is True for verdict in results.verdicts)
+    if results.verdicts:
+        found.append((f"{met} of {len(results.verdicts)}", "promised speeds were reached"))
+    return found
+
+
+def _best_of_roofline(everything: list[Row]) -> tuple[str, str] | None:
+    for row in everything:
+        if (row.load, row.job, row.peer) == ("gpt2/float32", "norms", OURS[CPU]) and row.of_roofline:
+            percent = f"{100 * row.of_roofline:.0f} %"
+            return percent, "of a plain read's speed: norms of GPT-2's gradients, from memory"
+    return None
