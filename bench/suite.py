@@ -49,7 +49,7 @@ class Training:
 
 def trainings(quick: bool) -> list[Training]:
     """The models of ``bench.training``."""
-    return [Training(model, 5 if quick else 30) for model in MODELS]
+    return [Training(model, 3 if quick else 30) for model in MODELS]
 
 
 def _loads(*names: str, dtypes: Sequence[str] = DTYPES[:1]) -> tuple[Load, ...]:
@@ -72,7 +72,7 @@ def _quick() -> list[Experiment]:
     return [
         Experiment(_loads("gpt2"), rounds=3, seconds=12),
         Experiment(_loads("mlp"), rounds=3, seconds=5),
-        Experiment(_loads("mlp", dtypes=DTYPES[1:]), _THREE, rounds=3, seconds=5),
+        Experiment(_loads("mlp", dtypes=("bfloat16",)), _THREE, rounds=3, seconds=5),
         Experiment(_loads("tiny"), rounds=5, seconds=5),
         *(Experiment(_loads(point), _THREE, rounds=3, seconds=3) for point in points),
     ]
