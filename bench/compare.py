@@ -23,8 +23,9 @@ from bench.rows import roofline_seconds
 from bench.tables import headline, number
 from bench.timing import Spread, spread, turns
 
-__all__ = ["Change", "compare", "show_changes"]
+__all__ = ["SAME", "Change", "compare", "show_changes"]
 
+SAME = "same"
 _LEAST_CHANGE = 1.10
 _CERTAIN = 0.95
 
@@ -73,7 +74,7 @@ def _change(load: str, job: str, peer: str, olds: Sequence[float], news: Sequenc
     old, new = spread(olds), spread(news)
     ratio = new.median / old.median
     certainty = _probability_of_greater(news, olds)
-    verdict = "same"
+    verdict = SAME
     if ratio > _LEAST_CHANGE and certainty >= _CERTAIN:
         verdict = "slower"
     elif ratio < 1 / _LEAST_CHANGE and certainty <= 1 - _CERTAIN:
@@ -104,7 +105,7 @@ def show_changes(changes: Sequence[Change], old: Results, new: Results, console:
                 escape(c.load), JOBS[c.job].title, escape(PEERS[c.peer].title), _text(c.old), _text(c.new),
                 f"{c.ratio:.2f} x", f"{100 * c.certainty:.0f} %", c.verdict, style=styles[c.verdict],
             )  # fmt: skip
-    counts = {verdict: sum(c.verdict == verdict for c in changes) for verdict in ("slower", "faster", "same")}
+    counts = {verdict: sum(c.verdict == verdict for c in changes) for verdict in ("slower", "faster", SAME)}
     if view.rows:
         console.print(view)
     console.print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()), highlight=False)

@@ -16,9 +16,9 @@ from bench.results import Results
 from bench.rows import Row, rows
 from bench.timing import spread_of_ratio
 
-__all__ = ["write_report"]
+__all__ = ["DPI", "write_report"]
 
-_DPI = 150
+DPI = 150
 _TEMPLATE = Path(__file__).resolve().parent / "report.html.j2"
 
 
@@ -29,7 +29,7 @@ def write_report(results: Results, path: Path) -> list[Path]:
     written, drawn = [path], []
     for name, what, figure in plots(results):
         png = directory / f"{name}.png"
-        figure.savefig(png, dpi=_DPI, metadata={"Software": None})
+        figure.savefig(png, dpi=DPI, metadata={"Software": None})
         written.append(png)
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None})

@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import gradclip
 from gradclip import _core
@@ -15,7 +16,7 @@ from gradclip._config import measured_bandwidth
 
 __all__ = ["describe"]
 
-_PACKAGES = ("numpy", "torch", "jax", "jaxlib", "optax", "ml_dtypes")
+_PACKAGES = ("numpy", "torch", "jax", "jaxlib", "optax", "numba", "ml_dtypes")
 _ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -70,7 +71,7 @@ def _git(*arguments: str) -> str | None:
         return None
 
 
-def describe() -> dict[str, object]:
+def describe() -> dict[str, Any]:
     """Machine, versions, threads, date and commit. Measures the memory's bandwidth."""
     read, read_write = measured_bandwidth()
     changes = _git("status", "--porcelain", "--untracked-files=no")

@@ -29,6 +29,7 @@ __all__ = [
     "promises",
     "readable_time",
     "show",
+    "summary",
     "tables",
     "traffic",
     "training",
@@ -140,6 +141,28 @@ def of_load(results: Results, load: str) -> Iterator[Table]:
     for job, group in by_job.items():
         title = f"{facts.title}, caches {'cold' if facts.cold else 'warm'}: {JOBS[job].title}"
         yield Table(title, _HEADER, list(map(_cells, group)), list(map(_mark, group)))
+
+
+def summary(results: Results, load: str) -> Table:
+    """A line for each contender: its time in every job, and over gradclip's."""
+    found = {(row.peer, row.job): row for row in rows(results) if row.load == load}
+    jobs = [job for job in JOBS if any(j == job for _, j in found)]
+    cells, marks = [], []
+    for peer in PEERS:
+        if any(p == peer for p, _ in found):
+            of_peer = [found.get((peer, job)) for job in jobs]
+            cells.append((PEERS[peer].title, *map(_short, of_peer)))
+            marks.append("ours" if peer in OURS.values() else "")
+    return Table(results.loads[load].title, ("", *(JOBS[job].title for job in jobs)), cells, marks)
+
+
+def _short(row: Row | None) -> str:
+    if row is None:
+        return ""
+    if row.seconds is None:
+        return row.failure
+    ratio = f" ({number(row.ratio.median)} x)" if row.ratio and row.peer not in OURS.values() else ""
+    return readable_time(row.seconds.median) + ratio
 
 
 def losses(results: Results) -> Table:

@@ -92,7 +92,7 @@ def measure_experiment(
     held = 0
     for load in experiment.loads:
         for place in places():
-            tell("making gradients", load.key, 0.0)
+            tell("making gradients", "", 0.0)
             chosen = fitting(load, place, wanted, held, outcome)
             if not chosen:
                 continue

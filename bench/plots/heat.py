@@ -36,8 +36,7 @@ def ratios(results: Results, chosen: Sequence[Row], place: str, job: str) -> Plo
             values[where] = np.sign(octaves) * min(abs(octaves), 1.0) ** _POWER
     figure = Figure(figsize=(3.6 + 0.95 * len(peers), 1.3 + 0.27 * len(loads)), layout="constrained")
     axes = figure.subplots()
-    colors = mpl.colormaps["PuOr"].copy()
-    colors.set_bad("#f3f3f3")
+    colors = mpl.colormaps["PuOr"].with_extremes(bad="#f3f3f3")
     axes.imshow(np.ma.masked_invalid(values), cmap=colors, vmin=-1, vmax=1, aspect="auto")
     for (i, j), row in cells.items():
         look: dict[str, Any] = {"ha": "center", "va": "center"}

@@ -1,0 +1,169 @@
+"""The benchmark's parameter lists, gradients and contenders, and what it says to a wrong name."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench import architectures, suite
+from bench.cases import CASES, DTYPES, MODELS, Load, choose, dtype_of, read_model
+from bench.data import Gradients
+from bench.errors import BenchError
+from bench.harness import PYTEST_CASES, axes
+from bench.jobs import JOBS, key
+from bench.peers import CPU, OURS, PEERS, present
+from bench.workload import Workload
+
+_ROOT = Path(__file__).resolve().parent.parent
+_MODELS = sorted(architectures.MODELS)
+
+
+def test_every_model_has_a_file_and_every_file_a_model() -> None:
+    assert sorted(path.stem for path in MODELS.glob("*.json")) == _MODELS
+    assert set(_MODELS) < set(CASES)
+
+
+@pytest.mark.parametrize("name", _MODELS)
+def test_a_parameter_list_is_its_architecture(name: str) -> None:
+    """The file holds what is derived, and has as many parameters as its source says."""
+    derived = architectures.MODELS[name]
+    model = read_model(MODELS / f"{name}.json")
+    assert {name: tuple(shape) for name, shape in model["shapes"].items()} == derived.shapes
+    assert list(model["shapes"]) == list(derived.shapes)
+    assert (model["title"], model["source"]) == (derived.title, derived.source)
+    count = sum(math.prod(shape) for shape in model["shapes"].values())
+    assert count == model["parameters"] == derived.parameters
+    published = model["published"]
+    if published == "66 M":
+        assert round(count / 1e6) == 66
+    elif not published.startswith("none"):
+        assert count == int(published.replace(",", ""))
+
+
+def test_mixtral_at_full_width_is_the_published_model() -> None:
+    """What is scaled down is derived as the whole one: 46.7 billion parameters."""
+    whole = architectures.mixtral()
+    assert sum(map(math.prod, whole.values())) == 46_702_792_704
+    assert len(whole) == len(architectures.MODELS["mixtral-16th"].shapes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_are_restored_bit_for_bit(dtype: str) -> None:
+    gradients = Gradients(Load(CASES["mlp"], dtype))
+    before = [g.copy() for g in gradients.arrays]
+    for g in gradients.arrays:
+        assert g.dtype == dtype_of(dtype)
+        assert g.ctypes.data % 64 == 0
+        g[...] = 7
+    gradients.restore()
+    for i, (g, held) in enumerate(zip(gradients.arrays, before, strict=True)):
+        assert np.array_equal(g, held)
+        places, expected = gradients.pattern.sample(i, g.size)
+        assert np.array_equal(g.reshape(-1)[places].astype(np.float64), expected)
+
+
+_CPU_PEERS = [key for key in PEERS if PEERS[key].place == CPU]
+
+
+@pytest.mark.filterwarnings("ignore")  # of the peers
+@pytest.mark.parametrize("peer", _CPU_PEERS)
+def test_every_contender_does_every_job(peer: str) -> None:
+    """It answers rightly, and undoing leaves the gradients as they were."""
+    assert peer in present(), f"{PEERS[peer].missing()}"
+    workload = Workload(Load(CASES["bytes-64K"]))
+    for job in JOBS.values():
+        contender = workload.contender(peer, job)
+        contender.before_turn()
+        before = [g.copy() for g in workload.gradients.arrays]
+        answers = []
+        for _ in range(3):
+            answer, (seconds,) = contender.clock(contender.call)
+            assert seconds > 0
+            contender.after(answer)
+            contender.undo(answer)
+            answers.append(answer)
+        for g, held in zip(workload.gradients.arrays, before, strict=True):
+            np.testing.assert_allclose(g, held, rtol=1e-6)
+        name = key(workload.load.key, job.key, peer)
+        assert workload.errors.get(name, 0.0) < 1e-5
+        assert job.key in PEERS[peer].traffic
+
+
+def test_of_every_library_somebody_is_ours() -> None:
+    assert set(OURS) == {peer.place for peer in PEERS.values()}
+    assert all(PEERS[ours].place == place for place, ours in OURS.items())
+
+
+def test_the_suites_name_what_exists() -> None:
+    for experiments in (suite.standard(quick=True), suite.standard(quick=False)):
+        assert all(set(experiment.jobs) <= set(JOBS) for experiment in experiments)
+    full = {load.key for experiment in suite.standard(quick=False) for load in experiment.loads}
+    assert {load.split("/")[0] for load in full} == set(CASES)
+    assert {load.split("/")[1] for load in full} == set(DTYPES)
+    assert {case for case, _ in axes()} == set(PYTEST_CASES)
+    assert {job for experiment in suite.standard(True, ["norms"]) for job in experiment.jobs} == {"norms"}
+
+
+def test_the_gpu_place_imports_without_a_gpu() -> None:
+    assert importlib.import_module("bench.device").GpuPlace.clocks == ("", "@host", "@done")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--cases", "gpt3"], "unknown case gpt3; there are: gpt2, resnet50"),
+        (["--cases", "tiny", "--dtypes", "float31"], "unknown dtype float31; there are: float32, bfloat16"),
+        (["--dtypes", "float16"], "--dtypes: expected --cases with it; there are: gpt2"),
+        (["--contenders", "tensorflow"], "unknown contender tensorflow; there are: gradclip, "),
+        (["--jobs", "sleep"], "unknown job sleep; there are: norms, clip, "),
+        (["--compare", "{}/no.json"], "there is no such file; in that directory: a.json"),
+        (["--report", "{}/a.json"], "expected a result file of python -m bench, but JSONDecodeError"),
+        (["--against", "{}/a.json"], "--against: expected --compare FILE with it"),
+        (["--threads", "0"], "--threads: expected 1 to "),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_told_with_what_exists(arguments: list[str], told: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("{")
+    command = [sys.executable, "-m", "bench", *(a.format(tmp_path) for a in arguments)]
+    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("python -m bench: ")
+    assert told in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_choose_keeps_the_order_and_drops_doubles() -> None:
+    assert choose("case", ["b", "a", "b"], ["a", "b", "c"]) == ["b", "a"]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('{"title": "x", "source": "y", "parameters": 4, "shapes": {"w": [2, 3]}}', "as many elements"),
+        ('{"title": "x"}', "'shapes'"),
+        ("[1]", "expected JSON with title"),
+    ],
+)
+def test_a_wrong_parameter_list_is_told(text: str, told: str, tmp_path: Path) -> None:
+    path = tmp_path / "m.json"
+    path.write_text(text)
+    with pytest.raises(BenchError, match=re.escape(str(path))) as error:
+        read_model(path)
+    assert told in str(error.value)
+    with pytest.raises(BenchError, match=r"in that directory there is m$"):
+        read_model(tmp_path / "n.json")
+
+
+def test_a_result_file_of_another_format_is_told(tmp_path: Path) -> None:
+    results = importlib.import_module("bench.results")
+    (tmp_path / "old.json").write_text(json.dumps({"format": 1}))
+    with pytest.raises(BenchError, match="format 1, expected 2"):
+        results.load(tmp_path / "old.json")

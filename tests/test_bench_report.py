@@ -1,0 +1,216 @@
+"""From samples to rows, verdicts, tables, plots, pages and the comparison of two runs."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from bench import docs, tables
+from bench.cases import CASES, Load
+from bench.compare import SAME, compare, show_changes
+from bench.errors import BenchError
+from bench.html import write_report
+from bench.jobs import CLIP, JOBS, LOG, NO_CLIP, NORMS, key
+from bench.results import LoadFacts, Results, load, save
+from bench.rows import Moved, Row, moved, rows
+from bench.targets import TARGETS, judge
+from bench.timing import Rounds
+from bench.training import shares
+from bench.workload import READ, READ_WRITE, ROOFLINE
+
+_MACHINE = {
+    "cpu": "A <b>CPU</b>", "threads": 2, "isa": "avx2", "caches": ["L1d 32K"], "memory_gb": 8.0, "seconds": 3,
+    "read_gb_per_s": 10.0, "read_write_gb_per_s": 15.0,
+    "system": "Linux", "python": "3", "versions": {"a": "1"},
+    "date": "2026-01-01", "commit": "0123456789abcdef", "uncommitted_changes": False,
+}  # fmt: skip
+_READ_SECONDS, _WRITE_SECONDS = 1.0e-2, 1.2e-2
+# Seconds by job and contender; a clip of gradclip is 5 % slower than the machine's own passes.
+_SECONDS = {
+    NORMS: {"gradclip": 1.0e-2, "torch": 1.1e-2, "numpy-sum": 4e-2, "optax": 0.8e-2},
+    CLIP: {"gradclip": 2.31e-2, "torch": 2.3e-2, "numpy-sum": 6e-2},
+    NO_CLIP: {"gradclip": 1.0e-2, "torch": 2.3e-2, "numpy-sum": 5e-2},
+    LOG: {"gradclip": 2.3e-2, "torch": 1.5e-2},
+}
+_GPT2 = Load(CASES["gpt2"]).key
+
+
+def _turns(seconds: float) -> Rounds:
+    return [[seconds * x, seconds] for x in (0.98, 1.0, 1.02, 1.01, 0.99)]
+
+
+def _results(slower: float = 1.0, machine: float = 1.0) -> Results:
+    """A run over GPT-2 and two points of each axis; ``slower`` is gradclip's loss."""
+    results = Results(_MACHINE | {}, left_out=["apex: not installed"])
+    for case in ("gpt2", "count-1", "count-100", "bytes-4K", "bytes-1M"):
+        facts = Load(CASES[case])
+        results.loads[facts.key] = LoadFacts.of(facts)
+        results.samples[key(facts.key, READ, ROOFLINE)] = _turns(_READ_SECONDS * machine)
+        results.samples[key(facts.key, READ_WRITE, ROOFLINE)] = _turns(_WRITE_SECONDS * machine)
+        for job, peers in _SECONDS.items():
+            for peer, seconds in peers.items():
+                own = slower if peer == "gradclip" else 1.0
+                results.samples[key(facts.key, job, peer)] = _turns(seconds * machine * own)
+        # As fast as gradclip, but not in the same turns.
+        results.samples[key(facts.key, CLIP, "torch")].reverse()
+    results.errors[key(_GPT2, NORMS, "torch")] = 8e-4
+    results.failures[key(_GPT2, NORMS, "numba")] = "WrongAnswerError: norm: expected 1, got <2>"
+    results.training = {
+        "gpt": {"PyTorch clip_grad_norm_": [(0.2, 0.02), (0.3, 0.03)], "gradclip": [(0.2, 0.01)] * 2},
+        "mlp": {"no clipping": [(0.1, 0.0)], "optax": [(0.13, 0.0)]},
+    }
+    results.verdicts = [judge(target, results.samples) for target in TARGETS if target.load in results.loads]
+    return results
+
+
+def _row(job: str, peer: str, load: str = _GPT2) -> Row:
+    return next(r for r in rows(_results()) if (r.load, r.job, r.peer) == (load, job, peer))
+
+
+def test_a_row_says_time_bytes_roofline_and_ratio() -> None:
+    nbytes = Load(CASES["gpt2"]).nbytes
+    row = _row(CLIP, "numpy-sum")
+    assert row.seconds is not None
+    assert row.ratio is not None
+    assert row.of_roofline is not None
+    assert row.seconds.median == pytest.approx(6e-2, rel=0.02)
+    assert row.nbytes == 5 * nbytes  # the temporary is written and read again
+    assert row.bytes_per_second == pytest.approx(5 * nbytes / 6e-2, rel=0.02)
+    assert row.of_roofline == pytest.approx((_READ_SECONDS + _WRITE_SECONDS) / 6e-2, rel=0.02)
+    assert row.ratio.median == pytest.approx(6 / 2.31, rel=0.02)
+    assert row.ratio.low <= row.ratio.median <= row.ratio.high
+    assert _row(NORMS, "torch").error == 8e-4
+    assert _row(NORMS, "numba").failure.startswith("WrongAnswerError")
+
+
+def test_traffic_is_held_against_the_clock() -> None:
+    found = {(m.job, m.peer): m for m in moved(_results())}
+    assert {m.load for m in found.values()} == {_GPT2}  # what comes from memory
+    torch: Moved = found[NO_CLIP, "torch"]
+    assert (torch.floor, torch.written) == (1, 3)
+    assert torch.at_most == pytest.approx(2.3, rel=0.03)
+    assert torch.verdict == "moves 3 N at the speed of memory"
+    assert found[NO_CLIP, "gradclip"].verdict == "moves no more than it must"
+    assert found[NORMS, "numpy-sum"].verdict == "moves 3 N and is slower than memory"
+    assert found[NORMS, "optax"].verdict == "moves less than 1 N: faster than memory allows for that"
+    assert found[LOG, "torch"].verdict == "moves less than 4 N: faster than memory allows for that"
+
+
+def test_losses_are_told() -> None:
+    table = tables.losses(_results())
+    gpt2 = [row for row in table.rows if row[0].startswith("GPT-2")]
+    assert [(row[1], row[2], row[4]) for row in gpt2] == [
+        ("norms", "optax, jit", "clearly"),
+        ("clip, clipping", "PyTorch foreach", "within the noise"),
+        ("all norms and clip", "PyTorch foreach", "clearly"),
+    ]
+
+
+def test_the_clips_share_of_a_step() -> None:
+    """Inside of the step where it is a call, and by the difference where it is compiled into it."""
+    found = {(share.model.split(",")[0], share.way): share.share for share in shares(_results().training)}
+    assert found == {
+        ("small GPT", "PyTorch clip_grad_norm_"): pytest.approx(0.1),
+        ("small GPT", "gradclip"): pytest.approx(0.05),
+        ("MLP 8 x 1024", "optax"): pytest.approx(0.03 / 0.13),
+    }
+
+
+def test_a_file_brings_back_the_run(tmp_path: Path) -> None:
+    results = _results()
+    save(results, tmp_path / "r.json")
+    again = load(tmp_path / "r.json")
+    assert (again.machine, again.loads, again.errors) == (results.machine, results.loads, results.errors)
+    assert (again.failures, again.left_out) == (results.failures, results.left_out)
+    assert again.verdicts == results.verdicts
+    for name, rounds in results.samples.items():
+        for turn, before in zip(again.samples[name], rounds, strict=True):
+            assert turn == pytest.approx(before, abs=1e-9)
+    save(again, tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_text() == (tmp_path / "r.json").read_text()
+
+
+def test_the_report_needs_nothing_else_and_escapes(tmp_path: Path) -> None:
+    written = write_report(_results(), tmp_path / "r.html")
+    text = written[0].read_text()
+    names = {path.stem for path in written[1:]}
+    assert names == {
+        "training", "time-by-count-cpu", "time-by-bytes-cpu", "bars-gpt2-float32-cpu",
+        *(f"ratios-{job}-cpu" for job in _SECONDS),
+    }  # fmt: skip
+    assert all(path.stat().st_size > 10_000 for path in written[1:])
+    assert text.count("<svg") == len(names)
+    assert not re.findall(r"<(?:script|link|img)\b|url\(\s*[\"']?http|@import", text)
+    assert "A &lt;b&gt;CPU&lt;/b&gt;" in text
+    assert "norm: expected 1, got &lt;2&gt;" in text
+    assert "apex: not installed" in text
+
+
+def test_the_terminal_shows_every_table() -> None:
+    out = io.StringIO()
+    tables.show(_results(), Console(file=out, width=200))
+    text = out.getvalue()
+    for expected in ("Promises", "In a training step", "Where gradclip is not first", "numba loops", "apex"):
+        assert expected in text
+    for job in _SECONDS:
+        assert f"caches cold: {JOBS[job].title}" in text
+
+
+def _verdicts(old: Results, new: Results) -> set[tuple[str, str]]:
+    return {(change.peer, change.verdict) for change in compare(old, new) if change.verdict != SAME}
+
+
+def test_a_comparison_finds_what_got_slower_or_faster() -> None:
+    assert _verdicts(_results(), _results(slower=1.3)) == {("gradclip", "slower")}
+    assert _verdicts(_results(slower=1.3), _results()) == {("gradclip", "faster")}
+    changes = compare(_results(), _results(slower=1.3))
+    assert changes[0].peer == "gradclip"
+    assert changes[0].ratio == pytest.approx(1.3)
+    assert changes[0].certainty == 1.0
+
+
+def test_a_comparison_does_not_take_the_machine_or_noise_for_a_loss() -> None:
+    assert _verdicts(_results(), _results(machine=1.5)) == set()
+    assert _verdicts(_results(), _results(slower=1.08)) == set()
+    noisy = _results(slower=1.3)
+    for rounds in (rounds for name, rounds in noisy.samples.items() if name.endswith("/gradclip")):
+        rounds[0] = [x / 1.4 for x in rounds[0]]  # one turn of five was faster than all old ones
+    assert _verdicts(_results(), noisy) == set()
+
+
+def test_a_comparison_is_printed() -> None:
+    out = io.StringIO()
+    old, new = _results(), _results(slower=1.3)
+    show_changes(compare(old, new), old, new, Console(file=out, width=200))
+    assert "1.30 x" in out.getvalue()
+    assert "20 slower, 0 faster" in out.getvalue()
+    empty = io.StringIO()
+    show_changes([], old, new, Console(file=empty))
+    assert "no row in common" in empty.getvalue()
+
+
+def test_marks_of_pages_are_needed_once() -> None:
+    assert docs.replaced("a\n<1>\nold\n<2>\nb", ("<1>\n", "<2>\n"), "new\n") == "a\n<1>\nnew\n<2>\nb"
+    with pytest.raises(BenchError, match="expected one line <1> and one <2>"):
+        docs.replaced("a\n<1>\n<1>\n<2>\n", ("<1>\n", "<2>\n"), "new\n")
+
+
+def _section(name: str) -> str:
+    first, last = docs.MARKS[name]
+    text = (docs.ROOT / name).read_text(encoding="utf-8")
+    return text[text.index(first) + len(first) : text.index(last)]
+
+
+def test_every_figure_of_the_pages_is_that_of_the_committed_run() -> None:
+    path = re.search(r"bench/results/[\w.-]+\.json", _section("docs/performance.md"))
+    assert path is not None
+    made = docs.sections(load(docs.ROOT / path[0]), Path(path[0]))
+    assert set(made) == set(docs.MARKS)
+    for name, section in made.items():
+        assert _section(name) == section, f"{name}: run python -m bench.docs {path[0]}"
+        for image in re.findall(r"\]\(([\w/.-]+\.png)\)", section):
+            assert ((docs.ROOT / name).parent / image).is_file()
