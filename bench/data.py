@@ -24,11 +24,11 @@ class Pattern:
     So a list of gradients of any size is restored without a copy of it in memory.
     """
 
-    def __init__(self, load: Load) -> None:
+    def __init__(self, load: Load, alignment: int = _ALIGNMENT) -> None:
         self.dtype = dtype_of(load.dtype)
         rng = np.random.default_rng(20190214)
         self.elements: Array = rng.standard_normal(2**20, dtype=np.float32).astype(self.dtype)
-        step = _ALIGNMENT // self.dtype.itemsize
+        step = alignment // self.dtype.itemsize
         sizes = [math.prod(shape) for shape in load.case.shapes]
         starts = np.cumsum([0, *(-(-size // step) * step for size in sizes)])
         self.starts: list[int] = starts[:-1].tolist()
@@ -59,15 +59,11 @@ class Gradients:
         memory = np.empty(self.pattern.length * itemsize + _ALIGNMENT, np.uint8)
         lead = -memory.ctypes.data % _ALIGNMENT
         self._buffer: Any = memory[lead : lead + self.pattern.length * itemsize].view(self.pattern.dtype)
-        self.arrays = self.views(load)
-        self.restore()
-
-    def views(self, load: Load) -> list[Any]:
-        """The gradients."""
-        return [
+        self.arrays: list[Any] = [
             self._buffer[start : start + math.prod(shape)].reshape(shape)
             for start, shape in zip(self.pattern.starts, load.case.shapes, strict=True)
         ]
+        self.restore()
 
     def restore(self) -> None:
         """By one thread of NumPy, which leaves none awake."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import cupy
+import numpy as np
 
 import gradclip
 from bench.cases import Array, Load
@@ -17,6 +18,7 @@ from bench.workload import READ, READ_WRITE, Place
 
 __all__ = ["GpuPlace"]
 
+_ALIGNMENT = 512  # bytes: what CuPy's and PyTorch's allocators give
 _SCRATCH_BYTES = 256 * 2**20  # several times the second cache
 
 
@@ -35,19 +37,25 @@ def gpu_clock(call: Callable[[], Any]) -> tuple[Any, tuple[float, float, float]]
 
 
 class GpuGradients(Gradients):
-    """Views of one buffer of the device."""
+    """Views of one buffer of the device; CuPy copies bytes, whatever it thinks of their dtype."""
 
     def __init__(self, load: Load) -> None:
-        self.pattern = Pattern(load)
-        self._elements = cupy.asarray(self.pattern.elements.view("u1")).view(self.pattern.dtype)
-        self._buffer = cupy.empty(self.pattern.length, self.pattern.dtype)
-        self.arrays = self.views(load)
+        self.pattern = Pattern(load, _ALIGNMENT)
+        self._elements = cupy.asarray(self.pattern.elements.view(np.uint8))
+        itemsize = self.pattern.dtype.itemsize
+        self._buffer = cupy.empty(self.pattern.length * itemsize, np.uint8)
+        self.arrays = [
+            cupy.ndarray(shape, self.pattern.dtype, self._buffer.data + start * itemsize)
+            for start, shape in zip(self.pattern.starts, load.case.shapes, strict=True)
+        ]
         self.restore()
 
     def restore(self) -> None:
         """By copies within the device."""
+        itemsize = self.pattern.dtype.itemsize
         for first, elements in self.pattern.pieces():
-            self._buffer[first : first + elements.size] = self._elements[: elements.size]
+            part = self._buffer[first * itemsize : (first + elements.size) * itemsize]
+            cupy.copyto(part, self._elements[: part.size])
 
     @staticmethod
     def to_host(array: Any) -> Array:

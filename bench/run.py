@@ -26,13 +26,19 @@ Work = Callable[[Any, Sequence[tuple[int, Experiment | Training]], Sequence[str]
 class _Display:
     """Drawn by this process only when the worker is about to sleep or to check, not by a timer."""
 
-    def __init__(self, console: Console, count: int) -> None:
+    def __init__(self, console: Console, titles: Sequence[str]) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
         self.progress = Progress(*columns, console=console, auto_refresh=False)
-        self._count = count
-        self._all = self.progress.add_task("suite", total=count)
+        self._titles, self._count = titles, len(titles)
+        self._all = self.progress.add_task("suite", total=len(titles))
         self._one = self.progress.add_task("", total=1.0)
         self._drawn = 0.0
+
+    def end(self, number: int, seconds: float) -> None:
+        """A log has no use for bars, but for a line."""
+        if not self.progress.console.is_terminal:
+            line = f"{number + 1}/{self._count} {self._titles[number]}: {seconds:.0f} s"
+            self.progress.console.print(line, highlight=False)
 
     def show(self, number: int, what: str, name: str, done: float) -> None:
         self.progress.update(self._all, completed=number + done)
@@ -55,6 +61,7 @@ def _follow(pipe: Connection, display: _Display, state: dict[str, Any]) -> None:
             display.show(state["number"], *rest)
         else:
             state["outcomes"][rest[0]] = rest[1]
+            display.end(rest[0], rest[1].seconds)
 
 
 def _run_worker(
@@ -89,7 +96,7 @@ def _measure(
     """What every task gave, and who broke a worker."""
     outcomes: dict[int, Outcome] = {}
     crashed: dict[str, str] = {}
-    display = _Display(console, len(tasks))
+    display = _Display(console, [task.title for task in tasks])
     with display.progress:
         while len(outcomes) < len(tasks):
             left = [(i, e) for i, e in enumerate(tasks) if i not in outcomes]
