@@ -67,6 +67,11 @@ class GradclipPlan(Gradclip):
         self._plan.scale_(factor)
 
 
+def on_host(answer: Any) -> Any:
+    """A copy of what a call on a GPU returned: a result, or norms."""
+    return answer.to_host() if hasattr(answer, "to_host") else answer.get()
+
+
 class GradclipGpu(Gradclip):
     """Results stay on the device, and nothing waits; ``total`` and the others copy them."""
 
@@ -84,11 +89,10 @@ class GradclipGpu(Gradclip):
         return gradclip.clip_by_global_norm_(self.grads, max_norm, grad_scale=scale, nonfinite="skip")
 
     def total(self, answer: Any) -> float:
-        return super().total(answer.to_host() if isinstance(answer, gradclip.ClipResult) else answer.get())
+        return super().total(on_host(answer))
 
     def layer_norms(self, answer: Any) -> Sequence[float]:
-        on_host = answer.to_host() if isinstance(answer, gradclip.ClipResult) else answer.get()
-        return super().layer_norms(on_host)
+        return super().layer_norms(on_host(answer))
 
     def confirm(self, answer: Any, max_norm: float, clipping: bool) -> None:
         super().confirm(answer.to_host(), max_norm, clipping)
