@@ -1,36 +1,34 @@
-"""``python -m bench.gpu``: the CUDA engine against a GPU's own speed, CuPy and PyTorch, in one run.
+"""``python -m bench.gpu``: what is promised of a GPU, against its own speed, CuPy and PyTorch, in one run.
 
-Every contender has a turn in every round, in an order drawn anew. A call's time is taken three ways: on
-the device between two events, on the host until the call returns, and on the host until the device is
-done. All gradients of a case are views of one buffer, which is restored before every call; the norm is
-compared with the CPU engine's before a time counts.
+The contenders, checks and turns are those of ``python -m bench``, which also measures a GPU where there
+is one; here are the cases, the promises about them, and the verdicts. A call's time is taken three ways:
+on the device between two events, on the host until the call returns, and on the host until the device is
+done.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
-import random
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import cupy
-import ml_dtypes
-import numpy as np
 
 import gradclip
-from bench.cases import CASES
+from bench.cases import CASES, Case, Load
+from bench.jobs import CLIP, NO_CLIP, NORMS, key
 from bench.machine import describe
+from bench.peers import GPU, PEERS, present
+from bench.timing import Protocol, Rounds, measure
+from bench.workload import READ, READ_WRITE, Workload, roofline_of
 from gradclip._dispatch import cuda_module, why_no_gpu
 
 ROUNDS = 30
-ALIGNMENT = 512  # bytes: what CuPy's and PyTorch's allocators give
+WARM_UP = 3  # calls at the start of a turn
 NO_GPU = 3  # exit status
 
 Shapes = tuple[tuple[int, ...], ...]
@@ -43,168 +41,70 @@ SHAPES: dict[str, tuple[Shapes, str]] = {
     "2000 tensors of 1000": (((1000,),) * 2000, "float32"),
     "300 tensors of 64": (((64,),) * 300, "float32"),
 }
-JOBS = ("norms", "clipping", "not clipping")
+# What reports call the suite's jobs and contenders.
+_JOBS = {"norms": NORMS, "clipping": CLIP, "not clipping": NO_CLIP}
+JOBS = tuple(_JOBS)
+_NAMES = {
+    "gradclip": "gradclip-gpu",
+    "gradclip Plan": "gradclip-gpu-plan",
+    "CuPy loop": "cupy-nrm2",
+    "CuPy sum": "cupy-sum",
+    "torch foreach": "torch-cuda",
+    "torch loop": "torch-cuda-loop",
+    "apex": "apex",
+    "TransformerEngine": "transformer-engine",
+}
+_KINDS = {"device": "", "host": "@host", "wall": "@done"}  # of time, and what follows a key
 
 
-@dataclass(frozen=True)
-class Times:
-    """Seconds of one contender, a sample for each round."""
-
-    device: list[float]
-    host: list[float]
-    wall: list[float]
-
-
-class Case:
-    """The gradients of a case on the GPU, and how to put them back."""
-
-    def __init__(self, shapes: Shapes, dtype: str) -> None:
-        self.dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-        sizes = [math.prod(shape) * self.dtype.itemsize for shape in shapes]
-        starts = np.cumsum([0, *(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)])
-        self.nbytes = sum(sizes)
-        self.buffer = cupy.zeros(int(starts[-1]), np.uint8)
-        self.grads = [
-            cupy.ndarray(shape, self.dtype, self.buffer.data + int(start))
-            for shape, start in zip(shapes, starts, strict=False)
-        ]
-        rng = np.random.default_rng(20190214)
-        pattern = rng.standard_normal(max(sizes) // self.dtype.itemsize, np.float32).astype(self.dtype)
-        for grad in self.grads:
-            grad.set(pattern[: grad.size].reshape(grad.shape))
-        self.saved = self.buffer.copy()
-        host = [pattern[: grad.size] for grad in self.grads]
-        self.norm = gradclip.global_norm(host)
-
-    def restore(self) -> None:
-        cupy.copyto(self.buffer, self.saved)
-
-    def threshold(self, job: str) -> float:
-        return 0.5 * self.norm if job == "clipping" else 2.0 * self.norm
-
-
-Call = Callable[[], Any]
-
-
-def _gradclip(case: Case, job: str, planned: bool) -> Call:
-    plan = gradclip.Plan(case.grads)
-    limit = case.threshold(job)
-    if job == "norms":
-        return plan.tensor_norms if planned else lambda: gradclip.tensor_norms(case.grads)
-    if planned:
-        return lambda: plan.clip_by_global_norm_(limit, nonfinite="skip")
-    return lambda: gradclip.clip_by_global_norm_(case.grads, limit, nonfinite="skip")
-
-
-def _ceiling(case: Case, job: str) -> Call:
-    """What the device needs to read the bytes, and where clipping, to read and write them once more."""
-    plan: Any = gradclip.Plan(case.grads)._plan
-    if job != "clipping":
-        return plan.probe_read  # type: ignore[no-any-return]
-
-    def both() -> None:
-        plan.probe_read()
-        plan.probe_read_write()
-
-    return both
-
-
-def _cupy_loop(case: Case, job: str) -> Call:
-    """What a user writes: a norm of each array, and a product with each."""
-    limit = case.threshold(job)
-
-    def loop() -> Any:
-        squares = [cupy.vdot(g, g) for g in (grad.astype(np.float32).ravel() for grad in case.grads)]
-        total = cupy.sqrt(cupy.stack(squares).sum())
-        if job == "norms":
-            return total
-        coefficient = cupy.minimum(limit / (total + 1e-6), 1.0)
-        for grad in case.grads:
-            cupy.multiply(grad, coefficient.astype(grad.dtype), out=grad)
-        return total
-
-    return loop
-
-
-def _torch(case: Case, job: str, foreach: bool) -> Call:
-    import torch  # noqa: PLC0415 (only where it has CUDA)
-
-    grads = [torch.utils.dlpack.from_dlpack(grad) for grad in case.grads]
-    parameters = []
-    for grad in grads:
-        parameter = torch.nn.Parameter(torch.empty_like(grad))
-        parameter.grad = grad
-        parameters.append(parameter)
-    if job == "norms":
-        return lambda: torch.nn.utils.get_total_norm(grads, foreach=foreach)
-    limit = case.threshold(job)
-    return lambda: torch.nn.utils.clip_grad_norm_(parameters, limit, foreach=foreach)
-
-
-def _torch_has_cuda() -> bool:
-    try:
-        import torch  # noqa: PLC0415
-    except ImportError:
-        return False
-    return bool(torch.cuda.is_available())
-
-
-def contenders(case: Case, job: str) -> dict[str, Call]:
-    """By name; the ceiling is the machine's."""
-    found = {
-        "ceiling": _ceiling(case, job),
-        "gradclip": _gradclip(case, job, planned=False),
-        "gradclip Plan": _gradclip(case, job, planned=True),
+def _seconds(samples: dict[str, Rounds], name: str) -> dict[str, list[float]]:
+    return {
+        kind: [seconds for turn in samples[name + suffix] for seconds in turn]
+        for kind, suffix in _KINDS.items()
     }
-    if case.dtype != np.dtype(ml_dtypes.bfloat16) and len(case.grads) <= 2000:
-        found["CuPy loop"] = _cupy_loop(case, job)
-    if _torch_has_cuda():
-        found["torch foreach"] = _torch(case, job, foreach=True)
-        found["torch loop"] = _torch(case, job, foreach=False)
+
+
+def _ceiling(samples: dict[str, Rounds], load: str, job: str) -> dict[str, list[float]]:
+    """What the device needs to read the bytes, and where clipping, to read and write them once more."""
+    read = _seconds(samples, key(load, READ, roofline_of(GPU)))
+    if _JOBS[job] != CLIP:
+        return read
+    both = _seconds(samples, key(load, READ_WRITE, roofline_of(GPU)))
+    return {kind: [sum(pair) for pair in zip(read[kind], both[kind], strict=True)] for kind in _KINDS}
+
+
+def _measure(workload: Workload, rounds: int) -> dict[str, Any]:
+    """The samples of every job and contender, and what went wrong."""
+    load = workload.load.key
+    taking_part = [name for name in present() if PEERS[name].place == GPU]
+    contenders = workload.contenders((peer, job) for peer in taking_part for job in _JOBS.values())
+    protocol = Protocol(rounds, calls=1, warm_up=WARM_UP, settle=0.0)
+    measured = measure([*workload.rooflines(), *contenders], protocol)
+    found: dict[str, Any] = {"failures": workload.failures | measured.failures}
+    for job, suite_job in _JOBS.items():
+        found[job] = {"ceiling": _ceiling(measured.samples, load, job)}
+        for name, peer in _NAMES.items():
+            if key(load, suite_job, peer) in measured.samples:
+                found[job][name] = _seconds(measured.samples, key(load, suite_job, peer))
     return found
 
 
-def time_call(case: Case, call: Call) -> tuple[float, float, float]:
-    """Seconds on the device, on the host, and until all is done."""
-    case.restore()
-    start, end = cupy.cuda.Event(), cupy.cuda.Event()
-    cupy.cuda.Device().synchronize()
-    begin = time.perf_counter()
-    start.record()
-    call()
-    end.record()
-    returned = time.perf_counter()
-    cupy.cuda.Device().synchronize()
-    done = time.perf_counter()
-    return cupy.cuda.get_elapsed_time(start, end) / 1e3, returned - begin, done - begin
-
-
-def measure(case: Case, calls: dict[str, Call], rounds: int) -> dict[str, Times]:
-    """All contenders by turns; the first three rounds warm up and do not count."""
-    times = {name: Times([], [], []) for name in calls}
-    order = list(calls)
-    for round_ in range(-3, rounds):
-        random.shuffle(order)
-        for name in order:
-            sample = time_call(case, calls[name])
-            if round_ >= 0:
-                for samples, seconds in zip(vars(times[name]).values(), sample, strict=True):
-                    samples.append(seconds)
-    return times
-
-
-def check(case: Case) -> None:
+def check(workload: Workload) -> None:
     """The same bits as the CPU's."""
-    result = gradclip.clip_by_global_norm_(case.grads, case.threshold("not clipping")).to_host()
-    if result.total_norm != case.norm:
-        raise AssertionError(f"norm: expected the CPU's {case.norm!r}, got {result.total_norm!r}")
+    grads = workload.gradients.arrays
+    result = gradclip.clip_by_global_norm_(grads, 2.0 * workload.total, nonfinite="skip").to_host()
+    expected = gradclip.global_norm([workload.gradients.to_host(grad) for grad in grads])
+    if result.total_norm != expected:
+        raise AssertionError(f"norm: expected the CPU's {expected!r}, got {result.total_norm!r}")
 
 
-def copy_speed(case: Case) -> float:
+def copy_speed(nbytes: int) -> float:
     """Bytes read and written a second by the driver's own copy: what the ceilings are held against."""
-    other = cupy.empty_like(case.buffer)
-    seconds = [time_call(case, lambda: cupy.copyto(other, case.buffer))[0] for _ in range(10)]
-    return 2 * int(case.buffer.nbytes) / statistics.median(seconds)
+    from bench.device import gpu_clock  # noqa: PLC0415 (needs a GPU)
+
+    buffer, other = cupy.zeros(nbytes, "u1"), cupy.empty(nbytes, "u1")
+    seconds = [gpu_clock(lambda: cupy.copyto(other, buffer))[1][0] for _ in range(10)]
+    return 2 * nbytes / statistics.median(seconds)
 
 
 @dataclass(frozen=True)
@@ -283,21 +183,23 @@ def describe_gpu() -> dict[str, Any]:
 
 def run(rounds: int) -> dict[str, Any]:
     """Measure every case and job that fits into the device's memory."""
+    from bench.device import GpuPlace  # noqa: PLC0415 (needs a GPU)
+
     results: dict[str, Any] = {"machine": describe_gpu(), "rounds": rounds, "cases": {}, "left_out": []}
     for title, (shapes, dtype) in SHAPES.items():
-        itemsize = 2 if dtype == "bfloat16" else 4
-        needed = 3 * sum(math.prod(shape) for shape in shapes) * itemsize
-        if needed > cupy.cuda.Device().mem_info[0]:
+        load = Load(Case(title, title, "a promise about a GPU", shapes), dtype)
+        needed = 3 * load.nbytes  # the gradients, and two buffers that measure a copy
+        if needed > GpuPlace.free_memory():
             results["left_out"].append(f"{title}: {needed / 1e9:.1f} GB do not fit into the GPU's memory")
             continue
-        case = Case(shapes, dtype)
-        check(case)
-        rows: dict[str, Any] = {"nbytes": case.nbytes, "copy_bytes_per_s": copy_speed(case)}
-        for job in JOBS:
-            times = measure(case, contenders(case, job), rounds)
-            rows[job] = {name: vars(samples) for name, samples in times.items()}
-        results["cases"][title] = rows
-        del case
+        workload = Workload(load, GpuPlace)
+        check(workload)
+        results["cases"][title] = {
+            "nbytes": load.nbytes,
+            "copy_bytes_per_s": copy_speed(load.nbytes),
+            **_measure(workload, rounds),
+        }
+        del workload
         cupy.get_default_memory_pool().free_all_blocks()
     return results
 
@@ -322,6 +224,8 @@ def markdown(results: dict[str, Any]) -> str:
     lines += ["", "| target | measured | |", "| --- | --- | --- |"]
     lines += [f"| {' | '.join(row)} |" for row in judge(results)]
     lines += ["", *(f"Left out: {line}" for line in results["left_out"])]
+    for case, rows in results["cases"].items():
+        lines += [f"Failed: {case}, {name}: {why}" for name, why in rows.get("failures", {}).items()]
     return "\n".join(lines) + "\n"
 
 

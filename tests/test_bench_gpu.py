@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import cupy
 import numpy as np
 import pytest
 
-from bench.cases import CASES, Load
+import gradclip
+from bench import gpu
+from bench.cases import CASES, Array, Load
 from bench.data import Gradients
 from bench.jobs import JOBS, NORMS
 from bench.peers import GPU, OURS, PEERS, ours
-from device import Device
+from bench.timing import Clock, host_clock
+from bench.workload import READ, READ_WRITE, Place, Workload
+from device import Device, _memory, emulated_device
 
 _KEYS = [key for key in PEERS if key.startswith("gradclip-gpu")]
 
@@ -45,3 +52,54 @@ def test_every_job(peer: str, job: str, device: Device, monkeypatch: pytest.Monk
     contender.undo(answer, 1 / todo.coefficient)
     for now, before in zip(contender.grads, host, strict=True):
         assert np.array_equal(device.host(now), before)
+
+
+class _EmulatedGradients(Gradients):
+    """CuPy's arrays over the host's memory, which the emulated kernels reach."""
+
+    def __init__(self, load: Load) -> None:
+        super().__init__(load)
+        self.on_host = {array.ctypes.data: array for array in self.arrays}
+        self.arrays = [
+            cupy.ndarray(array.shape, array.dtype, _memory(array)) for array in self.on_host.values()
+        ]
+
+    def to_host(self, array: Any) -> Array:  # type: ignore[override]
+        found: Array = self.on_host[array.data.ptr]
+        return found
+
+
+class _EmulatedPlace(Place):
+    name, make, clocks = GPU, _EmulatedGradients, ("", "@host", "@done")
+
+    @staticmethod
+    def clock(call: Callable[[], Any]) -> tuple[Any, tuple[float, ...]]:
+        answer, (seconds,) = host_clock(call)
+        return answer, (seconds, seconds / 2, seconds * 2)
+
+    def rooflines(self, grads: Sequence[Any]) -> dict[str, tuple[Callable[[], Any], Clock]]:
+        plan: Any = gradclip.Plan(grads)._plan
+        return {READ: (plan.probe_read, self.clock), READ_WRITE: (plan.probe_read_write, self.clock)}
+
+
+def test_a_gpus_run_has_three_times_of_everybody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the suite's own way, but for memory and events. CuPy's own kernels cannot run, and are told."""
+    with emulated_device() as device:
+        on_host = ours.on_host
+        monkeypatch.setattr(
+            ours, "on_host", lambda a: on_host(a) if hasattr(a, "to_host") else device.host(a)
+        )
+        workload = Workload(Load(CASES["bytes-4K"]), _EmulatedPlace)
+        gpu.check(workload)
+        found = gpu._measure(workload, 2)
+    for job in gpu.JOBS:
+        assert list(found[job]) == ["ceiling", "gradclip", "gradclip Plan"]
+        for times in found[job].values():
+            assert [len(samples) for samples in times.values()] == [2, 2, 2]
+            assert times["wall"][0] == pytest.approx(4 * times["host"][0])
+    assert found["clipping"]["ceiling"]["device"][0] > found["norms"]["ceiling"]["device"][0]
+    assert {name.split("/")[-1] for name in found["failures"]} == {"cupy-nrm2", "cupy-sum"}
+    machine = {"gpu": "A", "multiprocessors": 1, "driver_cuda": 1, "date": "d", "commit": "c"}
+    text = gpu.markdown({"machine": machine, "cases": {"a case": found}, "left_out": []})
+    assert "| a case | clipping | gradclip Plan | " in text
+    assert "Failed: a case, bytes-4K/float32/clip/cupy-sum: not tried: see its norms" in text
