@@ -1,1 +1,1 @@
-"""The benchmark suite: cases, baselines, timing, report. ``python -m bench`` runs it."""
+"""The benchmark suite: cases, peers, jobs, timing, report. ``python -m bench`` runs it."""

@@ -38,6 +38,8 @@ def execute(arguments: argparse.Namespace, out: Console, err: Console, directory
     if existing:
         results, path = load(existing), existing
     else:
+        if arguments.out:
+            _check_writable(arguments.out)
         results = _measure(arguments, err)
         path = arguments.out or directory / f"{_default_name(results.machine)}.json"
         save(results, path)
@@ -47,6 +49,19 @@ def execute(arguments: argparse.Namespace, out: Console, err: Console, directory
     if not existing:
         err.print(f"every sample: {path}", highlight=False)
     return _compare(old, results, out) if old else 0
+
+
+def _check_writable(path: Path) -> None:
+    """Now, and not after the run."""
+    existed = path.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    except OSError as error:
+        why = f"--out: expected a file that can be written, got {path}: {error.strerror}"
+        raise BenchError(why) from None
+    if not existed:
+        path.unlink()
 
 
 def _report(results: Results, path: Path, err: Console) -> None:

@@ -51,18 +51,16 @@ def places() -> list[type[Place]]:
     return found
 
 
-def fitting(
-    load: Load, place: type[Place], wanted: Sequence[str], held: int, outcome: Outcome
-) -> list[str] | None:
-    """The contenders for which there is memory beside what the experiment holds; None if there is for none.
+def fitting(load: Load, place: type[Place], wanted: Sequence[str], outcome: Outcome) -> list[str] | None:
+    """The contenders for which there is memory now; None if there is not even for the gradients.
 
     Who is left out, and why, goes into the outcome.
     """
-    free = int(place.free_memory() * _SPARE) - held
+    free = int(place.free_memory() * _SPARE)
     if bytes_needed(load, ()) > free:
         outcome.left_out.append(
             f"{load.key}, {place.name}: needs {readable_bytes(bytes_needed(load, ()))}, "
-            f"{readable_bytes(max(free, 0))} are free"
+            f"{readable_bytes(free)} are free"
         )
         return None
     chosen: list[str] = []
@@ -89,14 +87,12 @@ def measure_experiment(
     start = time.monotonic()
     workloads: list[Workload] = []
     contenders: list[Contender] = []
-    held = 0
     for load in experiment.loads:
         for place in places():
             tell("making gradients", "", 0.0)
-            chosen = fitting(load, place, wanted, held, outcome)
+            chosen = fitting(load, place, wanted, outcome)
             if not chosen:
                 continue
-            held += bytes_needed(load, chosen)
             workload = Workload(load, place)
             workloads.append(workload)
             contenders += workload.rooflines()

@@ -127,6 +127,7 @@ def test_the_gpu_place_imports_without_a_gpu() -> None:
         (["--compare", "{}/no.json"], "there is no such file; in that directory: a.json"),
         (["--report", "{}/a.json"], "expected a result file of python -m bench, but JSONDecodeError"),
         (["--against", "{}/a.json"], "--against: expected --compare FILE with it"),
+        (["--out", "{}"], "--out: expected a file that can be written, got "),
         (["--threads", "0"], "--threads: expected 1 to "),
     ],
 )  # fmt: skip

@@ -147,7 +147,7 @@ def test_what_does_not_fit_into_memory_is_left_out_with_a_line(monkeypatch: pyte
 
     def chosen(free: float) -> list[str] | None:
         monkeypatch.setattr(Place, "free_memory", staticmethod(lambda: int(free)))
-        return worker.fitting(large, Place, ["gradclip", "optax", "optax-donated", "torch"], 0, outcome)
+        return worker.fitting(large, Place, ["gradclip", "optax", "optax-donated", "torch"], outcome)
 
     assert chosen(4e9) == ["gradclip", "optax", "optax-donated", "torch"]
     assert outcome.left_out == []
@@ -156,7 +156,7 @@ def test_what_does_not_fit_into_memory_is_left_out_with_a_line(monkeypatch: pyte
     assert chosen(0.3e9) is None
     assert outcome.left_out[1] == "bytes-256M/float32, cpu: needs 403 MB, 270 MB are free"
     many = Load(CASES["many"])
-    assert worker.fitting(many, Place, ["optax"], 0, outcome) == []
+    assert worker.fitting(many, Place, ["optax"], outcome) == []
 
 
 def _contender(name: str, log: list[str], fail_at: int = 99) -> Contender:
