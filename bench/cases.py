@@ -26,6 +26,7 @@ __all__ = [
     "read_model",
     "readable_bytes",
     "readable_count",
+    "readable_power",
 ]
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -136,11 +137,13 @@ def _bytes(nbytes: int) -> Case:
     size = nbytes // 4 // 16
     source = "synthetic: so many bytes of float32 in 16 tensors"
     title = f"16 of {readable_count(size)}"
-    return Case(f"bytes-{_power(nbytes)}", title, source, ((size,),) * 16, nbytes >= 64 * _MB, "bytes")
+    return Case(
+        f"bytes-{readable_power(nbytes)}", title, source, ((size,),) * 16, nbytes >= 64 * _MB, "bytes"
+    )
 
 
-def _power(nbytes: int) -> str:
-    """Such as "64K"."""
+def readable_power(nbytes: int) -> str:
+    """Such as "64K", of 1024."""
     for unit, size in (("G", 2**30), ("M", 2**20), ("K", 2**10)):
         if nbytes >= size:
             return f"{nbytes // size}{unit}"

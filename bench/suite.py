@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from bench.cases import CASES, DTYPES, Load
 from bench.jobs import CLIP, JOBS, NO_CLIP, NORMS
@@ -20,15 +20,21 @@ class Experiment:
 
     Attributes:
         loads: One or more.
-        jobs: What is done to them.
+        jobs: What is done to the first one.
+        other_jobs: What is done to the others.
         rounds: At most.
         seconds: After which no other round is begun.
     """
 
     loads: Sequence[Load]
-    jobs: Sequence[str] = field(default=tuple(JOBS))
+    jobs: Sequence[str] = tuple(JOBS)
+    other_jobs: Sequence[str] = _THREE
     rounds: int = 15
-    seconds: float = 45.0
+    seconds: float = 35.0
+
+    def jobs_of(self, load: Load) -> Sequence[str]:
+        """What is done to one of the loads."""
+        return self.jobs if load == self.loads[0] else self.other_jobs
 
     @property
     def title(self) -> str:
@@ -49,7 +55,7 @@ class Training:
 
 def trainings(quick: bool) -> list[Training]:
     """The models of ``bench.training``."""
-    return [Training(model, 3 if quick else 30) for model in MODELS]
+    return [Training(model, 3 if quick else 20) for model in MODELS]
 
 
 def _loads(*names: str, dtypes: Sequence[str] = DTYPES[:1]) -> tuple[Load, ...]:
@@ -63,7 +69,10 @@ def _axis(axis: str) -> list[str]:
 def standard(quick: bool, jobs: Sequence[str] = tuple(JOBS)) -> list[Experiment]:
     """What ``python -m bench`` measures; a quick run takes a look at every kind."""
     chosen = _quick() if quick else _full()
-    narrowed = (replace(e, jobs=[job for job in e.jobs if job in jobs]) for e in chosen)
+    narrowed = (
+        replace(e, jobs=[j for j in e.jobs if j in jobs], other_jobs=[j for j in e.other_jobs if j in jobs])
+        for e in chosen
+    )
     return [experiment for experiment in narrowed if experiment.jobs]
 
 
@@ -80,17 +89,17 @@ def _quick() -> list[Experiment]:
 
 def _full() -> list[Experiment]:
     return [
-        Experiment(_loads("gpt2", dtypes=DTYPES), seconds=150),
+        Experiment(_loads("gpt2", dtypes=DTYPES), seconds=120),
         Experiment(_loads("mlp", dtypes=DTYPES), seconds=60),
         Experiment(_loads("tiny"), rounds=25, seconds=40),
         Experiment(_loads("many", "fewer"), _THREE, rounds=15, seconds=50),
         *(Experiment(_loads(model)) for model in ("resnet50", "vit-b16", "bert-base", "lstm")),
-        Experiment(_loads("mixtral-16th"), seconds=60),
+        Experiment(_loads("mixtral-16th"), _THREE, seconds=50),
         Experiment(_loads("llama-3.2-1b", dtypes=("bfloat16",)), _THREE, seconds=60),
         Experiment(_loads("gpt2-xl"), _THREE, seconds=60),
         Experiment(_loads("huge-and-tiny"), _THREE, seconds=30),
-        *(Experiment(_loads(point), _THREE, seconds=20) for point in _axis("count")),
-        *(Experiment(_loads(point), _THREE, seconds=20) for point in _axis("bytes")),
+        *(Experiment(_loads(point), _THREE, seconds=15) for point in _axis("count")),
+        *(Experiment(_loads(point), _THREE, seconds=15) for point in _axis("bytes")),
     ]
 
 

@@ -47,6 +47,9 @@ NOTE = (
 _TRAFFIC_OF = ("gpt2/float32", "llama-3.2-1b/bfloat16")  # a table of all would not be read
 
 
+_MANY_LOADS = 12
+
+
 @dataclass(frozen=True)
 class Table:
     """Cells as text. ``marks`` says of a row that it is "ours", "good" or "bad"."""
@@ -221,9 +224,13 @@ _STYLES = {"ours": "bold cyan", "good": "green", "bad": "red", "loss": "yellow"}
 
 
 def show(results: Results, console: Console) -> None:
-    """Print a run."""
+    """Print a run: of many loads a line for each contender, whose columns are in the report."""
     console.print(headline(results.machine), highlight=False)
-    for table in tables(results):
+    chosen = tables(results)
+    if len(results.loads) > _MANY_LOADS:
+        first = [promises(results), training(results), losses(results)]
+        chosen = [t for t in (*first, *(summary(results, load) for load in results.loads)) if t and t.rows]
+    for table in chosen:
         view = RichTable(title=escape(table.title), title_justify="left")
         for i, column in enumerate(table.header):
             view.add_column(column, justify="left" if i == 0 else "right")

@@ -6,6 +6,7 @@ another worker, and leaves that one out.
 
 from __future__ import annotations
 
+import gc
 import time
 import warnings
 from collections.abc import Callable, Collection, Sequence
@@ -96,7 +97,9 @@ def measure_experiment(
             workload = Workload(load, place)
             workloads.append(workload)
             contenders += workload.rooflines()
-            pairs = [(p, j) for p in chosen for j in experiment.jobs if key(load.key, j, p) not in skip]
+            pairs = [
+                (p, j) for p in chosen for j in experiment.jobs_of(load) if key(load.key, j, p) not in skip
+            ]
             contenders += workload.contenders(pairs, lambda name: tell("checking answers", name, 0.0))
     outcome.checking = time.monotonic() - start
     if workloads:
@@ -146,6 +149,7 @@ def work(
             outcome = train_model(task, skip, tell)
         else:
             outcome = measure_experiment(task, wanted, skip, tell)
+        gc.collect()  # the gradients are in cycles, and the next task asks how much memory is free
         outcome.seconds = time.monotonic() - start
         pipe.send(("end", number, outcome))
     pipe.close()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from bench.cases import readable_bytes, readable_count
+from bench.cases import readable_count, readable_power
 from bench.jobs import JOBS
 from bench.peers import PEERS
 from bench.plots.looks import DASHED, FAINT, LOOKS, MACHINE, Plot, title
@@ -28,7 +28,7 @@ def over_axis(results: Results, chosen: Sequence[Row], place: str, axis: str, la
     ticks = sorted(set(where.values()))
     # The last two counts are too near each other for two labels.
     ticks = [x for x, above in zip(ticks, [*ticks[1:], 1e99], strict=True) if above > 3 * x]
-    names = [readable_count(x) if axis == "count" else readable_bytes(x) for x in ticks]
+    names = [readable_count(x) if axis == "count" else readable_power(x) for x in ticks]
     for axes, job in zip(grid.flat, jobs, strict=True):
         axes.set_title(JOBS[job].title)
         for peer in reversed(list(PEERS)):
