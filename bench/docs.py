@@ -102,18 +102,20 @@ def _of_roofline(found: Mapping[tuple[str, str, str], Row]) -> str:
 def results_section(results: Results, path: Path) -> str:
     """The results of docs/performance.md."""
     link = f"[{path.as_posix()}](../{path.as_posix()})"
+    first = [table for table in (tables.promises(results), tables.training(results)) if table]
+    traffic = tables.traffic(results)
     parts = [
         f"The run in {link}, {results.machine['seconds']} s:\n\n{tables.headline(results.machine)}",
-        tables.markdown([t for t in (tables.promises(results), tables.training(results)) if t]).rstrip(),
+        *map(tables.markdown, first),
         "### Where gradclip is not first",
-        tables.markdown([tables.losses(results)]).rstrip(),
+        tables.markdown(tables.losses(results), titled=False),
         "### The rule of traffic, measured",
-        tables.markdown([t for t in [tables.traffic(results)] if t]).rstrip(),
+        tables.markdown(traffic, titled=False) if traffic else "This run had no load from memory.",
         "### Plots",
         *(f"![{what}]({_IMAGES.relative_to('docs') / name}.png)" for name, what in _captions(results)),
         "### All times",
         "Median time, and over gradclip's with a list.",
-        tables.markdown([tables.summary(results, name) for name in results.loads]).rstrip(),
+        *(tables.markdown(tables.summary(results, name)) for name in results.loads),
         tables.NOTE,
     ]
     if results.left_out:

@@ -9,12 +9,11 @@ from typing import Any
 import jinja2
 
 from bench import tables
-from bench.jobs import CLIP, JOBS, NO_CLIP, key
+from bench.jobs import CLIP, JOBS, NO_CLIP, NORMS
 from bench.peers import CPU, OURS
 from bench.plots import plots
 from bench.results import Results
-from bench.rows import Row, rows
-from bench.timing import spread_of_ratio
+from bench.rows import rows
 
 __all__ = ["DPI", "write_report"]
 
@@ -67,27 +66,19 @@ def _loads(results: Results) -> list[dict[str, Any]]:
 
 def _facts(results: Results) -> list[tuple[str, str]]:
     """The run in a few figures."""
+    everything = {(row.load, row.job, row.peer): row for row in rows(results)}
     found = []
-    ours = OURS[CPU]
+    read = everything.get(("gpt2/float32", NORMS, OURS[CPU]))
+    if read and read.of_roofline:
+        what = "of a plain read's speed: norms of GPT-2's gradients, from memory"
+        found.append((f"{100 * read.of_roofline:.0f} %", what))
     for load in ("gpt2/float32", "tiny/float32"):
         for job in (CLIP, NO_CLIP):
-            torch, mine = (results.samples.get(key(load, job, peer)) for peer in ("torch", ours))
-            if torch and mine:
-                times = tables.number(spread_of_ratio(torch, [mine]).median)
+            row = everything.get((load, job, "torch"))
+            if row and row.ratio:
                 what = f"PyTorch's time over gradclip's: {JOBS[job].title}, {results.loads[load].title}"
-                found.append((f"{times} x", what))
-    best = _best_of_roofline(list(rows(results)))
-    if best:
-        found.insert(0, best)
+                found.append((f"{tables.number(row.ratio.median)} x", what))
     met = sum(verdict.met is True for verdict in results.verdicts)
     if results.verdicts:
         found.append((f"{met} of {len(results.verdicts)}", "promised speeds were reached"))
     return found
-
-
-def _best_of_roofline(everything: list[Row]) -> tuple[str, str] | None:
-    for row in everything:
-        if (row.load, row.job, row.peer) == ("gpt2/float32", "norms", OURS[CPU]) and row.of_roofline:
-            percent = f"{100 * row.of_roofline:.0f} %"
-            return percent, "of a plain read's speed: norms of GPT-2's gradients, from memory"
-    return None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from bench.jobs import JOBS, Traffic, key
 from bench.peers import CPU, OURS, PEERS
 from bench.results import Results
-from bench.timing import Rounds, Spread, spread, spread_of_ratio, turns
+from bench.timing import Rounds, Spread, spread, turns
 from bench.workload import READ, READ_WRITE, roofline_of
 
 __all__ = ["Moved", "Row", "moved", "roofline_seconds", "rows"]
@@ -91,10 +91,10 @@ def _row(results: Results, load: str, job: str, peer: str) -> Row | None:
 
 
 def _ratio(samples: Rounds, ours: Rounds | None) -> Spread | None:
+    """Within each round, whose turns were close in time."""
     if not ours:
         return None
-    rounds = min(len(samples), len(ours))
-    return spread_of_ratio(samples[:rounds], [ours[:rounds]])
+    return spread(theirs / mine for theirs, mine in zip(turns(samples), turns(ours), strict=False))
 
 
 @dataclass(frozen=True)

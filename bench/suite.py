@@ -106,6 +106,5 @@ def _full() -> list[Experiment]:
 def named(cases: Sequence[str], dtypes: Sequence[str], jobs: Sequence[str], quick: bool) -> list[Experiment]:
     """Every case in every dtype, each by itself."""
     rounds, seconds = (3, 10) if quick else (15, 45)
-    return [
-        Experiment(_loads(case, dtypes=(dtype,)), jobs, rounds, seconds) for case in cases for dtype in dtypes
-    ]
+    loads = [_loads(case, dtypes=(dtype,)) for case in cases for dtype in dtypes]
+    return [Experiment(load, jobs, rounds=rounds, seconds=seconds) for load in loads]

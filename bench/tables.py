@@ -242,10 +242,8 @@ def show(results: Results, console: Console) -> None:
     console.print(NOTE, highlight=False)
 
 
-def markdown(chosen: Sequence[Table]) -> str:
-    """Tables for the documentation."""
-    parts = []
-    for table in chosen:
-        lines = [table.header, ("---",) * len(table.header), *table.rows]
-        parts.append(f"**{table.title}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
-    return "\n\n".join(parts) + "\n"
+def markdown(table: Table, titled: bool = True) -> str:
+    """A table for the documentation."""
+    lines = [table.header, ("---",) * len(table.header), *table.rows]
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"**{table.title}**\n\n{text}" if titled else text
