@@ -40,6 +40,13 @@ class Row:
     host_seconds: Spread | None = None
 
     @property
+    def reason(self) -> str:
+        """Why there is no time, in a few words."""
+        if self.failure.startswith("not tried"):
+            return "norms wrong or failed"
+        return "wrong answer" if self.failure.startswith("WrongAnswer") else self.failure.split(":")[0]
+
+    @property
     def bytes_per_second(self) -> float:
         return self.nbytes / self.seconds.median if self.seconds else 0.0
 

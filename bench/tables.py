@@ -163,7 +163,7 @@ def _short(row: Row | None) -> str:
     if row is None:
         return ""
     if row.seconds is None:
-        return row.failure
+        return row.reason
     ratio = f" ({number(row.ratio.median)} x)" if row.ratio and row.peer not in OURS.values() else ""
     return readable_time(row.seconds.median) + ratio
 

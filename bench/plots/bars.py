@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MultipleLocator
 
 from bench.jobs import JOBS
 from bench.peers import PEERS
@@ -16,7 +16,7 @@ from bench.rows import Row
 from bench.tables import readable_time
 from bench.training import shares
 
-__all__ = ["against_peers", "reason", "training"]
+__all__ = ["against_peers", "training"]
 
 
 def against_peers(results: Results, chosen: Sequence[Row], place: str) -> Plot:
@@ -35,6 +35,7 @@ def against_peers(results: Results, chosen: Sequence[Row], place: str) -> Plot:
     longest = max([1.0, *(row.of_roofline or 0 for row in chosen)])
     for axes in grid.flat:
         axes.set_xlim(0, 100 * longest * 1.27)
+        axes.xaxis.set_major_locator(MultipleLocator(50 if longest < 2.5 else 100))
     for axes in grid.flat[len(jobs) :]:
         axes.set_visible(False)
     for column in range(columns):
@@ -52,7 +53,7 @@ def _panel(axes: Any, by_peer: dict[str, Row], peers: Sequence[str]) -> None:
     for y, peer in enumerate(peers):
         row = by_peer.get(peer)
         if row is None or row.of_roofline is None or row.seconds is None:
-            text = reason(row) if row else "not in this case"
+            text = row.reason if row else "not in this case"
             axes.text(1, y, text, va="center", color=GREY, style="italic", fontsize=8)
             continue
         ours = "gradclip" in peer
@@ -69,13 +70,6 @@ def _panel(axes: Any, by_peer: dict[str, Row], peers: Sequence[str]) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0f} %"))
     for label, peer in zip(axes.get_yticklabels(), peers, strict=False):
         label.set_fontweight("bold" if "gradclip" in peer else "normal")
-
-
-def reason(row: Row) -> str:
-    """Why a contender has no time, in a few words."""
-    if row.failure.startswith("not tried"):
-        return "norms wrong or failed"
-    return "wrong answer" if row.failure.startswith("WrongAnswer") else row.failure.split(":")[0]
 
 
 def training(results: Results) -> Plot:
