@@ -23,7 +23,7 @@ from bench.workload import Place, Workload, bytes_needed
 
 __all__ = ["Outcome", "Tell", "measure_experiment", "train_model", "work"]
 
-_SPARE = 0.9  # of the memory that is free
+_SPARE = 0.8  # of the memory that is free
 
 # What is being done, with whose key, and how far: fraction of the experiment.
 Tell = Callable[[str, str, float], None]

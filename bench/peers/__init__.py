@@ -16,7 +16,7 @@ __all__ = ["CPU", "GPU", "OURS", "PEERS", "Peer", "missing", "present"]
 PEERS: Mapping[str, type[Peer]] = {
     peer.key: peer
     for peer in (
-        Gradclip, GradclipPlan, NumpyDot, NumpySquares, Numba, Torch, TorchLoop, Optax, OptaxDonated,
+        Gradclip, GradclipPlan, NumpyDot, NumpySquares, Numba, Torch, TorchLoop, OptaxDonated, Optax,
         GradclipGpu, GradclipGpuPlan, CupyNrm2, CupySquares, TorchCuda, TorchCudaLoop, Apex,
         TransformerEngine,
     )

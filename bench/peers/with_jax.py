@@ -77,7 +77,7 @@ class OptaxDonated(Optax):
     """The gradients are given away, so that XLA may write over them."""
 
     key, title = "optax-donated", "optax, jit, donated"
-    copies = 1.0
+    copies = 2.0  # its own gradients, and while they are restored the old ones
     donate = True
     traffic = traffic(Traffic(1), Traffic(1, 1), Traffic(1), Traffic(1, 1), Traffic(2, 1))
 
