@@ -3,6 +3,7 @@
 #include <dlpack/dlpack.h>
 
 #include <atomic>
+#include <cstring>
 
 #include "bindings/dlpack.hpp"
 #include "bindings/modules.hpp"
@@ -17,10 +18,11 @@ struct Torch {
   const DLPackExchangeAPI* exchange;
 };
 
+std::atomic<const Torch*> torch_known{nullptr};
+
 // Null without torch, or with one that has no exchange API.
 const Torch* torch() {
-  static std::atomic<const Torch*> known{nullptr};
-  if (const Torch* const found = known) return found;
+  if (const Torch* const found = torch_known) return found;
   py::object tensor = imported("torch", "Tensor");
   py::object parameter = imported("torch.nn", "Parameter");
   if (tensor.is_none() || parameter.is_none()) return nullptr;
@@ -32,8 +34,8 @@ const Torch* torch() {
   if (exchange->header.version.major != DLPACK_MAJOR_VERSION ||
       !exchange->dltensor_from_py_object_no_sync)
     return nullptr;
-  known = new Torch{tensor.release().ptr(), parameter.release().ptr(), exchange};
-  return known;
+  torch_known = new Torch{tensor.release().ptr(), parameter.release().ptr(), exchange};
+  return torch_known;
 }
 
 // Whether an attribute, or what a method of that name returns, is False.
@@ -44,6 +46,17 @@ bool is_false(PyObject* value) {
 }
 
 }  // namespace
+
+void prefetch_torch(PyObject* object) {
+  const Torch* const known = torch_known.load(std::memory_order_relaxed);
+  if (!known || reinterpret_cast<PyObject*>(Py_TYPE(object)) != known->tensor) return;
+  // Behind the head, torch 2 keeps a flag and the pointer to the tensor proper. Where it does not, what is
+  // asked for here is wrong, and that costs nothing but time.
+  const char* tensor;
+  std::memcpy(&tensor, reinterpret_cast<const char*>(object) + sizeof(PyObject) + sizeof(void*),
+              sizeof(tensor));
+  for (int line = 0; line < 3; ++line) __builtin_prefetch(tensor + 64 * line);
+}
 
 bool borrow_torch_tensor(PyObject* object, DLTensor& tensor) {
   const Torch* const known = torch();
