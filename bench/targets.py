@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from bench.cases import CASES, Load
-from bench.jobs import CLIP, JOBS, NO_CLIP, NORMS, key
+from bench.jobs import CLIP, JOBS, NO_CLIP, NORMS, UNSCALE, key
+from bench.peers import PEERS
 from bench.timing import Rounds, Spread, spread_of_ratio
 from bench.workload import READ, READ_WRITE, ROOFLINE
 
 __all__ = ["TARGETS", "Target", "Verdict", "judge"]
 
-_LIST, _PLAN = "gradclip", "gradclip-plan"
+_LIST, _PLAN, _DROP_IN = "gradclip", "gradclip-plan", "gradclip-torch"
 _TORCH, _DOT = "torch", "numpy-dot"
 
 
@@ -61,10 +62,11 @@ def _roofline(case: str, job: str, probes: tuple[str, ...], bound: float) -> Tar
     return Target(load, job, what, key(load, job, _LIST), below, bound)
 
 
-def _against(case: str, job: str, peer: str, label: str, bound: float) -> Target:
+def _against(case: str, job: str, peer: str, label: str, bound: float, ours: str = _LIST) -> Target:
     load = _float32(case)
-    above, below = key(load, job, peer), (key(load, job, _LIST),)
-    return Target(load, job, f"{label} / gradclip", above, below, bound, at_least=True)
+    above, below = key(load, job, peer), (key(load, job, ours),)
+    title = PEERS[ours].title
+    return Target(load, job, f"{label} / {title}", above, below, bound, at_least=True)
 
 
 def _absolute(case: str, peer: str, bound: float, unit: str, scale: float) -> Target:
@@ -89,6 +91,10 @@ def _dtype(dtype: str, job: str) -> Target:
     return Target(other.key, job, what, above, below, 0.9, at_least=True, scale=scale)
 
 
+def _drop_in(case: str, job: str, bound: float) -> Target:
+    return _against(case, job, _TORCH, "PyTorch", bound, _DROP_IN)
+
+
 _CLIPS = (CLIP, NO_CLIP)
 
 TARGETS: tuple[Target, ...] = (
@@ -107,6 +113,11 @@ TARGETS: tuple[Target, ...] = (
     *(_against("tiny", job, _DOT, "NumPy dot loop", 10.0) for job in _CLIPS),
     _absolute("many", _LIST, 60.0, "ns an array", 1e9 / len(CASES["many"].shapes)),
     *(_linear(job) for job in _CLIPS),
+    _drop_in("gpt2", CLIP, 1.0),
+    _drop_in("gpt2", NO_CLIP, 2.0),
+    _drop_in("gpt2", UNSCALE, 1.5),
+    *(_drop_in("mlp", job, 5.0) for job in _CLIPS),
+    *(_drop_in("tiny", job, 8.0) for job in _CLIPS),
     *(_dtype(dtype, job) for dtype in ("bfloat16", "float16") for job in (NORMS, *_CLIPS)),
 )
 

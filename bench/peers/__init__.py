@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from bench.peers.base import CPU, GPU, Peer
-from bench.peers.ours import Gradclip, GradclipGpu, GradclipGpuPlan, GradclipPlan
+from bench.peers.ours import (
+    Gradclip,
+    GradclipGpu,
+    GradclipGpuPlan,
+    GradclipPlan,
+    GradclipTorch,
+    GradclipTorchCuda,
+)
 from bench.peers.with_cupy import CupyNrm2, CupySquares
 from bench.peers.with_jax import Optax, OptaxDonated
 from bench.peers.with_numpy import Numba, NumpyDot, NumpySquares
@@ -16,9 +23,9 @@ __all__ = ["CPU", "GPU", "OURS", "PEERS", "Peer", "missing", "present"]
 PEERS: Mapping[str, type[Peer]] = {
     peer.key: peer
     for peer in (
-        Gradclip, GradclipPlan, NumpyDot, NumpySquares, Numba, Torch, TorchLoop, OptaxDonated, Optax,
-        GradclipGpu, GradclipGpuPlan, CupyNrm2, CupySquares, TorchCuda, TorchCudaLoop, Apex,
-        TransformerEngine,
+        Gradclip, GradclipPlan, GradclipTorch, NumpyDot, NumpySquares, Numba, Torch, TorchLoop, OptaxDonated,
+        Optax, GradclipGpu, GradclipGpuPlan, GradclipTorchCuda, CupyNrm2, CupySquares, TorchCuda,
+        TorchCudaLoop, Apex, TransformerEngine,
     )
 }  # fmt: skip
 # What the others are compared with, by place.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -9,9 +10,17 @@ from typing import Any
 import gradclip
 from bench.jobs import Traffic
 from bench.peers.base import GPU, Peer, traffic
+from bench.peers.with_torch import Torch, TorchCuda
 from gradclip._dispatch import why_no_gpu
 
-__all__ = ["Gradclip", "GradclipGpu", "GradclipGpuPlan", "GradclipPlan"]
+__all__ = [
+    "Gradclip",
+    "GradclipGpu",
+    "GradclipGpuPlan",
+    "GradclipPlan",
+    "GradclipTorch",
+    "GradclipTorchCuda",
+]
 
 
 class Gradclip(Peer):
@@ -116,3 +125,46 @@ class GradclipGpuPlan(GradclipGpu):
 
     def undo(self, answer: Any, factor: float) -> None:
         self._plan.scale_(factor)
+
+
+class GradclipTorch(Torch):
+    """The drop-ins of ``gradclip.torch``, in the place of PyTorch's own functions."""
+
+    key, title = "gradclip-torch", "gradclip.torch"
+    tolerance = 1e-7
+    traffic = Gradclip.traffic
+
+    def __init__(self, grads: Sequence[Any]) -> None:
+        super().__init__(grads)
+        self._ours: Any = importlib.import_module("gradclip.torch")
+        self._named = [(str(i), parameter) for i, parameter in enumerate(self._parameters)]
+
+    def norms(self) -> Any:
+        return self._ours.get_total_norm(self._grads)
+
+    def clip(self, max_norm: float) -> Any:
+        return self._ours.clip_grad_norm_(self._parameters, max_norm)
+
+    def unscale_and_clip(self, max_norm: float, scale: float) -> Any:
+        return self._ours.unscale_and_clip_(self._scaler, self._optimizer, max_norm)
+
+    def norms_and_clip(self, max_norm: float) -> Any:
+        return self._ours.clip_module_(self._named, max_norm, nonfinite="skip")
+
+    def total(self, answer: Any) -> float:
+        return float(answer.total_norm if isinstance(answer, gradclip.ClipResult) else answer)
+
+    def layer_norms(self, answer: Any) -> Sequence[float] | None:
+        return list(map(float, answer.norms)) if isinstance(answer, gradclip.ClipResult) else None
+
+    def undo(self, answer: Any, factor: float) -> None:
+        gradclip.scale_(self._grads, factor)
+
+
+class GradclipTorchCuda(GradclipTorch, TorchCuda):
+    key, title = "gradclip-torch-cuda", "gradclip.torch, GPU"
+    place, device = GPU, "cuda"
+
+    @classmethod
+    def missing(cls) -> str | None:
+        return super().missing() or why_no_gpu()

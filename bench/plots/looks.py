@@ -17,6 +17,7 @@ OURS, PLAN = "#D55E00", "#E69F00"
 LOOKS: dict[str, tuple[str, str, str]] = {
     "gradclip": (OURS, "o", "-"),
     "gradclip-plan": (PLAN, "o", "-"),
+    "gradclip-torch": (OURS, "X", "--"),
     "numpy-dot": ("#0072B2", "s", "-"),
     "numpy-sum": ("#0072B2", "D", "--"),
     "numba": ("#000000", "P", ":"),
@@ -26,6 +27,7 @@ LOOKS: dict[str, tuple[str, str, str]] = {
     "optax-donated": ("#CC79A7", ">", "-"),
     "gradclip-gpu": (OURS, "o", "-"),
     "gradclip-gpu-plan": (PLAN, "o", "-"),
+    "gradclip-torch-cuda": (OURS, "X", "--"),
     "cupy-nrm2": ("#0072B2", "s", "-"),
     "cupy-sum": ("#0072B2", "D", "--"),
     "torch-cuda": ("#009E73", "^", "-"),
