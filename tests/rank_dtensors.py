@@ -181,6 +181,49 @@ def dtensors_that_are_wrong_on_one_rank() -> None:
 
 
 @check(2, 4)
+def a_rank_without_gradients_of_dtensors() -> None:
+    """It takes part all the same, wherever in the list the DTensors are."""
+    mesh = mesh_of(dist.get_world_size())
+    whole = values(8, 4, seed=0)
+    parameters = with_grads([values(3, seed=1), distribute_tensor(whole.clone(), mesh, [Shard(0)])])
+    if rank() == 0:
+        parameters[1].grad = None
+    norm = gt.clip_grad_norm_(parameters, 1e9)
+    rest = whole.tensor_split(dist.get_world_size())[1:]
+    assert math.isclose(same_bits(norm), norm_over([values(3, seed=1), *rest], 2), rel_tol=1e-6)
+
+
+@check(2, 4)
+def replicas_that_are_wrong_on_one_rank() -> None:
+    """No sum goes through their group, and still all hear of it."""
+    mesh = mesh_of(2, dist.get_world_size() // 2)
+    grads = [distribute_tensor(torch.ones(8), mesh, [Replicate(), Replicate()]) for _ in range(2)]
+    parameters = with_grads(list(grads))
+    if rank() == 1:
+        parameters[1].grad = grads[1].clone().requires_grad_() * 1.0
+    with raises(TypeError, r"^rank 1: parameters\[1\]\.grad: expected a gradient that does not require"):
+        gt.clip_grad_norm_(parameters, 0.1)
+    assert all(torch.equal(grad.to_local(), torch.ones(8)) for grad in grads)
+
+
+@check(4)
+def what_one_group_heard_reaches_the_others() -> None:
+    """One tensor is sharded over the rows of the mesh, one over its columns; a rank is in one of each."""
+    mesh = mesh_of(2, 2)
+    grads = [
+        distribute_tensor(torch.ones(8), mesh, [Shard(0), Replicate()]),
+        distribute_tensor(torch.ones(8), mesh, [Replicate(), Shard(0)]),
+    ]
+    for order in (2.0, math.inf):
+        parameters = with_grads(list(grads))
+        if rank() == 3:
+            parameters[0].grad = grads[0].clone().requires_grad_() * 1.0
+        with raises(TypeError, r"^rank 3: parameters\[0\]\.grad: expected a gradient that does not require"):
+            gt.clip_grad_norm_(parameters, 0.1, order)
+    assert all(grad.to_local().eq(1).all() for grad in grads)
+
+
+@check(2, 4)
 def a_mesh_whose_group_was_destroyed() -> None:
     mesh = mesh_of(dist.get_world_size())
     group = dist.new_group()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler, OptState
 
 import gradclip.torch
+from torch_lists import bits
 
 SCALE = 1024.0
 
@@ -230,7 +231,65 @@ def test_deferring_that_is_refused() -> None:
     for bad in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match="max_norm: expected a"):
             gradclip.torch.defer_clip_(optimizer, bad)
-    gradclip.torch.defer_clip_(optimizer, 1e-3)
+    optimizer.grad_scale = torch.tensor(2.0)  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match="optimizer: expected no grad_scale, got one that waits"):
         gradclip.torch.defer_clip_(optimizer, 1e-3)
-    assert model is not None
+    weight, bias, *_ = model.parameters()
+    options: list[dict[str, Any]] = [{"params": [weight]}, {"params": [bias], "fused": False}]
+    mixed = torch.optim.SGD(options, lr=0.1, fused=True)
+    with pytest.raises(ValueError, match="optimizer: expected fused=True in all parameter groups"):
+        gradclip.torch.defer_clip_(mixed, 1.0)
+
+
+def test_the_last_call_before_the_step_counts() -> None:
+    (model, optimizer), (twin, twins) = _training(FUSED["SGD"]), _training(FUSED["SGD"])
+    gradclip.torch.defer_clip_(optimizer, 1e-3)
+    gradclip.torch.defer_clip_(optimizer, math.inf)  # and then none is wanted
+    assert not hasattr(optimizer, "grad_scale")
+    gradclip.torch.defer_clip_(optimizer, 1e-3)
+    gradclip.torch.defer_clip_(optimizer, 0.5)
+    gradclip.torch.defer_clip_(twins, 0.5)
+    for each in (optimizer, twins):
+        each.step()
+        assert not hasattr(each, "grad_scale")
+    assert all(map(torch.equal, model.parameters(), twin.parameters()))
+
+
+def test_a_scale_that_a_failed_step_left_is_replaced() -> None:
+    _, optimizer = _training(FUSED["SGD"])
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    hook = optimizer.register_step_pre_hook(fail)
+    gradclip.torch.defer_clip_(optimizer, 1e-3)
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step()
+    hook.remove()
+    gradclip.torch.defer_clip_(optimizer, math.inf)
+    assert not hasattr(optimizer, "grad_scale")
+
+
+class _OwnScaler(torch.amp.GradScaler):
+    """As FSDP's ShardedGradScaler, whose unscale_ lets the ranks agree."""
+
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        raise AssertionError(optimizer)
+
+
+@pytest.mark.parametrize(
+    "clip",
+    [
+        lambda scaler, optimizer: gradclip.torch.unscale_and_clip_(scaler, optimizer, 1.0),
+        lambda scaler, optimizer: gradclip.torch.defer_clip_(optimizer, 1.0, scaler=scaler),
+    ],
+)
+def test_a_scaler_that_unscales_in_its_own_way_is_refused(clip: Callable[..., Tensor]) -> None:
+    model, optimizer = _training(FUSED["SGD"])
+    scaler = _OwnScaler("cpu", init_scale=1024.0)
+    scaler.scale(torch.ones(()))
+    before = bits(p.grad for p in model.parameters())
+    with pytest.raises(TypeError, match=r"^scaler: expected one with the unscale_ of torch.amp.GradScaler"):
+        clip(scaler, optimizer)
+    assert bits(p.grad for p in model.parameters()) == before
+    assert not hasattr(optimizer, "grad_scale")

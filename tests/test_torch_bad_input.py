@@ -16,6 +16,7 @@ from torch_lists import SPARSE_WARNINGS, bits, grad_of, parameter
 
 pytestmark = [
     *SPARSE_WARNINGS,
+    pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage"),
     pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor, .* are deprecated"),
 ]
 
@@ -204,9 +205,37 @@ def test_what_pytorch_takes_goes_to_pytorch_under_the_reroute() -> None:
         assert any("Subclass" in reason for reason in counts.reasons)
 
 
-def test_a_sparse_gradient_stays_as_it_is_where_another_is_refused() -> None:
+@pytest.mark.parametrize("writer", [*WRITERS, "clip_grad_norm_ of NaN"])
+def test_a_sparse_gradient_stays_as_it_is_where_another_is_refused(writer: str) -> None:
     sparse = torch.sparse_coo_tensor(torch.tensor([[0, 0]]), torch.tensor([1.0, 2.0]), (3,))
-    for kind in ("integers", "requires grad"):
-        with pytest.raises(TypeError, match=r"parameters\[1\]"):
-            gradclip.torch.clip_grad_norm_([parameter(sparse), BAD[kind][0]()], 0.1)
+    memory = torch.ones(3)
+    others: list[list[Any]] = [[BAD[kind][0]()] for kind in ("integers", "requires grad", "meta")]
+    others.append([parameter(memory[:2]), parameter(memory[1:])])
+    write = WRITERS.get(writer)
+    if write is None:
+        others = [[parameter(torch.tensor([math.nan]))]]
+
+        def write(leaves: Any) -> object:
+            return gradclip.torch.clip_grad_norm_(leaves, 0.1, error_if_nonfinite=True)
+    elif writer == "clip_grad_value_ to 0":
+        others.pop()  # to 0 all elements may go, shared or not
+    for other in others:
+        with pytest.raises((TypeError, ValueError, RuntimeError), match=r"parameters\[[12]\]"):
+            write([parameter(sparse), *other])
         assert not sparse.is_coalesced()
+        assert sparse._values().tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("order", [2, 0])
+def test_tensors_without_memory_of_their_own(order: float) -> None:
+    def measure(tensor: Tensor) -> Tensor:
+        return gradclip.torch.get_total_norm([tensor], order)
+
+    calls: tuple[Callable[[], object], ...] = (
+        lambda: measure(torch.nested.nested_tensor([torch.ones(1), torch.ones(2)])),
+        lambda: torch.func.vmap(measure)(torch.ones(2)),
+        lambda: torch.func.grad(measure)(torch.ones(2)),
+    )
+    for call in calls:
+        with pytest.raises(TypeError, match=r"tensors\[0\]: expected a tensor with memory of its own"):
+            call()

@@ -15,7 +15,7 @@ from torch import Tensor
 import gradclip.torch
 from exact import exact_norm, relative_error
 from gradclip._dispatch import engine_of
-from gradclip.torch import _local
+from gradclip.torch import _gradients, _local
 from gradclip.torch._gradients import Gradients, by_device, combine
 from torch_lists import SPARSE_WARNINGS, array_of, bits, grad_of, parameter, random_tensor
 
@@ -116,7 +116,8 @@ class _Unreadable:
 def two_devices(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Unreadable]:
     """Every list with gradients at odd and at even positions is split in two."""
     engines = _Unreadable(engine_of)
-    monkeypatch.setattr(_local, "engine_of", engines)
+    for module in (_gradients, _local):
+        monkeypatch.setattr(module, "engine_of", engines)
     monkeypatch.setattr(_local, "by_device", _alternating)
     yield engines
     assert engines.parts > 1
@@ -136,7 +137,8 @@ def _leaves() -> tuple[list[Tensor], list[Tensor]]:
 def test_as_on_one_device(two_devices: _Unreadable, order: float, share: float) -> None:
     split, whole = _leaves()
     with pytest.MonkeyPatch.context() as one_device:
-        one_device.setattr(_local, "engine_of", two_devices.engine_of)
+        for module in (_gradients, _local):
+            one_device.setattr(module, "engine_of", two_devices.engine_of)
         one_device.setattr(_local, "by_device", by_device)
         max_norm = share * gradclip.torch.get_total_norm([grad_of(p) for p in whole], order).item()
         expected = gradclip.torch.clip_grad_norm_(whole, max_norm, order)
@@ -192,6 +194,19 @@ def test_nothing_is_written_where_the_second_device_is_refused(two_devices: _Unr
     for call in calls:
         with pytest.raises(ValueError, match=r"parameters\[3\].grad: expected memory of its own.*\[1\]"):
             call()
+        assert all(grad_of(p).eq(1).all() for p in leaves)
+
+
+def test_a_complex_gradient_on_the_second_device_stops_value_clipping(two_devices: _Unreadable) -> None:
+    leaves = [
+        parameter(torch.ones(3)),
+        parameter(torch.ones(2, dtype=torch.complex64)),
+        parameter(torch.ones(1)),
+    ]
+    gradclip.torch.clip_grad_norm_(leaves, 100.0)  # which is no matter to norms
+    for limit in (0.1, 0.0):
+        with pytest.raises(TypeError, match=r"parameters\[1\].grad: expected a real dtype.*complex64"):
+            gradclip.torch.clip_grad_value_(leaves, limit)
         assert all(grad_of(p).eq(1).all() for p in leaves)
 
 

@@ -83,6 +83,20 @@ def test_what_is_not_supported_is_left_to_pytorch() -> None:
     assert reason.startswith("parameters[0].grad: expected a gradient that does not require grad")
 
 
+def test_arguments_by_name() -> None:
+    parameter = _parameter(3.0, 4.0)
+    with gradclip.torch.patched() as counts:
+        total = get_total_norm(tensors=[torch.tensor([3.0, 4.0])], norm_type=2.0)
+        clip_grads_with_norm_(parameters=[parameter], max_norm=1.0, total_norm=total)
+        clip_grad_value_(parameters=[parameter], clip_value=0.7)
+        clip_grad_norm_(parameters=[parameter], max_norm=9.0)
+        with pytest.raises(TypeError, match="tensors"):
+            get_total_norm()  # type: ignore[call-arg]
+    assert parameter.grad is not None
+    assert parameter.grad.tolist() == pytest.approx([0.6, 0.7])
+    assert counts.taken == {"get_total_norm": 2, "clip_grads_with_norm_": 2, "clip_grad_value_": 1}
+
+
 def test_a_generator_survives_being_passed_on() -> None:
     meta = torch.ones(2, device="meta")
     with gradclip.torch.patched() as counts:

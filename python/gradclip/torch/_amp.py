@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler, OptState
 
-from gradclip._dispatch import engine_of
+from gradclip._dispatch import PlannedGradients, engine_of
 from gradclip._result import finish
 from gradclip.torch._gradients import (
     PARAMETERS,
@@ -21,7 +21,8 @@ from gradclip.torch._gradients import (
     by_device,
     mark_written,
     naming,
-    writable,
+    read_as_they_are,
+    written,
 )
 from gradclip.torch._local import EPSILON, clip_gradients_
 
@@ -36,7 +37,8 @@ def unscale_and_clip_(
     Does what ``scaler.unscale_(optimizer)`` and ``clip_grad_norm_`` of its parameters do, and leaves the
     scaler in the same state: ``scaler.step(optimizer)`` follows, and skips the step if an infinity or a NaN
     was found. Then, unlike there, the gradients are left as they were, still scaled. Memory is read twice
-    and written once, instead of read three times and written twice.
+    and written once, instead of read three times and written twice. (Of gradients on several devices, or
+    a ``norm_type`` that is not positive, PyTorch's ``unscale_`` is called, and then the drop-in.)
 
     Args:
         scaler: If it is disabled, this is :func:`clip_grad_norm_`.
@@ -52,7 +54,8 @@ def unscale_and_clip_(
         RuntimeError: The gradients were unscaled before, or the optimizer has stepped, since the last
             ``scaler.update()``: as ``scaler.unscale_`` says.
         ValueError: A gradient is float16, which a scaler does not unscale; or as :func:`clip_grad_norm_`.
-        TypeError: As for :func:`clip_grad_norm_`.
+        TypeError: As for :func:`clip_grad_norm_`; a gradient is a DTensor; the scaler's class has an
+            ``unscale_`` of its own (``ShardedGradScaler``).
 
     Example:
         >>> import torch, gradclip.torch
@@ -74,20 +77,19 @@ def unscale_and_clip_(
     state = begin_unscaling(scaler, optimizer, "unscale_and_clip_")
     grads = _gradients(parameters)
 
-    def at_once(grads: Gradients) -> Tensor:
-        read = engine_of(grads)[0].read(grads)
+    def at_once(read: PlannedGradients, grads: Gradients) -> Tensor:
         result = finish(read.clip(limit, order, None, scaler.get_scale(), "skip", None, EPSILON))
         mark_written(grads)
         return measured(state, grads, result.total_norm, read.has_float64)
 
     try:
-        return at_once(grads)
+        return at_once(read_as_they_are(grads), grads)
     except (TypeError, ValueError):
-        plain = writable(grads, PARAMETERS)
-    lists = by_device(plain)
-    with naming(PARAMETERS):
+        pass
+    with written(grads, PARAMETERS) as plain, naming(PARAMETERS):
+        lists = by_device(plain)
         if order > 0 and len(lists) <= 1:
-            return at_once(plain)
+            return at_once(engine_of(plain)[0].read(plain), plain)
         for device_grads in lists.values():
             engine_of(device_grads)[0].read(device_grads).require_writable()
     scaler.unscale_(optimizer)
@@ -100,6 +102,11 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 def begin_unscaling(scaler: GradScaler, optimizer: torch.optim.Optimizer, name: str) -> dict[str, Any]:
     """The scaler's record of the optimizer, after the checks of ``GradScaler.unscale_``."""
+    if type(scaler).unscale_ is not GradScaler.unscale_:
+        raise TypeError(
+            "scaler: expected one with the unscale_ of torch.amp.GradScaler, got "
+            f"{type(scaler).__module__}.{type(scaler).__qualname__}, whose own may do more (ranks that agree)"
+        )
     scaler._check_scale_growth_tracker(name)
     state: dict[str, Any] = scaler._per_optimizer_states[id(optimizer)]
     if state["stage"] is OptState.UNSCALED:

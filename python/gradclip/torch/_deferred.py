@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -29,6 +30,9 @@ def defer_clip_(
     set here to ``(norm + 1e-6) / max_norm`` for one step, where it is above 1: no pass over memory is made
     for clipping alone. The step itself writes the divided gradients back.
 
+    A second call before the step takes the place of the first. Of a step that never comes, or raises, the
+    scale stays in ``optimizer.grad_scale`` until the next call here, or until it is deleted.
+
     Division by a float32 in place of a multiplication by the coefficient rounds otherwise: parameters can
     differ from those after :func:`clip_grad_norm_` in their last bits. For bits that are the same with and
     without, use that.
@@ -47,7 +51,7 @@ def defer_clip_(
 
     Raises:
         ValueError: The optimizer is not fused; ``max_norm`` is not positive; gradients are on several
-            devices; another scale waits for the step already.
+            devices; a scale that somebody else has set waits for the step.
         TypeError: As for :func:`clip_grad_norm_`.
         RuntimeError: As for :func:`unscale_and_clip_`, with a scaler.
 
@@ -66,12 +70,14 @@ def defer_clip_(
     limit = as_threshold(max_norm, "max_norm")
     if limit == 0:
         raise ValueError(f"max_norm: expected a positive number, got {max_norm!r}")
-    steps: Any = optimizer
     if not getattr(optimizer, "_step_supports_amp_scaling", False):
         raise ValueError(
             "optimizer: expected one of PyTorch's with fused=True, whose step takes a scale, got "
             f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
         )
+    if not all(options.get("fused", True) for options in optimizer.param_groups):
+        raise ValueError("optimizer: expected fused=True in all parameter groups, got one without")
+    _take_away(optimizer)  # of a step that never came, or raised
     if getattr(optimizer, "grad_scale", None) is not None:
         raise ValueError("optimizer: expected no grad_scale, got one that waits for the next step")
     grads = [parameter.grad for parameter in parameters_of(optimizer)]
@@ -87,15 +93,27 @@ def defer_clip_(
     if math.isfinite(limit):
         divisor *= ((total + EPSILON) / limit).clamp(min=1.0)  # which lets a NaN through
     if state is not None:
-        steps.grad_scale = divisor.to(torch.float32)  # scaler.step takes it away
+        _put(optimizer, divisor)  # scaler.step takes it away
         return measured(state, grads, total, dtype is torch.float64)
     if not divisor.is_cuda and divisor.item() == 1.0:
         return total.to(dtype)
-    steps.grad_scale = divisor.to(torch.float32)
-
-    def take_away(*_: object) -> None:
-        del steps.grad_scale
-        hook.remove()
-
-    hook = optimizer.register_step_post_hook(take_away)
+    _put(optimizer, divisor)
+    _hooks[optimizer] = optimizer.register_step_post_hook(lambda optimizer, *_: _take_away(optimizer))
     return total.to(dtype)
+
+
+# What was set here and not taken away yet.
+_scales: WeakKeyDictionary[torch.optim.Optimizer, Tensor] = WeakKeyDictionary()
+_hooks: WeakKeyDictionary[torch.optim.Optimizer, Any] = WeakKeyDictionary()
+
+
+def _put(optimizer: Any, divisor: Tensor) -> None:
+    optimizer.grad_scale = _scales[optimizer] = divisor.to(torch.float32)
+
+
+def _take_away(optimizer: Any) -> None:
+    scale, hook = _scales.pop(optimizer, None), _hooks.pop(optimizer, None)
+    if hook is not None:
+        hook.remove()
+    if scale is not None and getattr(optimizer, "grad_scale", None) is scale:
+        del optimizer.grad_scale

@@ -6,6 +6,7 @@ Reference: https://docs.pytorch.org/docs/stable/distributed.tensor.html
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
@@ -15,7 +16,15 @@ from gradclip.torch._gradients import Gradients, Names, Unsupported, name_of, re
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-__all__ = ["dtensor_type", "is_dtensor", "local_part", "whole", "without_partial", "writable_parts"]
+__all__ = [
+    "any_dtensor",
+    "dtensor_type",
+    "is_dtensor",
+    "local_part",
+    "whole",
+    "without_partial",
+    "writable_parts",
+]
 
 
 def dtensor_type() -> Any:
@@ -27,6 +36,12 @@ def dtensor_type() -> Any:
 def is_dtensor(tensor: object) -> bool:
     kind = dtensor_type()
     return kind is not None and isinstance(tensor, kind)
+
+
+def any_dtensor(tensors: Sequence[object]) -> bool:
+    """Whether there is a DTensor among them: the same on all ranks, if asked of parameters."""
+    kind = dtensor_type()
+    return kind is not None and any(issubclass(found, kind) for found in set(map(type, tensors)))
 
 
 def local_part(tensor: Any) -> Tensor:

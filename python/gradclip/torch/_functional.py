@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from gradclip.torch import _compile
-from gradclip.torch._dtensor import is_dtensor, whole, writable_parts
+from gradclip.torch._dtensor import any_dtensor, whole, writable_parts
 from gradclip.torch._gradients import (
     PARAMETERS,
     TENSORS,
     Unsupported,
+    as_limit,
     as_list,
     as_threshold,
     gradients_of,
@@ -85,19 +86,13 @@ def clip_grad_norm_(
     """
     listed = as_list(parameters, warn_at=2)
     is_compiling = torch.compiler.is_compiling()
-    if group is not None or (not is_compiling and listed and is_dtensor(listed[0])):
+    # Of gradients one rank may have none that another has; and then both would take part, or wait.
+    if group is not None or (not is_compiling and any_dtensor(listed)):
         norm: Tensor = _spread().clip_grad_norm_(listed, max_norm, norm_type, error_if_nonfinite, group)
         return norm
     if is_compiling:
         return _compile.clip_grad_norm_(gradients_of(listed), max_norm, norm_type, error_if_nonfinite)
-    grads = gradients_of(listed)
-    try:
-        return clip_gradients_(grads, max_norm, norm_type, error_if_nonfinite)
-    except Unsupported:
-        if not any(map(is_dtensor, grads)):
-            raise
-    norm = _spread().clip_gradients_(grads, listed, max_norm, norm_type, error_if_nonfinite, PARAMETERS)
-    return norm
+    return clip_gradients_(gradients_of(listed), max_norm, norm_type, error_if_nonfinite)
 
 
 def get_total_norm(
@@ -131,13 +126,9 @@ def get_total_norm(
         tensor(2.0000e-25)
     """
     listed = as_list(tensors)
-    if group is None and (torch.compiler.is_compiling() or not (listed and is_dtensor(listed[0]))):
-        try:
-            total, dtype = total_norm_of(listed, norm_type, error_if_nonfinite, TENSORS)
-            return total.to(dtype)
-        except Unsupported:
-            if not any(map(is_dtensor, listed)):
-                raise
+    if group is None and (torch.compiler.is_compiling() or not any_dtensor(listed)):
+        total, dtype = total_norm_of(listed, norm_type, error_if_nonfinite, TENSORS)
+        return total.to(dtype)
     norm: Tensor = _spread().get_total_norm(listed, norm_type, error_if_nonfinite, group)
     return norm
 
@@ -152,7 +143,7 @@ def clip_grads_with_norm_(
 
     Args:
         parameters: As for :func:`clip_grad_norm_`.
-        max_norm: Not negative.
+        max_norm: Not negative; on a GPU also a 0-d tensor there.
         total_norm: A 0-d tensor or DTensor, as :func:`get_total_norm` returns it. On a GPU, nothing waits
             for it.
         foreach: Accepted and ignored.
@@ -169,12 +160,12 @@ def clip_grads_with_norm_(
         >>> weight.grad
         tensor([1.5000, 2.0000])
     """
-    limit, total = as_threshold(max_norm, "max_norm"), whole(total_norm)
+    limit, total = as_limit(max_norm), whole(total_norm)
     grads = gradients_of(as_list(parameters))
     try:
         scale_by_norm_(grads, limit, total, PARAMETERS)
     except Unsupported:
-        if not any(map(is_dtensor, grads)):
+        if not any_dtensor(grads):
             raise
         scale_by_norm_(writable_parts(grads, PARAMETERS), limit, total, PARAMETERS)
         mark_written(grads)
@@ -209,7 +200,7 @@ def clip_grad_value_(
     try:
         clip_values_(grads, limit)
     except Unsupported:
-        if not any(map(is_dtensor, grads)):
+        if not any_dtensor(grads):
             raise
         clip_values_(writable_parts(grads, PARAMETERS, each_element=True), limit)
         mark_written(grads)

@@ -13,12 +13,15 @@ from typing import Any, SupportsFloat, TypeAlias
 import torch
 from torch import Tensor
 
+from gradclip._dispatch import PlannedGradients, engine_of, why_no_gpu
+
 __all__ = [
     "PARAMETERS",
     "TENSORS",
     "Gradients",
     "Names",
     "Unsupported",
+    "as_limit",
     "as_list",
     "as_norm",
     "as_number",
@@ -31,9 +34,11 @@ __all__ = [
     "naming",
     "norm_dtype",
     "norm_of",
+    "read_as_they_are",
     "readable",
     "refuse_graphs",
     "writable",
+    "written",
 ]
 
 Gradients: TypeAlias = Sequence[Tensor | None]
@@ -72,6 +77,13 @@ def as_threshold(value: SupportsFloat, name: str) -> float:
     if number < 0:
         raise ValueError(f"{name}: expected a number that is not negative, got {value!r}")
     return number
+
+
+def as_limit(max_norm: SupportsFloat) -> float | Tensor:
+    """A threshold: on a GPU the tensor itself, so that nothing waits for it; else :func:`as_threshold`."""
+    if isinstance(max_norm, Tensor) and max_norm.is_cuda:
+        return max_norm
+    return as_threshold(max_norm, "max_norm")
 
 
 def as_norm(value: Tensor) -> Tensor:
@@ -130,6 +142,19 @@ def naming(names: Names) -> Iterator[None]:
         raise type(error)(message) from None
 
 
+def read_as_they_are(grads: Gradients) -> PlannedGradients:
+    """Let the engine of the first read them all.
+
+    Raises:
+        TypeError: One of them needs a second look.
+        ValueError: The same.
+    """
+    try:
+        return engine_of(grads)[0].read(grads)
+    except RuntimeError as error:  # no memory (functorch, nested tensors), no engine for a GPU
+        raise TypeError(str(error)) from error
+
+
 # --- The second look: what an engine does not read as it is -------------------------------------------
 
 
@@ -153,24 +178,39 @@ def readable(grads: Gradients, names: Names) -> list[Tensor | None]:
 
 
 def writable(grads: Gradients, names: Names) -> list[Tensor | None]:
-    """As :func:`readable`, to be written to: sparse gradients are coalesced where they are.
+    """As :func:`readable`, of what may be written to.
 
     Raises:
         Unsupported: As :func:`readable`; besides, a gradient that requires grad.
     """
-    readable(grads, names)
+    found = readable(grads, names)
     refuse_graphs(grads, names)
-    for grad in grads:
-        if grad is not None and grad.layout is torch.sparse_coo and not grad.is_coalesced():
-            with torch.no_grad():
-                grad.copy_(grad.coalesce())
-    return readable(grads, names)
+    return found
+
+
+@contextmanager
+def written(grads: Gradients, names: Names) -> Iterator[list[Tensor | None]]:
+    """As :func:`writable`, for a block that writes to them.
+
+    Sparse gradients become what the block makes of their coalesced copies; after an error they are as
+    they were.
+    """
+    coalesced = {
+        id(grad): (grad, grad.coalesce())
+        for grad in grads
+        if isinstance(grad, Tensor) and grad.layout is torch.sparse_coo and not grad.is_coalesced()
+    }
+    refuse_graphs(grads, names)
+    yield readable([coalesced[id(grad)][1] if id(grad) in coalesced else grad for grad in grads], names)
+    with torch.no_grad():
+        for grad, copy in coalesced.values():
+            grad.copy_(copy)
 
 
 def refuse_graphs(grads: Gradients, names: Names) -> None:
     """Raise :class:`Unsupported` if a gradient requires grad."""
     for i, grad in enumerate(grads):
-        if grad is not None and grad.requires_grad:
+        if isinstance(grad, Tensor) and grad.requires_grad:
             raise Unsupported(
                 f"{name_of(names, i)}: expected a gradient that does not require grad, got one that does "
                 "(of create_graph=True): writing into it would falsify its graph"
@@ -187,6 +227,8 @@ def _read(grad: Tensor, name: str) -> Tensor:
         raise refuse("a plain torch.Tensor", f"a {type(grad).__module__}.{type(grad).__qualname__}")
     if grad.device.type not in ("cpu", "cuda"):
         raise refuse("memory of a CPU or a CUDA device", f"a tensor on the device {grad.device}")
+    if grad.is_cuda and (missing := why_no_gpu()):
+        raise refuse(f"memory of the CPU, since gradclip has no GPU here ({missing})", f"{grad.device}")
     if grad.is_quantized:
         raise refuse("a tensor of floats", f"a quantised one ({grad.dtype})")
     if grad.dtype not in _FLOATS:
@@ -197,11 +239,20 @@ def _read(grad: Tensor, name: str) -> Tensor:
         grad = grad.values()
     elif grad.layout is not torch.strided:
         raise refuse("a dense or sparse layout", f"{grad.layout}")
+    if not _has_memory(grad):
+        raise refuse("a tensor with memory of its own", "one without (nested, or functorch's)")
     grad = grad.detach() if grad.requires_grad else grad
     # The memory without the signs that a view puts on it: neither norms nor clips see them.
     if grad.is_conj():
         grad = grad.conj()
     return torch._neg_view(grad) if grad.is_neg() else grad
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    try:
+        return not tensor.is_nested and (tensor.numel() == 0 or tensor.data_ptr() != 0)
+    except RuntimeError:  # a wrapper of functorch
+        return False
 
 
 def _once(grads: list[Tensor | None]) -> list[Tensor | None]:

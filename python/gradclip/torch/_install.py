@@ -8,6 +8,7 @@ which is changed: so every caller is reached, also who imported a function by na
 from __future__ import annotations
 
 import functools
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -134,10 +135,13 @@ def _cell_of(name: str) -> CellType:
 
 
 def _rerouted(name: str, ours: Callable[..., Any], theirs: Callable[..., Any]) -> Callable[..., Any]:
+    first = next(iter(inspect.signature(theirs).parameters))  # may be given by its name
+
     @functools.wraps(theirs)
-    def call(tensors: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return theirs(tensors, *args, **kwargs)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or not (args or first in kwargs):
+            return theirs(*args, **kwargs)
+        tensors, args = (args[0], args[1:]) if args else (kwargs.pop(first), ())
         if not isinstance(tensors, torch.Tensor):
             tensors = list(tensors)  # which two may have to go through
         try:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,9 +18,9 @@ from gradclip.torch._gradients import (
     PARAMETERS,
     Gradients,
     Names,
+    as_limit,
     as_norm,
     as_number,
-    as_threshold,
     by_device,
     combine,
     mark_written,
@@ -27,8 +28,9 @@ from gradclip.torch._gradients import (
     naming,
     norm_dtype,
     norm_of,
+    read_as_they_are,
     readable,
-    writable,
+    written,
 )
 from gradclip.torch._nonfinite import count_nonfinite, nonfinite_error
 
@@ -49,28 +51,34 @@ def clip_gradients_(
     names: Names = PARAMETERS,
 ) -> Tensor:
     """:func:`gradclip.torch.clip_grad_norm_` for a list of gradients."""
-    order = as_number(norm_type, "norm_type")
-    on_device = isinstance(max_norm, Tensor) and max_norm.is_cuda
-    limit = max_norm if on_device else as_threshold(max_norm, "max_norm")
+    order, limit = as_number(norm_type, "norm_type"), as_limit(max_norm)
+
+    def at_once(read: PlannedGradients, grads: Gradients) -> Tensor:
+        return _clip_at_once(read, grads, limit, order, error_if_nonfinite, names)
+
     if order > 0:
         try:
-            return _clip_at_once(grads, limit, order, error_if_nonfinite, names)
+            return at_once(read_as_they_are(grads), grads)
         except (TypeError, ValueError):
             pass  # Something among them needs a second look, which also says what is wrong.
-    grads = writable(grads, names)
-    if order > 0 and len(by_device(grads)) <= 1:
-        with naming(names):
-            return _clip_at_once(grads, limit, order, error_if_nonfinite, names)
-    total, dtype = total_norm_of(grads, order, error_if_nonfinite, names)
-    scale_by_norm_(grads, limit, total, names)
+    with written(grads, names) as plain:
+        if order > 0 and len(by_device(plain)) <= 1:
+            with naming(names):
+                return at_once(engine_of(plain)[0].read(plain), plain)
+        total, dtype = total_norm_of(plain, order, error_if_nonfinite, names)
+        scale_by_norm_(plain, limit, total, names)
     return total.to(dtype)
 
 
 def _clip_at_once(
-    grads: Gradients, limit: float | Tensor, order: float, error_if_nonfinite: bool, names: Names
+    read: PlannedGradients,
+    grads: Gradients,
+    limit: float | Tensor,
+    order: float,
+    error_if_nonfinite: bool,
+    names: Names,
 ) -> Tensor:
     """Of gradients on one device, in one call of its engine."""
-    read = engine_of(grads)[0].read(grads)
     policy = "raise" if error_if_nonfinite else "propagate"
     try:
         result = finish(read.clip(limit, order, None, 1.0, policy, None, EPSILON))
@@ -94,7 +102,7 @@ def total_norm_of(
     order = as_number(norm_type, "norm_type")
     if order > 0:
         measured = _on_every_device(
-            tensors, names, readable, lambda read, _: (read.global_norm(order), read.has_float64)
+            tensors, names, _reading, lambda read, _: (read.global_norm(order), read.has_float64)
         )
         norms = [torch.as_tensor(norm, dtype=torch.float64) for norm, _ in measured]
         is_wide = any(has_float64 for _, has_float64 in measured)
@@ -115,32 +123,49 @@ def scale_by_norm_(grads: Gradients, limit: float | Tensor, total: Tensor, names
     wide = as_norm(total)
 
     def scale(read: PlannedGradients, device: torch.device) -> None:
-        read.clip_with_norm(wide.to(device) if device.type == "cuda" else wide.item(), limit, EPSILON)
+        if device.type == "cuda":
+            there = limit.to(device) if isinstance(limit, Tensor) else limit
+            read.clip_with_norm(wide.to(device), there, EPSILON)
+        else:  # a CPU has to know: waits for norms that a GPU measured
+            read.clip_with_norm(wide.item(), float(limit), EPSILON)
 
-    _on_every_device(grads, names, writable, scale)
+    _on_every_device(grads, names, written, scale)
     on_device = wide.is_cuda or isinstance(limit, Tensor)
     if on_device or not limit >= wide.item() + EPSILON:
         mark_written(grads)
 
 
+@contextmanager
+def _written_real(grads: Gradients, names: Names) -> Iterator[Gradients]:
+    """As :func:`written`; all are looked at before the first device's are written to."""
+    with written(grads, names) as plain:
+        for i, grad in enumerate(plain):
+            if grad is not None and grad.is_complex():
+                raise TypeError(
+                    f"{name_of(names, i)}: expected a real dtype (complex numbers have no order), "
+                    f"got {str(grad.dtype)[6:]}"
+                )
+        yield plain
+
+
 def _zero(grads: Gradients) -> None:
-    """All that is not NaN."""
-    for i, grad in enumerate(grads):
-        if grad is not None and grad.is_complex():
-            raise TypeError(
-                f"{name_of(PARAMETERS, i)}: expected a real dtype (complex numbers have no order), "
-                f"got {str(grad.dtype)[6:]}"
-            )
-    for grad in grads:
-        if grad is not None:
-            grad.clamp_(0, 0)
+    """All that is not NaN; engines take a limit of 0 for a mistake."""
+    with _written_real(grads, PARAMETERS) as plain:
+        with naming(PARAMETERS):
+            for each in by_device(plain).values():
+                engine_of(each)[0].read(each).require_writable()
+        for grad in plain:
+            if grad is not None:
+                grad.clamp_(0, 0)
 
 
 def clip_values_(grads: Gradients, limit: float) -> None:
-    if limit == 0:  # which engines take for a mistake
-        _zero(writable(grads, PARAMETERS))
+    if limit == 0:
+        _zero(grads)
         return
-    results = _on_every_device(grads, PARAMETERS, writable, lambda read, _: finish(read.clip_by_value(limit)))
+    results = _on_every_device(
+        grads, PARAMETERS, _written_real, lambda read, _: finish(read.clip_by_value(limit))
+    )
     if not all(result.clipped is False for result in results):  # which a GPU does not know yet
         mark_written(grads)
 
@@ -148,23 +173,27 @@ def clip_values_(grads: Gradients, limit: float) -> None:
 def _on_every_device(
     grads: Gradients,
     names: Names,
-    prepare: Callable[[Gradients, Names], Gradients],
+    prepare: Callable[[Gradients, Names], AbstractContextManager[Gradients]],
     use: Callable[[PlannedGradients, torch.device], _T],
 ) -> list[_T]:
     """Let an engine read the gradients as they are; if it does not, look at each of them first."""
     device = next((grad.device for grad in grads if grad is not None), _CPU)
     try:
-        read_at_once = engine_of(grads)[0].read(grads)
+        read_at_once = read_as_they_are(grads)
         read_at_once.require_writable()  # also what is only measured: what two share counts once
         return [use(read_at_once, device)]
     except (TypeError, ValueError):
-        lists = by_device(prepare(grads, names))
-    with naming(names):
-        read = [(engine_of(each)[0].read(each), device) for device, each in lists.items()]
-        if prepare is writable:
+        pass
+    with prepare(grads, names) as plain, naming(names):
+        read = [(engine_of(each)[0].read(each), device) for device, each in by_device(plain).items()]
+        if prepare is not _reading:
             for each, _ in read:  # all of them before the first is written
                 each.require_writable()
         return [use(each, device) for each, device in read]
+
+
+def _reading(tensors: Gradients, names: Names) -> AbstractContextManager[Gradients]:
+    return nullcontext(readable(tensors, names))
 
 
 def _odd_norm(tensor: Tensor, order: float) -> Tensor:

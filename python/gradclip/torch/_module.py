@@ -11,7 +11,7 @@ from torch import Tensor
 from gradclip._api import NonFinite, Reduce
 from gradclip._dispatch import engine_of
 from gradclip._result import ClipResult, finish, with_group_names
-from gradclip.torch._gradients import mark_written, writable
+from gradclip.torch._gradients import mark_written, written
 
 __all__ = ["clip_module_", "clip_param_groups_"]
 
@@ -184,7 +184,8 @@ def _clip(
     try:
         result = clip(grads)
     except (TypeError, ValueError):  # something among them needs a second look
-        result = clip(writable(grads, [f"{name}.grad" for name in names]))
+        with written(grads, [f"{name}.grad" for name in names]) as plain:
+            result = clip(plain)
     if result.clipped is not False or grad_scale != 1:  # a GPU does not tell
         mark_written(grads)
     return with_group_names(result, group_names)

@@ -41,7 +41,7 @@ from gradclip.torch._layout import Groups, Layout
 from gradclip.torch._local import EPSILON, norms_of, scale_by_norm_
 from gradclip.torch._nonfinite import count_nonfinite, describe, nonfinite_error
 
-__all__ = ["clip_grad_norm_", "clip_gradients_", "get_total_norm"]
+__all__ = ["clip_grad_norm_", "get_total_norm"]
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -59,20 +59,6 @@ def clip_grad_norm_(
         grads, error = [None] * len(parameters), caught
     layout = Layout.of(grads, () if error else parameters, group, PARAMETERS)
     return _clip(layout, grads, max_norm, norm_type, error_if_nonfinite, PARAMETERS, error)
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def clip_gradients_(
-    grads: Gradients,
-    parameters: Sequence[Tensor],
-    max_norm: float | Tensor,
-    norm_type: float,
-    error_if_nonfinite: bool,
-    names: Names,
-) -> Tensor:
-    """The same for a list of gradients with DTensors among them."""
-    layout = Layout.of(grads, parameters, None, names)
-    return _clip(layout, grads, max_norm, norm_type, error_if_nonfinite, names, None)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -147,9 +133,9 @@ def _total_norm(
 
     joint = _Joint(order, error_if_nonfinite, layout, own)
     parts = [joint.sum_over(groups, part) for groups, part in zip(layout.sets, local.sums, strict=True)]
-    joint.check(error)
     total = torch.stack(parts) if parts else local.sums.new_zeros(1)
     total = joint.agreed(total.amax() if math.isinf(order) else total.sum())
+    joint.check(error)
     norm = total if order in (1, math.inf) else total.sqrt() if order == 2 else total ** (1 / order)
     if error_if_nonfinite and not math.isfinite(norm.item()):
         entries, norms = count_nonfinite(local.tensors), norms_of(local.tensors, order)
@@ -237,7 +223,7 @@ class _Joint:
         for group in groups:
             there = device_for(group, own.device)
             count = self._own.tensors
-            failed = any(report.failure for report in self._reports.values())
+            failed = self._has_failed()
             # If and only if all n counts c are equal, n times the sum of c^2 is the square of the sum of c
             # (Cauchy-Schwarz); of maxima, if that of c and that of -c cancel.
             beside = [failed, count, -count if math.isinf(self._order) else count * count]
@@ -263,12 +249,25 @@ class _Joint:
         """The number that all ranks have; of several that differ in the last bits, the greatest.
 
         Where several groups have reduced the same numbers, each may have done so in an order of its own.
+        Groups that no sum went through (of replicas) hear here of what is wrong with another's.
         """
-        if len(self._layout.groups) > 1 and any(self._layout.sets):
-            for group in self._layout.groups:
+        groups = self._layout.groups
+        if len(groups) > 1 or (groups and not any(self._layout.sets)):
+            for group in groups:
                 there = device_for(group, total.device)
-                total = reduced(total.to(there, copy=True), math.inf, group).to(total.device)
+                message = torch.stack([total, total.new_tensor(float(self._has_failed()))]).to(there)
+                message = reduced(message, math.inf, group)
+                total, is_wrong = message[0].to(total.device), message[1] > 0
+                if not self._may_wait(there):
+                    total = total.masked_fill(is_wrong.to(total.device), math.nan)
+                elif is_wrong:
+                    self._tell(group)
         return total
+
+    def _has_failed(self) -> bool:
+        """Whether this rank knows of an error, its own or another's."""
+        counts = {report.tensors for report in self._reports.values()}
+        return len(counts) > 1 or any(report.failure for report in self._reports.values())
 
     def check(self, error: Exception | None) -> None:
         """Raise what a rank failed with (this one: with ``error``); or that ranks disagree."""
