@@ -137,12 +137,26 @@ def test_torch_tensors_that_are_refused() -> None:
     _refused(leaf * 2, ValueError, "one that does", reading=False)
     _refused(torch.eye(3).to_sparse(), ValueError, "sparse")
     _refused(torch.eye(3).to_sparse_csr(), ValueError, "sparse")
-    _refused(torch.ones(3, dtype=torch.complex64).imag.mul(1j).conj(), ValueError, "conj")
-    negative = torch.ones(3, dtype=torch.complex64).conj().imag
-    assert negative.is_neg()
-    _refused(negative, ValueError, "neg")
     _refused(torch.ones(3, device="meta"), ValueError, "meta")
     assert leaf.tolist() == [1.0] * 4
+
+
+def test_torch_views_that_change_signs_are_read_as_they_lie_in_memory() -> None:
+    """Neither norms nor clips see signs."""
+    values = torch.tensor([3 + 4j, 1 - 2j])
+    conjugate, negative = values.clone().conj(), values.clone().conj().imag
+    assert conjugate.is_conj()
+    assert negative.is_neg()
+    for view, norm in ((conjugate, math.sqrt(30)), (negative, math.sqrt(20))):
+        before = view.clone()
+        assert gradclip.global_norm([view]) == pytest.approx(norm, rel=1e-15)
+        gradclip.clip_by_global_norm_([view], norm / 2)
+        torch.testing.assert_close(view, before / 2)
+        plan = gradclip.Plan([view])
+        assert plan.clip_by_global_norm_(norm / 4).total_norm == pytest.approx(norm / 2, rel=1e-7)
+        torch.testing.assert_close(view, before / 4)
+    gradclip.clip_by_value_([negative], 0.5)
+    assert negative.tolist() == [-0.5, 0.5]
 
 
 @pytest.fixture

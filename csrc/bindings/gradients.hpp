@@ -70,8 +70,6 @@ void prefetch_shape(PyObject* object);
 bool read_plain_numpy(PyObject* object, Span& span);
 void read_numpy(PyObject* array, const EntryName& name, Entry& entry);
 bool is_torch_tensor(py::handle object);
-// Asks the cache for the insides of a plain torch.Tensor that will be read soon.
-void prefetch_torch(PyObject* object);
 bool is_jax_array(py::handle object);
 
 // Where the arrays of a call must lie: on the CPU, or on one CUDA device.
@@ -93,10 +91,7 @@ struct HostReader {
   // User code runs while the arrays are in use, which could give a torch tensor another storage.
   bool keeps_storages = false;
 
-  static void prefetch(PyObject* object) {
-    prefetch_shape(object);
-    prefetch_torch(object);
-  }
+  static void prefetch(PyObject* object) { prefetch_shape(object); }
   // The common case: a dense, writable array. False if it is anything else.
   bool read_plain(PyObject* object, Span& span) const {
     return read_plain_numpy(object, span) ||

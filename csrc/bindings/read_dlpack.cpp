@@ -24,12 +24,15 @@ void check_torch(py::handle tensor, const EntryName& name) {
     const auto layout = py::str(tensor.attr("layout")).cast<std::string>();
     value_problem("a dense (strided) tensor", ("a tensor of layout " + layout).c_str());
   }
-  if (tensor.attr("is_conj")().cast<bool>())
-    value_problem("a tensor as it lies in memory", "a conjugate view (call .resolve_conj())");
-  if (tensor.attr("is_neg")().cast<bool>())
-    value_problem("a tensor as it lies in memory", "a negative view (call .resolve_neg())");
   if (tensor.attr("is_meta").cast<bool>())
     value_problem("a tensor with memory", "a tensor on the meta device");
+}
+
+// Of a view of torch's that only conjugates or negates, what lies in memory: norms and clips see no signs.
+py::object without_signs(py::object tensor) {
+  if (!is_torch_tensor(tensor)) return tensor;
+  if (tensor.attr("is_conj")().cast<bool>()) tensor = tensor.attr("conj")();
+  return tensor.attr("is_neg")().cast<bool>() ? imported("torch", "_neg_view")(tensor) : tensor;
 }
 
 std::string device_name(int type, int id) {
@@ -172,7 +175,8 @@ void read_dlpack(py::handle object, const EntryName& name, const Place& place, E
   check_torch(object, name);
   ask_device(object, name, place);
   // The capsule is not consumed: it frees what it holds when the last reference to it goes.
-  entry.owner = export_capsule(object, name, place);
+  entry.owner =
+      export_capsule(without_signs(py::reinterpret_borrow<py::object>(object)), name, place);
   PyObject* const capsule = entry.owner.ptr();
   if (PyCapsule_IsValid(capsule, "dltensor_versioned")) {
     const auto* managed = static_cast<const DLManagedTensorVersioned*>(

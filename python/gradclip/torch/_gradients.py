@@ -241,11 +241,7 @@ def _read(grad: Tensor, name: str) -> Tensor:
         raise refuse("a dense or sparse layout", f"{grad.layout}")
     if not _has_memory(grad):
         raise refuse("a tensor with memory of its own", "one without (nested, or functorch's)")
-    grad = grad.detach() if grad.requires_grad else grad
-    # The memory without the signs that a view puts on it: neither norms nor clips see them.
-    if grad.is_conj():
-        grad = grad.conj()
-    return torch._neg_view(grad) if grad.is_neg() else grad
+    return grad.detach() if grad.requires_grad else grad
 
 
 def _has_memory(tensor: Tensor) -> bool:
