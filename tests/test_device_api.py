@@ -158,6 +158,14 @@ def test_clip_by_a_norm_that_was_measured(device: Device) -> None:
         plan.clip_with_norm(device.array(np.ones(2)), 1.0, 0.1)
     with pytest.raises(ValueError, match="max_norm: expected a number that is not negative, got -1"):
         plan.clip_with_norm(device.array(np.array(1.0)), -1.0, 0.1)
+    threshold = device.array(np.array(0.25, np.float32))  # which CuPy cannot make a number of here
+    plan.clip_with_norm(device.array(np.array(8.0)), threshold, 0.1)
+    _core.read(host).clip_with_norm(8.0, 0.25, 0.1)
+    plan.clip_with_norm(device.array(np.array(8.0)), device.array(np.array(-1.0)), 0.1)  # writes nothing
+    for array, expected in zip(grads, host, strict=True):
+        np.testing.assert_array_equal(device.host(array), expected)
+    with pytest.raises(ValueError, match=r"^max_norm: expected a number or a 0-d array, got .* \(2,\)"):
+        plan.clip_with_norm(device.array(np.array(1.0)), device.array(np.ones(2)), 0.1)
 
 
 @pytest.mark.parametrize("ord", [2, 1, math.inf, 3])

@@ -113,6 +113,7 @@ def test_the_host_does_not_wait() -> None:
         lambda: gradclip.torch.clip_grad_norm_(device, limit),
         lambda: gradclip.torch.get_total_norm(grads),
         lambda: gradclip.torch.clip_grads_with_norm_(device, 0.5, limit),
+        lambda: gradclip.torch.clip_grads_with_norm_(device, limit, limit),
         lambda: gradclip.torch.clip_grad_value_(device, 0.5),
         module,
     ):

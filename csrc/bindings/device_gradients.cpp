@@ -275,6 +275,9 @@ py::list DeviceGradients::count_nonfinite(cuda::List& list, cuda::Stream stream)
 
 void DeviceGradients::clip_with_norm(const py::object& norm, const py::object& max_norm,
                                      std::uintptr_t stream, double epsilon) {
+  const OnDevice on_device(device_);
+  const ThresholdArgument threshold(max_norm, {}, gradients_.spans().size(), epsilon, device_,
+                                    as_stream(stream), leader_);
   gradients_.require_writable();
   Call call(*this, stream);
   DeviceReader reader(device_, call.stream(), leader_, false);
@@ -286,9 +289,8 @@ void DeviceGradients::clip_with_norm(const py::object& norm, const py::object& m
                  std::to_string(total.span.numel) + " of " + name_of(total.span.dtype))
         .raise();
   // The 1-norm is its own sum: what has been measured goes the way of sums that were reduced.
-  cuda::Request request{
-      {NormOrder::one, 1.0}, 1.0,    {threshold_number(max_norm, epsilon)}, NonFinite::propagate,
-      cuda::Request::clip,   epsilon};
+  cuda::Request request{{NormOrder::one, 1.0}, 1.0,    *threshold, NonFinite::propagate,
+                        cuda::Request::clip,   epsilon};
   const py::object memory = call.allocate();
   std::byte* const result = pointer_of(memory);
   {
@@ -298,6 +300,7 @@ void DeviceGradients::clip_with_norm(const py::object& norm, const py::object& m
     call.list().change(1.0, result, call.stream());
   }
   reader.let_producers_wait(call.stream());
+  threshold.reader().let_producers_wait(call.stream());
   call.end();
 }
 
