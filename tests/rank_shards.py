@@ -6,10 +6,12 @@ import math
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradclip
@@ -299,3 +301,32 @@ def one_message_whatever_the_number_of_tensors() -> None:
         with _Messages() as messages:
             nn.utils.clip_grad_norm_(with_grads(grads), 1.0)
         assert messages.nbytes == [4 * count]
+
+
+class _Copies(TorchFunctionMode):
+    """Refuses what makes tensors of numbers of the host: on a GPU the host waits until they are there."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func not in (torch.tensor, torch.as_tensor, Tensor.new_tensor), func
+        return func(*args, **(kwargs or {}))
+
+
+@check(4)
+def no_number_is_copied_to_a_device() -> None:
+    mesh = mesh_of(2, 2)
+    for order in (2.0, math.inf):
+        grads = [distribute_tensor(values(8), mesh, [Shard(0), Shard(0)])]
+        pieces = [piece_of(values(8))]
+        with _Copies():
+            gt.clip_grad_norm_(with_grads(grads), 1.0, order)
+            gt.clip_grad_norm_(with_grads(pieces), 1.0, order, group=dist.group.WORLD)
+
+
+@check(2)
+def the_default_device_is_no_matter() -> None:
+    pieces, whole = [piece_of(values(9))], [values(9)]
+    with torch.device("meta"):
+        total = gt.get_total_norm(pieces, group=dist.group.WORLD)
+        sums = gradclip.distributed.process_group()(np.ones(2))
+    torch.testing.assert_close(total, gt.get_total_norm(whole))
+    assert sums.tolist() == [2.0, 2.0]

@@ -218,3 +218,46 @@ def test_by_device_keeps_positions() -> None:
         [True, False, False, True],
         [False, True, False, False],
     ]
+
+
+# --- The default device, which is nobody's ------------------------------------------------------------
+
+
+def _under_a_default_device(call: Callable[[], Tensor]) -> None:
+    expected = call()
+    with torch.device("meta"):
+        total = call()
+    assert (total.device, total.dtype) == (expected.device, expected.dtype)
+    assert torch.equal(total, expected)
+
+
+def _fused() -> tuple[torch.optim.Optimizer, torch.amp.GradScaler]:
+    weight = parameter(torch.tensor([3.0, 4.0]))
+    optimizer = torch.optim.SGD([weight], lr=0.1, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(torch.ones(()))
+    return optimizer, scaler
+
+
+@pytest.mark.parametrize("order", [2.0, 0.0])
+def test_the_default_device_is_no_matter(order: float) -> None:
+    leaf = parameter(grad := torch.tensor([3.0, 4.0]))
+    _under_a_default_device(lambda: gradclip.torch.clip_grad_norm_([leaf], 100.0, order))
+    _under_a_default_device(lambda: gradclip.torch.get_total_norm([grad, grad.double()], order))
+    _under_a_default_device(lambda: gradclip.torch.get_total_norm([], order))
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_the_default_device_is_no_matter_to_optimizers(deferred: bool) -> None:
+    def clip(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> Tensor:
+        if deferred:
+            return gradclip.torch.defer_clip_(optimizer, 1.0, scaler=scaler)
+        return gradclip.torch.unscale_and_clip_(scaler, optimizer, 1.0)
+
+    expected = clip(*_fused())
+    optimizer, scaler = _fused()
+    with torch.device("meta"):
+        total = clip(optimizer, scaler)
+    assert torch.equal(total, expected)
+    found = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+    assert {device.type: f.item() for device, f in found.items()} == {"cpu": 0.0}

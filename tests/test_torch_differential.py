@@ -306,3 +306,12 @@ def test_autograd_finds_out() -> None:
         module.clip_grad_norm_([leaf], 1.0)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             torch.autograd.backward(product)
+
+
+def test_a_threshold_that_requires_grad() -> None:
+    """A warning is an error here."""
+    leaves = [parameter(torch.tensor([3.0, 4.0])) for _ in range(2)]
+    limit: Any = torch.tensor(1.0, requires_grad=True)
+    gradclip.torch.clip_grad_norm_(leaves[:1], limit)
+    utils.clip_grad_norm_(leaves[1:], limit)
+    torch.testing.assert_close(leaves[0].grad, leaves[1].grad)

@@ -108,6 +108,10 @@ def test_the_host_does_not_wait() -> None:
         named = [(str(i), p) for i, p in enumerate(device)]
         return gradclip.torch.clip_module_(named, limit, nonfinite="skip")
 
+    def optimizer_groups() -> Any:
+        optimizer = torch.optim.SGD([{"params": [p]} for p in device], lr=0.1)
+        return gradclip.torch.clip_param_groups_(optimizer, [0.5] * len(device), nonfinite="skip")
+
     for call in (
         lambda: gradclip.torch.clip_grad_norm_(device, 0.5),
         lambda: gradclip.torch.clip_grad_norm_(device, limit),
@@ -116,6 +120,8 @@ def test_the_host_does_not_wait() -> None:
         lambda: gradclip.torch.clip_grads_with_norm_(device, limit, limit),
         lambda: gradclip.torch.clip_grad_value_(device, 0.5),
         module,
+        optimizer_groups,
+        lambda: gradclip.torch.get_total_norm([*grads, torch.ones(3)]),  # the CPU's norm goes to the GPU
     ):
         call()
         assert _seconds(call) < BUSY_SECONDS / 4

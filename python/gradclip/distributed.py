@@ -64,7 +64,7 @@ def process_group(group: ProcessGroup | None = None, ord: float = 2) -> _Reduce:
     def reduce(sums: Any) -> Any:
         joined = open_group(group)
         on_host = isinstance(sums, np.ndarray)
-        own = torch.as_tensor(sums) if on_host or isinstance(sums, torch.Tensor) else from_dlpack(sums)
+        own = sums if isinstance(sums, torch.Tensor) else from_dlpack(sums)
         home = own.device
         values = own.to(device_for(joined, home), copy=True)
         total = reduced(values, order, joined).to(home)

@@ -118,7 +118,8 @@ def begin_unscaling(scaler: GradScaler, optimizer: torch.optim.Optimizer, name: 
 
 def measured(state: dict[str, Any], grads: Gradients, total: Any, has_float64: bool) -> Tensor:
     """Note in the scaler's record what ``unscale_`` would have found; and the norm as PyTorch returns it."""
-    total = torch.as_tensor(total, dtype=torch.float64)
+    if not isinstance(total, Tensor):
+        total = torch.scalar_tensor(total, dtype=torch.float64, device="cpu")
     devices = {grad.device for grad in grads if grad is not None}
     found_inf = (~total.isfinite()).to(torch.float32)
     state["found_inf_per_device"] = {device: found_inf.to(device) for device in devices}

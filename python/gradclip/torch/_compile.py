@@ -32,6 +32,6 @@ def clip_grad_norm_(
     """As the drop-in; an operator takes no list without tensors, and no ``None`` in it."""
     present = [grad for grad in grads if grad is not None]
     if not present:
-        return torch.zeros(())
+        return torch.zeros((), device="cpu")
     total: Tensor = _clip(present, float(max_norm), float(norm_type), error_if_nonfinite)
     return total

@@ -135,7 +135,7 @@ def get_total_norm(
 
 def clip_grads_with_norm_(
     parameters: Tensor | Iterable[Tensor],
-    max_norm: float,
+    max_norm: float | Tensor,
     total_norm: Tensor,
     foreach: bool | None = None,
 ) -> None:
@@ -145,7 +145,7 @@ def clip_grads_with_norm_(
         parameters: As for :func:`clip_grad_norm_`.
         max_norm: Not negative; on a GPU also a 0-d tensor there.
         total_norm: A 0-d tensor or DTensor, as :func:`get_total_norm` returns it. On a GPU, nothing waits
-            for it.
+            for either.
         foreach: Accepted and ignored.
 
     Raises:

@@ -63,7 +63,7 @@ def as_number(value: SupportsFloat | str, name: str) -> float:
         ValueError: It is NaN, or text that is no number.
     """
     try:
-        number = float(value)
+        number = float(value.detach() if isinstance(value, Tensor) else value)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: expected a number, got {value!r}") from None
     if math.isnan(number):

@@ -92,7 +92,9 @@ def _clip_at_once(
     if result.clipped:
         mark_written(grads)
     # A float32 holds no norm above 3.4e38, and scalar_tensor would raise of it.
-    return torch.scalar_tensor(total if total <= _LARGEST[dtype] else total * math.inf, dtype=dtype)
+    return torch.scalar_tensor(
+        total if total <= _LARGEST[dtype] else total * math.inf, dtype=dtype, device=_CPU
+    )
 
 
 def total_norm_of(
@@ -100,18 +102,23 @@ def total_norm_of(
 ) -> tuple[Tensor, torch.dtype]:
     """The norm of a list of tensors: float64, on the device of the first; and what dtype to return."""
     order = as_number(norm_type, "norm_type")
+    first = next((tensor.device for tensor in tensors if tensor is not None), _CPU)
     if order > 0:
         measured = _on_every_device(
             tensors, names, _reading, lambda read, _: (read.global_norm(order), read.has_float64)
         )
-        norms = [torch.as_tensor(norm, dtype=torch.float64) for norm, _ in measured]
+        # A CPU's are numbers. To copy one to a GPU would wait for that, to fill memory there does not.
+        norms: list[Tensor] = [
+            norm if isinstance(norm, Tensor) else torch.full((), norm, dtype=torch.float64, device=first)
+            for norm, _ in measured
+        ]
         is_wide = any(has_float64 for _, has_float64 in measured)
     else:
         found = readable(tensors, names)
         norms = [_odd_norm(t, order) for t in found if t is not None and t.numel() > 0]
         is_wide = norm_dtype(found) is torch.float64
-    first = next((tensor.device for tensor in tensors if tensor is not None), _CPU)
-    total = combine([norm.to(first) for norm in norms] or [torch.zeros((), dtype=torch.float64)], order)
+    nothing = torch.zeros((), dtype=torch.float64, device=first)
+    total = combine([norm.to(first) for norm in norms] or [nothing], order)
     if error_if_nonfinite and not math.isfinite(total.item()):
         found = readable(tensors, names)
         raise nonfinite_error(order, count_nonfinite(found), norms_of(found, order), names)

@@ -174,7 +174,8 @@ def _clip(
         labels = [label[group] for group in group_of]
     device = next((grad.device for grad in grads if grad is not None), None)
     if device is not None and device.type == "cuda" and isinstance(max_norm, Sequence):
-        max_norm = torch.tensor(max_norm, dtype=torch.float64, device=device)
+        on_host = torch.tensor(max_norm, dtype=torch.float64, device="cpu")
+        max_norm = on_host.to(device, non_blocking=True)  # which is staged: nobody waits
 
     def clip(grads: Sequence[Tensor | None]) -> ClipResult:
         named = dict(zip(names, grads, strict=True))

@@ -158,7 +158,8 @@ def _measure(
     found: list[Tensor] = []
 
     def keep(sums: Any) -> Any:
-        found.append(torch.as_tensor(sums).to(layout.device, copy=True))
+        own = sums if isinstance(sums, Tensor) else torch.from_numpy(sums)
+        found.append(own.to(layout.device, copy=True))
         return sums
 
     def measure(tensors: Gradients) -> PlannedGradients:
@@ -227,7 +228,8 @@ class _Joint:
             # If and only if all n counts c are equal, n times the sum of c^2 is the square of the sum of c
             # (Cauchy-Schwarz); of maxima, if that of c and that of -c cancel.
             beside = [failed, count, -count if math.isinf(self._order) else count * count]
-            message = torch.cat([own.to(there)[None], own.new_tensor(beside).to(there)])
+            # Filled in, not copied there, which would wait for a GPU.
+            message = torch.stack([own, *(own.new_full((), number) for number in beside)]).to(there)
             message = reduced(message, self._order, group)
             first, second = message[2:].to(torch.int64)
             if math.isinf(self._order):
@@ -255,7 +257,7 @@ class _Joint:
         if len(groups) > 1 or (groups and not any(self._layout.sets)):
             for group in groups:
                 there = device_for(group, total.device)
-                message = torch.stack([total, total.new_tensor(float(self._has_failed()))]).to(there)
+                message = torch.stack([total, total.new_full((), self._has_failed())]).to(there)
                 message = reduced(message, math.inf, group)
                 total, is_wrong = message[0].to(total.device), message[1] > 0
                 if not self._may_wait(there):
