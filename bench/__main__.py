@@ -23,7 +23,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtypes", metavar="DTYPE", nargs="+", help="of --cases (default: float32)")
     add("--contenders", metavar="NAME", nargs="+", help="these alone, and gradclip")
     add("--jobs", metavar="JOB", nargs="+", help="these alone")
-    add("--out", metavar="FILE", type=Path, help="result file (default: in bench/results, by processor)")
+    add("--out", metavar="FILE", type=Path, help="result file, .json (default: in bench/results, by machine)")
     add(
         "--compare",
         metavar="FILE",
@@ -65,13 +65,16 @@ def _main(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the suite; 0 is well, 1 is slower than an older result, 2 is a mistake of the user's."""
+    """Run the suite; 0: well, 1: slower than before, 2: a mistake of the user's, 130: interrupted."""
     arguments = _parser().parse_args(argv)
     try:
         return _main(arguments)
     except BenchError as error:
         print(f"python -m bench: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("python -m bench: interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from bench.tables import show
 
 __all__ = ["execute"]
 
-SLOWER = 1  # exit status
+SLOWER, INTERRUPTED = 1, 130  # exit status
 
 
 def execute(arguments: argparse.Namespace, out: Console, err: Console, directory: Path) -> int:
@@ -36,19 +36,32 @@ def execute(arguments: argparse.Namespace, out: Console, err: Console, directory
     old = load(arguments.compare) if arguments.compare else None  # a wrong name is told now, not in the end
     existing = arguments.against or arguments.report
     if existing:
+        if arguments.report:
+            _check_name("--report", existing)
         results, path = load(existing), existing
     else:
         if arguments.out:
-            _check_writable(arguments.out)
+            _check_name("--out", arguments.out)
+        _check_writable(arguments.out or directory / "result.json")
         results = _measure(arguments, err)
-        path = arguments.out or directory / f"{_default_name(results.machine)}.json"
+        name = _default_name(results.machine, _kind(arguments, results))
+        path = arguments.out or directory / f"{name}.json"
         save(results, path)
     if not arguments.against:
         show(results, out)
         _report(results, path, err)
     if not existing:
         err.print(f"every sample: {path}", highlight=False)
+    if results.machine.get("interrupted") and not existing:
+        err.print("interrupted: the rest was not measured", highlight=False)
+        return INTERRUPTED
     return _compare(old, results, out) if old else 0
+
+
+def _check_name(option: str, path: Path) -> None:
+    """The report and its plots are written beside the file, under its name with another ending."""
+    if path.suffix != ".json":
+        raise BenchError(f"{option}: expected a name that ends in .json, got {path}")
 
 
 def _check_writable(path: Path) -> None:
@@ -65,8 +78,13 @@ def _check_writable(path: Path) -> None:
 
 
 def _report(results: Results, path: Path, err: Console) -> None:
-    for written in write_report(results, path.with_suffix(".html")):
-        err.print(f"written: {written}", highlight=False)
+    try:
+        written = write_report(results, path.with_suffix(".html"))
+    except OSError as error:
+        why = f"{error.filename or path}: expected a report that can be written: {error.strerror}"
+        raise BenchError(why) from None
+    for name in written:
+        err.print(f"written: {name}", highlight=False)
 
 
 def _compare(old: Results, new: Results, out: Console) -> int:
@@ -92,10 +110,17 @@ def _measure(arguments: argparse.Namespace, err: Console) -> Results:
     return run(experiments, wanted, err, quick=arguments.quick, everything=everything)
 
 
-def _default_name(machine: Mapping[str, Any]) -> str:
+def _kind(arguments: argparse.Namespace, results: Results) -> str:
+    """What sets a run apart from a whole one, whose file it must not take."""
+    if arguments.cases or arguments.contenders or arguments.jobs or results.machine["interrupted"]:
+        return "part"
+    return "quick" if arguments.quick else ""
+
+
+def _default_name(machine: Mapping[str, Any], kind: str) -> str:
     """Of a result file, by the machine."""
     model = str(machine["cpu"]).split("(", maxsplit=1)[0]
-    words = f"{model} {machine.get('gpu', '')} {machine['threads']} threads {machine['isa']}"
+    words = f"{model} {machine.get('gpu', '')} {machine['threads']} threads {machine['isa']} {kind}"
     return "-".join(re.findall("[a-z0-9]+", words.lower()))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import time
 from collections.abc import Callable, Collection, Sequence
 from multiprocessing.connection import Connection
@@ -18,6 +19,9 @@ from bench.targets import TARGETS, judge
 from bench.worker import Outcome, work
 
 __all__ = ["run"]
+
+# Without a word from the worker. XLA takes longest: 10 to 30 s to compile a clip of 1 000 gradients.
+_PATIENCE_SECONDS = 180.0
 
 # What a worker runs: pipe, tasks, contenders, and the keys to skip.
 Work = Callable[[Any, Sequence[tuple[int, Experiment | Training]], Sequence[str], Collection[str]], None]
@@ -41,18 +45,20 @@ class _Display:
             self.progress.console.print(line, highlight=False)
 
     def show(self, number: int, what: str, name: str, done: float) -> None:
+        done = min(done, 1.0)  # the first rounds may take longer than there is time
         self.progress.update(self._all, completed=number + done)
-        self.progress.update(
-            self._one, description=f"{number + 1}/{self._count} {what}: {name}", completed=done
-        )
+        description = f"{number + 1}/{self._count} {what}: {name}"
+        self.progress.update(self._one, description=description, completed=done)
         if time.monotonic() - self._drawn > 0.2:
             self.progress.refresh()
             self._drawn = time.monotonic()
 
 
 def _follow(pipe: Connection, display: _Display, state: dict[str, Any]) -> None:
-    """Take what the worker says into ``state``; raises EOFError when it has gone."""
+    """Take what the worker says into ``state``; raises EOFError when it has gone, or TimeoutError."""
     while True:
+        if not pipe.poll(_PATIENCE_SECONDS):
+            raise TimeoutError
         kind, *rest = pipe.recv()
         if kind == "begin":
             state["number"], state["turn"] = rest[0], ""
@@ -76,40 +82,58 @@ def _run_worker(
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=target, args=(theirs, tasks, wanted, frozenset(skip)), daemon=True)
-    process.start()
+    # Inherited: Ctrl-C is for this process, which ends the worker.
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process.start()
+    finally:
+        signal.signal(signal.SIGINT, handler)
     theirs.close()
     state: dict[str, Any] = {"number": tasks[0][0], "turn": "", "outcomes": outcomes}
+    hangs = False
     try:
         _follow(ours, display, state)
     except EOFError:
         process.join()
-    if process.exitcode == 0:
+    except TimeoutError:
+        hangs = True
+    finally:
+        process.kill()
+        process.join()
+    if all(number in outcomes for number, _ in tasks):
         return None
     code = process.exitcode or 0
     how = f"crashed: signal {-code}" if code < 0 else f"crashed: exit status {code}"
+    if hangs:
+        how = f"hangs: no answer in {_PATIENCE_SECONDS:.0f} s"
     return state["number"], state["turn"], how
 
 
 def _measure(
     tasks: Sequence[Experiment | Training], wanted: Sequence[str], console: Console, target: Work
-) -> tuple[dict[int, Outcome], dict[str, str]]:
-    """What every task gave, and who broke a worker."""
+) -> tuple[dict[int, Outcome], dict[str, str], bool]:
+    """What every task gave, who broke a worker, and whether the user had enough."""
     outcomes: dict[int, Outcome] = {}
     crashed: dict[str, str] = {}
     display = _Display(console, [task.title for task in tasks])
-    with display.progress:
-        while len(outcomes) < len(tasks):
-            left = [(i, e) for i, e in enumerate(tasks) if i not in outcomes]
-            died = _run_worker(left, wanted, set(crashed), display, outcomes, target)
-            if died is None:
-                break
-            number, name, how = died
-            if name and name not in crashed:
-                crashed[name] = how
-                console.print(f"{name} {how}: measuring again without it", highlight=False)
-            else:  # nobody's turn
-                outcomes[number] = Outcome(left_out=[f"{tasks[number].title}: its process {how}"])
-    return outcomes, crashed
+    try:
+        with display.progress:
+            while len(outcomes) < len(tasks):
+                left = [(i, e) for i, e in enumerate(tasks) if i not in outcomes]
+                died = _run_worker(left, wanted, set(crashed), display, outcomes, target)
+                if died is None:
+                    break
+                number, name, how = died
+                if name and name not in crashed:
+                    crashed[name] = how
+                    console.print(f"{name} {how}: measuring again without it", highlight=False)
+                else:  # nobody's turn
+                    outcomes[number] = Outcome(left_out=[f"{tasks[number].title}: its process {how}"])
+    except KeyboardInterrupt:
+        for number, task in enumerate(tasks):
+            outcomes.setdefault(number, Outcome(left_out=[f"{task.title}: interrupted"]))
+        return outcomes, crashed, True
+    return outcomes, crashed, False
 
 
 def _describe() -> dict[str, Any]:
@@ -140,7 +164,7 @@ def run(
     for experiment in experiments:
         results.loads |= {load.key: LoadFacts.of(load) for load in experiment.loads}
     tasks: list[Experiment | Training] = [*experiments, *(trainings(quick) if everything else [])]
-    outcomes, crashed = _measure(tasks, taking_part, console, target)
+    outcomes, crashed, interrupted = _measure(tasks, taking_part, console, target)
     described["tasks"] = [
         {
             "task": task.title,
@@ -159,7 +183,8 @@ def run(
             console.print(f"left out: {line}", highlight=False)
     results.failures |= crashed
     results.verdicts = [judge(target, results.samples) for target in TARGETS if target.load in results.loads]
-    if everything:
+    if everything and not interrupted:
         results.verdicts += checks.run_checks()
     described["seconds"] = round(time.monotonic() - start)
+    described["interrupted"] = interrupted
     return results

@@ -124,15 +124,18 @@ def test_the_gpu_place_imports_without_a_gpu() -> None:
         (["--dtypes", "float16"], "--dtypes: expected --cases with it; there are: gpt2"),
         (["--contenders", "tensorflow"], "unknown contender tensorflow; there are: gradclip, "),
         (["--jobs", "sleep"], "unknown job sleep; there are: norms, clip, "),
-        (["--compare", "{}/no.json"], "there is no such file; in that directory: a.json"),
+        (["--compare", "{}/no.json"], "there is no such file; in that directory: a.json, d.json"),
         (["--report", "{}/a.json"], "expected a result file of python -m bench, but JSONDecodeError"),
         (["--against", "{}/a.json"], "--against: expected --compare FILE with it"),
-        (["--out", "{}"], "--out: expected a file that can be written, got "),
+        (["--out", "{}/d.json"], "--out: expected a file that can be written, got "),
+        (["--out", "{}/report.html"], "--out: expected a name that ends in .json, got "),
+        (["--report", "{}/report"], "--report: expected a name that ends in .json, got "),
         (["--threads", "0"], "--threads: expected 1 to "),
     ],
 )  # fmt: skip
 def test_a_mistake_is_told_with_what_exists(arguments: list[str], told: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("{")
+    (tmp_path / "d.json").mkdir()
     command = [sys.executable, "-m", "bench", *(a.format(tmp_path) for a in arguments)]
     done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr

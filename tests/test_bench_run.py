@@ -5,13 +5,18 @@ from __future__ import annotations
 import io
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from bench import guard, instructions, peers, results, tables, worker
+import bench.run
+from bench import docs, guard, instructions, peers, results, tables, worker
 from bench.cases import CASES, Load
 from bench.jobs import CLIP, NORMS, key
 from bench.peers.with_numpy import NumpyDot
@@ -54,6 +59,23 @@ class _Fading(NumpyDot):
         return super().clip(max_norm) if self.calls < 4 else (0.0, None)
 
 
+class _Leaving(NumpyDot):
+    """Ends its process as if all were well."""
+
+    key, title = "leaving", "leaving one"
+
+    def clip(self, max_norm: float) -> tuple[float, list[float] | None]:
+        sys.exit(0)
+
+
+class _Hanging(NumpyDot):
+    key, title = "hanging", "hanging one"
+
+    def clip(self, max_norm: float) -> tuple[float, list[float] | None]:
+        time.sleep(1000)
+        raise AssertionError("awake")
+
+
 class _Deadly(NumpyDot):
     key, title = "deadly", "deadly one"
 
@@ -62,7 +84,7 @@ class _Deadly(NumpyDot):
         raise AssertionError("alive")
 
 
-_ODD = {peer.key: peer for peer in (_Wrong, _Raising, _Fading, _Deadly)}
+_ODD = {peer.key: peer for peer in (_Wrong, _Raising, _Fading, _Leaving, _Hanging, _Deadly)}
 
 
 @pytest.fixture
@@ -113,19 +135,56 @@ def _work_with_odd_peers(
 
 
 @pytest.mark.usefixtures("_odd_peers")
-def test_a_contender_that_kills_its_process_is_told_and_stops_nobody() -> None:
+@pytest.mark.parametrize(
+    ("odd", "how"),
+    [
+        ("deadly", "crashed: signal 11"),
+        ("leaving", "crashed: exit status 0"),
+        ("hanging", "hangs: no answer in 8 s"),
+    ],
+)
+def test_a_contender_that_ends_or_stops_its_process_is_told_and_stops_nobody(
+    odd: str, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench.run, "_PATIENCE_SECONDS", 8.0)
     said = io.StringIO()
-    wanted = ["gradclip", "deadly", "numpy-dot"]
+    wanted = ["gradclip", odd, "numpy-dot"]
     experiments = [_FEW, Experiment((Load(CASES["tiny"]),), (NORMS,), rounds=1)]
-    found = run(
-        experiments, wanted, Console(file=said), quick=True, everything=False, target=_work_with_odd_peers
-    )
-    assert found.failures == {key(_LOAD.key, CLIP, "deadly"): "crashed: signal 11"}
+    found = run(experiments, wanted, Console(file=said, width=200), True, False, target=_work_with_odd_peers)
+    assert found.failures == {key(_LOAD.key, CLIP, odd): how}
     for peer in ("gradclip", "numpy-dot"):
         assert key(_LOAD.key, CLIP, peer) in found.samples
         assert key("tiny/float32", NORMS, peer) in found.samples
-    assert key(_LOAD.key, NORMS, "deadly") in found.samples
-    assert "bytes-4K/float32/clip/deadly crashed: signal 11: measuring again without it" in said.getvalue()
+    assert key(_LOAD.key, NORMS, odd) in found.samples
+    assert f"bytes-4K/float32/clip/{odd} {how}: measuring again without it" in said.getvalue()
+    assert found.machine["interrupted"] is False
+
+
+def test_ctrl_c_keeps_what_was_measured_and_makes_no_noise(tmp_path: Path) -> None:
+    """Sent to the whole group, as a terminal does."""
+    command = [
+        sys.executable, "-m", "bench", "--quick", "--cases", "bytes-4K", "gpt2", "--contenders", "numpy-dot",
+        "--out", str(tmp_path / "r.json"),
+    ]  # fmt: skip
+    said = tmp_path / "said"
+    with said.open("w") as error:
+        process = subprocess.Popen(
+            command, cwd=docs.ROOT, stdout=subprocess.PIPE, stderr=error, text=True, start_new_session=True,
+            env=os.environ | {"COLUMNS": "140"},
+        )  # fmt: skip
+        while "1/2 bytes-4K/float32: " not in said.read_text():
+            assert process.poll() is None, said.read_text()
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)
+        shown, _ = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "Traceback" not in said.read_text()
+    assert "left out: gpt2/float32: interrupted" in said.read_text()
+    assert "NumPy dot loop" in shown
+    found = results.load(tmp_path / "r.json")
+    assert key(_LOAD.key, CLIP, "numpy-dot") in found.samples
+    assert found.left_out[-1] == "gpt2/float32: interrupted"
+    assert (tmp_path / "r.html").is_file()
 
 
 def _die_between_turns(pipe: Any, tasks: Sequence[Any], wanted: Sequence[str], skip: Collection[str]) -> None:
