@@ -28,7 +28,7 @@ def _parser() -> argparse.ArgumentParser:
         "--compare",
         metavar="FILE",
         type=Path,
-        help="an older result: say what got slower; 1 if something did",
+        help="an older result: say what got slower or fails; 1 if something does",
     )
     add("--against", metavar="FILE", type=Path, help="with --compare: compare this file; measure nothing")
     add(

@@ -12,12 +12,12 @@ from rich.console import Console
 
 from bench import suite
 from bench.cases import CASES, DTYPES, choose
-from bench.compare import compare, show_changes
+from bench.compare import compare, gone, show_changes
 from bench.errors import BenchError
 from bench.html import write_report
 from bench.jobs import JOBS
 from bench.peers import OURS, PEERS, missing
-from bench.results import Results, load, save
+from bench.results import Results, check_writable, load, save
 from bench.run import run
 from bench.tables import show
 
@@ -42,7 +42,7 @@ def execute(arguments: argparse.Namespace, out: Console, err: Console, directory
     else:
         if arguments.out:
             _check_name("--out", arguments.out)
-        _check_writable(arguments.out or directory / "result.json")
+        check_writable(arguments.out or directory / "result.json")
         results = _measure(arguments, err)
         name = _default_name(results.machine, _kind(arguments, results))
         path = arguments.out or directory / f"{name}.json"
@@ -64,19 +64,6 @@ def _check_name(option: str, path: Path) -> None:
         raise BenchError(f"{option}: expected a name that ends in .json, got {path}")
 
 
-def _check_writable(path: Path) -> None:
-    """Now, and not after the run."""
-    existed = path.exists()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.open("a").close()
-    except OSError as error:
-        why = f"--out: expected a file that can be written, got {path}: {error.strerror}"
-        raise BenchError(why) from None
-    if not existed:
-        path.unlink()
-
-
 def _report(results: Results, path: Path, err: Console) -> None:
     try:
         written = write_report(results, path.with_suffix(".html"))
@@ -90,7 +77,8 @@ def _report(results: Results, path: Path, err: Console) -> None:
 def _compare(old: Results, new: Results, out: Console) -> int:
     changes = compare(old, new)
     show_changes(changes, old, new, out)
-    return SLOWER if any(change.verdict == "slower" for change in changes) else 0
+    slower = any(change.verdict == "slower" for change in changes)
+    return SLOWER if slower or gone(old, new) else 0
 
 
 def _measure(arguments: argparse.Namespace, err: Console) -> Results:

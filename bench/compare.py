@@ -23,7 +23,7 @@ from bench.rows import roofline_seconds
 from bench.tables import headline, number
 from bench.timing import Spread, spread, turns
 
-__all__ = ["SAME", "Change", "compare", "show_changes"]
+__all__ = ["SAME", "Change", "compare", "gone", "show_changes"]
 
 SAME = "same"
 _LEAST_CHANGE = 1.10
@@ -89,9 +89,16 @@ def _probability_of_greater(these: Sequence[float], those: Sequence[float]) -> f
     return below / (2 * len(these) * len(those))
 
 
+def gone(old: Results, new: Results) -> list[str]:
+    """Rows of loads of both runs that had a time in the old one and have failed in the new one."""
+    return [name for name in old.samples if name not in new.samples and name in new.failures]
+
+
 def show_changes(changes: Sequence[Change], old: Results, new: Results, console: Console) -> None:
     """Print what changed, and how much did not."""
     console.print(f"old: {headline(old.machine)}\nnew: {headline(new.machine)}", highlight=False)
+    for name in gone(old, new):
+        console.print(f"failed: {name}: {new.failures[name]}", style="red", highlight=False, markup=False)
     if not changes:
         console.print("the two runs have no row in common")
         return

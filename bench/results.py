@@ -14,7 +14,7 @@ from bench.peers import PEERS
 from bench.targets import Verdict
 from bench.timing import Rounds, Spread
 
-__all__ = ["LoadFacts", "Results", "load", "save"]
+__all__ = ["LoadFacts", "Results", "check_writable", "load", "save"]
 
 _FORMAT = 2
 
@@ -91,6 +91,19 @@ def save(results: Results, path: Path) -> None:
     text = ",\n".join(f'"{name}": {section}' for name, section in sections.items())
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("{\n" + text + "\n}\n", encoding="utf-8")
+
+
+def check_writable(path: Path) -> None:
+    """To be told before a run, and not after it."""
+    existed = path.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    except OSError as error:
+        why = f"--out: expected a file that can be written, got {path}: {error.strerror}"
+        raise BenchError(why) from None
+    if not existed:
+        path.unlink()
 
 
 def load(path: Path) -> Results:

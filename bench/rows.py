@@ -42,8 +42,6 @@ class Row:
     @property
     def reason(self) -> str:
         """Why there is no time, in a few words."""
-        if self.failure.startswith("not tried"):
-            return "norms wrong or failed"
         return "wrong answer" if self.failure.startswith("WrongAnswer") else self.failure.split(":")[0]
 
     @property

@@ -16,7 +16,7 @@ from bench.peers import OURS, PEERS
 from bench.results import Results
 from bench.rows import Row, moved, rows
 from bench.timing import Spread
-from bench.training import shares
+from bench.training import MODELS, shares
 
 __all__ = [
     "NOTE",
@@ -188,12 +188,14 @@ def losses(results: Results) -> Table:
 def traffic(results: Results) -> Table | None:
     """What every contender moves, held against the clock."""
     header = ("gradients", "job", "contender", "must move", "is written to move", "moved at most", "so it")
+    found = moved(results)
+    chosen = [m for m in found if m.load in _TRAFFIC_OF] or found
     cells = [
         (
             m.load, JOBS[m.job].title, PEERS[m.peer].title, f"{m.floor} N", f"{m.written} N",
             f"{m.at_most:.1f} N", m.verdict,
         )
-        for m in moved(results) if m.load in _TRAFFIC_OF
+        for m in chosen
     ]  # fmt: skip
     return Table("The rule of traffic, by the clock", header, cells, [""] * len(cells)) if cells else None
 
@@ -209,6 +211,10 @@ def training(results: Results) -> Table | None:
             )
         )  # fmt: skip
         marks.append("ours" if "gradclip" in share.way else "")
+    for model, (title, _, _) in MODELS.items():
+        if why := results.failures.get(f"training/{model}"):
+            cells.append((title, why, "", "", ""))
+            marks.append("bad")
     header = ("model", "clip by", "step", "clip in it", "share of the step")
     return Table("In a training step", header, cells, marks) if cells else None
 

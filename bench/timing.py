@@ -200,10 +200,12 @@ def turns(rounds: Rounds) -> list[float]:
 def spread_of_ratio(above: Rounds, below: Sequence[Rounds], scale: float = 1.0) -> Spread:
     """Median of ``above`` over the sum of the medians of ``below`` (over 1 if there are none).
 
-    The quartiles are those of the ratios within each round, whose turns were close in time.
+    The quartiles are those of the ratios within each round, whose turns were close in time. Loads that were
+    named by ``--cases`` take no turns with each other and may have other numbers of rounds: the first ones
+    are paired.
     """
     numerators = turns(above)
-    denominators = list(zip(*map(turns, below), strict=True)) or [(1.0,)] * len(numerators)
+    denominators = list(zip(*map(turns, below), strict=False)) or [(1.0,)] * len(numerators)
     medians = [statistics.median(column) for column in zip(*denominators, strict=True)]
-    ratios = (scale * n / sum(d) for n, d in zip(numerators, denominators, strict=True))
+    ratios = (scale * n / sum(d) for n, d in zip(numerators, denominators, strict=False))
     return spread(ratios, scale * statistics.median(numerators) / sum(medians))

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from bench import docs, tables
 from bench.cases import CASES, Load
-from bench.compare import SAME, compare, show_changes
+from bench.compare import SAME, compare, gone, show_changes
 from bench.errors import BenchError
 from bench.html import write_report
 from bench.jobs import CLIP, JOBS, LOG, NO_CLIP, NORMS, key
@@ -120,6 +120,33 @@ def test_the_clips_share_of_a_step() -> None:
     }
 
 
+def test_a_training_that_failed_is_told() -> None:
+    results = _results()
+    results.failures["training/resnet"] = "RuntimeError: no memory"
+    table = tables.training(results)
+    assert table is not None
+    assert table.rows[-1][:2] == ("ResNet-20, PyTorch, fused AdamW", "RuntimeError: no memory")
+    assert table.marks[-1] == "bad"
+
+
+def test_a_promise_about_two_loads_does_not_need_equal_rounds() -> None:
+    """``--cases gpt2 --dtypes float32 bfloat16`` measures them one after the other."""
+    target = next(t for t in TARGETS if t.load == "gpt2/bfloat16")
+    verdict = judge(target, {target.above: [[2.0]] * 7, target.below[0]: [[1.0]] * 5})
+    assert verdict.value is not None
+    assert verdict.value.median == verdict.value.low == pytest.approx(1.0)
+
+
+def test_traffic_of_other_models_is_told_where_the_usual_ones_are_not_measured() -> None:
+    results = _results()
+    for name in list(results.samples):
+        results.samples[name.replace("gpt2/", "resnet50/")] = results.samples.pop(name)
+    results.loads["resnet50/float32"] = LoadFacts.of(Load(CASES["resnet50"]))
+    table = tables.traffic(results)
+    assert table is not None
+    assert {row[0] for row in table.rows} == {"resnet50/float32"}
+
+
 def test_a_file_brings_back_the_run(tmp_path: Path) -> None:
     results = _results()
     save(results, tmp_path / "r.json")
@@ -180,6 +207,17 @@ def test_a_comparison_does_not_take_the_machine_or_noise_for_a_loss() -> None:
     for rounds in (rounds for name, rounds in noisy.samples.items() if name.endswith("/gradclip")):
         rounds[0] = [x / 1.4 for x in rounds[0]]  # one turn of five was faster than all old ones
     assert _verdicts(_results(), noisy) == set()
+
+
+def test_a_comparison_tells_what_fails_now() -> None:
+    out = io.StringIO()
+    old, new = _results(), _results()
+    name = key(_GPT2, CLIP, "gradclip")
+    del new.samples[name]
+    new.failures[name] = "crashed: signal 11"
+    assert gone(old, new) == [name]
+    show_changes(compare(old, new), old, new, Console(file=out, width=200))
+    assert f"failed: {name}: crashed: signal 11" in out.getvalue()
 
 
 def test_a_comparison_is_printed() -> None:

@@ -43,7 +43,7 @@ def ratios(results: Results, chosen: Sequence[Row], place: str, job: str) -> Plo
             color = "white" if abs(values[i, j]) > 0.5 else INK
             axes.text(j, i, number(row.ratio.median), color=color, **look)
         else:
-            axes.text(j, i, row.reason.split()[0], color=GREY, style="italic", fontsize=7, **look)
+            axes.text(j, i, row.reason, color=GREY, style="italic", fontsize=7, **look)
     axes.set_xticks(range(len(peers)), [PEERS[p].title.replace(" ", "\n", 1) for p in peers], fontsize=8)
     axes.set_yticks(range(len(loads)), [_short(results, load) for load in loads], fontsize=8)
     axes.xaxis.tick_top()
