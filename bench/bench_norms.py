@@ -1,4 +1,4 @@
-"""Norms by every contender: ``pytest bench/bench_norms.py --benchmark-only``."""
+"""Norms by every contender: ``pytest bench``."""
 
 from __future__ import annotations
 

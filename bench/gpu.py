@@ -20,9 +20,11 @@ import cupy
 
 import gradclip
 from bench.cases import CASES, Case, Load
+from bench.errors import BenchError
 from bench.jobs import CLIP, NO_CLIP, NORMS, key
 from bench.machine import describe
 from bench.peers import GPU, PEERS, present
+from bench.results import check_writable
 from bench.timing import Protocol, Rounds, measure
 from bench.workload import READ, READ_WRITE, Workload, roofline_of
 from gradclip._dispatch import cuda_module, why_no_gpu
@@ -47,6 +49,7 @@ JOBS = tuple(_JOBS)
 _NAMES = {
     "gradclip": "gradclip-gpu",
     "gradclip Plan": "gradclip-gpu-plan",
+    "gradclip.torch": "gradclip-torch-cuda",
     "CuPy loop": "cupy-nrm2",
     "CuPy sum": "cupy-sum",
     "torch foreach": "torch-cuda",
@@ -169,7 +172,7 @@ def describe_gpu() -> dict[str, Any]:
     """The machine, its GPU and what is installed."""
     cuda = cuda_module()
     assert cuda is not None
-    name, major, minor, multiprocessors, memory = cuda.device_info(0)
+    name, major, minor, multiprocessors, memory = cuda.device_info(cupy.cuda.runtime.getDevice())
     return describe() | {
         "gpu": name,
         "compute_capability": f"{major}.{minor}",
@@ -234,6 +237,12 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="samples of each contender")
     parser.add_argument("--out", type=Path, default=Path("gpu-bench.json"), help="where every sample goes")
     arguments = parser.parse_args()
+    if arguments.rounds < 1:
+        parser.error(f"--rounds: expected 1 or more, got {arguments.rounds}")
+    try:
+        check_writable(arguments.out)
+    except BenchError as error:
+        parser.error(str(error))
     missing = why_no_gpu()
     if missing:
         print(f"no GPU: {missing}", file=sys.stderr)

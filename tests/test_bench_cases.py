@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from bench.data import Gradients
 from bench.errors import BenchError
 from bench.harness import PYTEST_CASES, axes
 from bench.jobs import JOBS, key
-from bench.peers import CPU, OURS, PEERS, present
+from bench.peers import CPU, GPU, OURS, PEERS, present
 from bench.workload import Workload
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -95,6 +96,32 @@ def test_every_contender_does_every_job(peer: str) -> None:
         name = key(workload.load.key, job.key, peer)
         assert workload.errors.get(name, 0.0) < 1e-5
         assert job.key in PEERS[peer].traffic
+
+
+@pytest.mark.parametrize("broken", ["torch", "apex"])
+def test_a_library_that_cannot_be_imported_is_left_out_with_a_line(broken: str, tmp_path: Path) -> None:
+    package = tmp_path / broken
+    package.mkdir()
+    (package / "__init__.py").write_text("raise OSError('libno.so: cannot open')")
+    command = [sys.executable, "-m", "bench", "--list"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "COLUMNS": "200"}
+    done = subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert ("libno.so: cannot open" in done.stdout) == (broken == "apex")
+    assert "torch-cuda " in done.stdout
+
+
+def test_contenders_on_a_gpu_need_gradclip_and_cupy_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch may reach a GPU where gradclip was built without CUDA: its kernels are the roofline."""
+    assert all("cupy" in peer.needs for peer in PEERS.values() if peer.place == GPU)
+    torch = importlib.import_module("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("bench.peers.with_torch.why_no_gpu", lambda: "built without a CUDA compiler")
+    assert {PEERS[key].missing() for key in ("torch-cuda", "torch-cuda-loop", "gradclip-torch-cuda")} == {
+        "built without a CUDA compiler"
+    }
+    monkeypatch.setattr("bench.peers.with_torch.why_no_gpu", str)
+    assert PEERS["torch-cuda"].missing() is None
 
 
 def test_of_every_library_somebody_is_ours() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import cupy
@@ -80,6 +81,35 @@ class _EmulatedPlace(Place):
     def rooflines(self, grads: Sequence[Any]) -> dict[str, tuple[Callable[[], Any], Clock]]:
         plan: Any = gradclip.Plan(grads)._plan
         return {READ: (plan.probe_read, self.clock), READ_WRITE: (plan.probe_read_write, self.clock)}
+
+
+def test_the_current_device_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Two:
+        """Of two devices the second is the current one."""
+
+        device_info = staticmethod(lambda device: (f"GPU {device}", 9, 0, 132, 80e9))
+        driver_version = runtime_version = staticmethod(lambda: 13000)
+
+    monkeypatch.setattr(gpu, "cuda_module", Two)
+    monkeypatch.setattr(cupy.cuda.runtime, "getDevice", lambda: 1)
+    assert gpu.describe_gpu()["gpu"] == "GPU 1"
+
+
+def test_every_contender_on_a_gpu_has_a_name_in_its_report() -> None:
+    assert set(gpu._NAMES.values()) == {key for key, peer in PEERS.items() if peer.place == GPU}
+
+
+def test_mistakes_are_told_before_a_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for arguments, told in (
+        (["--rounds", "0"], "--rounds: expected 1 or more, got 0"),
+        (["--out", str(tmp_path)], "--out: expected a file that can be written, got "),
+    ):
+        monkeypatch.setattr("sys.argv", ["bench.gpu", *arguments])
+        with pytest.raises(SystemExit):
+            gpu.main()
+        assert told in capsys.readouterr().err
 
 
 def test_a_gpus_run_has_three_times_of_everybody(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from bench.peers.with_cupy import CupyNrm2, CupySquares
 from bench.peers.with_jax import Optax, OptaxDonated
 from bench.peers.with_numpy import Numba, NumpyDot, NumpySquares
 from bench.peers.with_torch import Apex, Torch, TorchCuda, TorchCudaLoop, TorchLoop, TransformerEngine
+from bench.timing import describe_error
 
 __all__ = ["CPU", "GPU", "OURS", "PEERS", "Peer", "missing", "present"]
 
@@ -34,8 +35,16 @@ OURS = {CPU: Gradclip.key, GPU: GradclipGpu.key}
 
 def missing() -> dict[str, str]:
     """Why a contender cannot take part here, by its key."""
-    reasons = {key: peer.missing() for key, peer in PEERS.items()}
+    reasons = {key: _why_missing(peer) for key, peer in PEERS.items()}
     return {key: reason for key, reason in reasons.items() if reason}
+
+
+def _why_missing(peer: type[Peer]) -> str | None:
+    """Also of a library that is there but cannot be imported."""
+    try:
+        return peer.missing()
+    except Exception as error:
+        return describe_error(error)
 
 
 def present() -> list[str]:

@@ -131,7 +131,7 @@ class GradclipTorch(Torch):
     """The drop-ins of ``gradclip.torch``, in the place of PyTorch's own functions."""
 
     key, title = "gradclip-torch", "gradclip.torch"
-    tolerance = 1e-7
+    tolerance = Gradclip.tolerance
     traffic = Gradclip.traffic
 
     def __init__(self, grads: Sequence[Any]) -> None:
@@ -163,8 +163,4 @@ class GradclipTorch(Torch):
 
 class GradclipTorchCuda(GradclipTorch, TorchCuda):
     key, title = "gradclip-torch-cuda", "gradclip.torch, GPU"
-    place, device = GPU, "cuda"
-
-    @classmethod
-    def missing(cls) -> str | None:
-        return super().missing() or why_no_gpu()
+    place, device, needs = GPU, "cuda", TorchCuda.needs

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 
 import gradclip
-from bench.jobs import LOSS_SCALE, Traffic
+from bench.jobs import LOSS_SCALE, NO_CLIP, Traffic
 from bench.peers.base import GPU, Peer, traffic
+from gradclip._dispatch import why_no_gpu
 
 __all__ = ["Apex", "Torch", "TorchCuda", "TorchCudaLoop", "TorchLoop", "TransformerEngine"]
 
@@ -93,12 +94,15 @@ def _cuda_is_missing() -> str | None:
 
 
 class TorchCuda(Torch):
+    """Over CuPy's arrays; the roofline of a GPU is measured by gradclip's kernels."""
+
     key, title = "torch-cuda", "PyTorch foreach, GPU"
     place, device = GPU, "cuda"
+    needs: ClassVar[tuple[str, ...]] = ("torch", "cupy")
 
     @classmethod
     def missing(cls) -> str | None:
-        return super().missing() or _cuda_is_missing()
+        return super().missing() or why_no_gpu() or _cuda_is_missing()
 
     def _tensor(self, grad: Any) -> Any:
         if grad.dtype.name == "bfloat16":  # CuPy's DLPack does not know it
@@ -119,7 +123,7 @@ class Apex(TorchCuda):
     """``apex.contrib.clip_grad``, which works on all tensors of a dtype by one kernel."""
 
     key, title = "apex", "apex"
-    needs = ("torch", "apex.contrib.clip_grad")
+    needs = ("torch", "cupy", "apex.contrib.clip_grad")
 
     def clip(self, max_norm: float) -> Any:
         apex: Any = importlib.import_module("apex.contrib.clip_grad")
@@ -130,7 +134,9 @@ class TransformerEngine(TorchCuda):
     """Its multi-tensor kernels, called as Megatron-LM calls them."""
 
     key, title = "transformer-engine", "TransformerEngine"
-    needs = ("torch", "transformer_engine")
+    needs = ("torch", "cupy", "transformer_engine")
+    # The host compares, so nothing is written where nothing is clipped.
+    traffic: ClassVar[Mapping[str, Traffic]] = {**Torch.traffic, NO_CLIP: Traffic(1)}
 
     def __init__(self, grads: Sequence[Any]) -> None:
         super().__init__(grads)
