@@ -1,14 +1,16 @@
 """What got slower or faster between two runs.
 
 Another day the same machine is faster or slower as a whole, so a time is compared in units of the
-roofline of its own run: what the same bytes cost the machine at that time. A row has
-changed only if the medians differ by more than a tenth and the spreads say that it is no accident: the
-probability that two turns, one of each run, are in this order is 95 % or more (Mann and Whitney's U).
+roofline of its own run: what the same bytes cost the machine at that time. But the roofline itself may
+have been disturbed, so the time in seconds has to say the same. A row has changed only if, in both units,
+the medians differ by more than a tenth and the spreads say that it is no accident: the probability that
+two turns, one of each run, are in this order is 95 % or more (Mann and Whitney's U).
 """
 
 from __future__ import annotations
 
 import bisect
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -61,7 +63,8 @@ def compare(old: Results, new: Results) -> list[Change]:
             continue
         olds, news = (_relative(results, load, job, peer, name) for results in (old, new))
         if olds and news:
-            changes.append(_change(load, job, peer, olds, news))
+            in_seconds = _verdict(turns(old.samples[name]), turns(new.samples[name]))
+            changes.append(_change(load, job, peer, olds, news, in_seconds))
     return sorted(changes, key=lambda change: -change.ratio)
 
 
@@ -70,16 +73,25 @@ def _relative(results: Results, load: str, job: str, peer: str, name: str) -> li
     return [seconds / floor for seconds in turns(results.samples[name])] if floor else None
 
 
-def _change(load: str, job: str, peer: str, olds: Sequence[float], news: Sequence[float]) -> Change:
+def _change(
+    load: str, job: str, peer: str, olds: Sequence[float], news: Sequence[float], in_seconds: str
+) -> Change:
     old, new = spread(olds), spread(news)
-    ratio = new.median / old.median
+    verdict = _verdict(olds, news)
+    return Change(
+        load, job, peer, old, new, new.median / old.median, _probability_of_greater(news, olds),
+        verdict if verdict == in_seconds else SAME,
+    )  # fmt: skip
+
+
+def _verdict(olds: Sequence[float], news: Sequence[float]) -> str:
+    ratio = statistics.median(news) / statistics.median(olds)
     certainty = _probability_of_greater(news, olds)
-    verdict = SAME
     if ratio > _LEAST_CHANGE and certainty >= _CERTAIN:
-        verdict = "slower"
-    elif ratio < 1 / _LEAST_CHANGE and certainty <= 1 - _CERTAIN:
-        verdict = "faster"
-    return Change(load, job, peer, old, new, ratio, certainty, verdict)
+        return "slower"
+    if ratio < 1 / _LEAST_CHANGE and certainty <= 1 - _CERTAIN:
+        return "faster"
+    return SAME
 
 
 def _probability_of_greater(these: Sequence[float], those: Sequence[float]) -> float:

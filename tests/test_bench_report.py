@@ -203,6 +203,11 @@ def test_a_comparison_finds_what_got_slower_or_faster() -> None:
 def test_a_comparison_does_not_take_the_machine_or_noise_for_a_loss() -> None:
     assert _verdicts(_results(), _results(machine=1.5)) == set()
     assert _verdicts(_results(), _results(slower=1.08)) == set()
+    disturbed = _results()
+    for name, rounds in disturbed.samples.items():
+        if name.endswith(ROOFLINE):
+            rounds[:] = [[x * 1.5 for x in turn] for turn in rounds]
+    assert _verdicts(_results(), disturbed) == set()
     noisy = _results(slower=1.3)
     for rounds in (rounds for name, rounds in noisy.samples.items() if name.endswith("/gradclip")):
         rounds[0] = [x / 1.4 for x in rounds[0]]  # one turn of five was faster than all old ones
