@@ -263,3 +263,49 @@ def the_norm_is_what_groups_that_rounded_differently_agree_on() -> None:
     with mock.patch.object(_sharded, "reduced", rounded):
         norm = same_bits(gt.clip_grad_norm_([with_grad(grad)], 0.5))
     assert math.isclose(norm, norm_over([values(8, 8, seed=1, dtype=torch.float64)], 2), rel_tol=1e-11)
+
+
+@check(2, 4)
+def no_tensor_beside_dtensors_on_one_rank() -> None:
+    mesh = mesh_of(dist.get_world_size())
+    parameters: list[Any] = with_grads(
+        [distribute_tensor(values(8, seed=i), mesh, [Shard(0)]) for i in (0, 1)]
+    )
+    if rank() == 1:
+        parameters[0] = 5
+    with raises(TypeError, r"^rank 1: parameters\[0\]: expected a torch.Tensor, got builtins.int"):
+        gt.clip_grad_norm_(parameters, 0.5)
+    assert torch.equal(full(parameters[1].grad), values(8, seed=1))
+
+
+@check(4)
+def a_mesh_without_some_of_the_ranks() -> None:
+    part, everybody = DeviceMesh("cpu", [0, 1]), mesh_of(4)
+    grads = [distribute_tensor(values(8, seed=1), part, [Shard(0)])]
+    for placement in (Shard(0), Replicate()):
+        beside = distribute_tensor(values(8, seed=2), everybody, [placement])
+        for mixed in ([*grads, beside], [beside, *grads]):
+            parameters = with_grads(mixed)
+            with raises(ValueError, r"^rank 2: parameters\[[01]\]\.grad: expected a mesh with rank 2 in it"):
+                gt.clip_grad_norm_(parameters, 0.5)
+    if rank() < 2:  # what lies there alone is clipped there
+        norm = gt.clip_grad_norm_(with_grads(grads), 0.5)
+        assert math.isclose(float(full(norm)), norm_over([values(8, seed=1)], 2.0), rel_tol=1e-6)
+
+
+@check(2)
+def a_compiled_call_leaves_the_graph_for_dtensors() -> None:
+    mesh = mesh_of(2)
+    clips: tuple[Callable[[Any], object], ...] = (
+        lambda p: gt.clip_grad_norm_(p, 0.5),
+        lambda p: gt.clip_grads_with_norm_(p, 0.5, gt.get_total_norm([each.grad for each in p])),
+        lambda p: gt.clip_grad_value_(p, 0.5),
+    )
+    for clip in clips:
+        eager, compiled = (with_grads([distribute_tensor(values(8), mesh, [Shard(0)])]) for _ in range(2))
+        clip(eager)
+        torch.compile(clip, backend="aot_eager")(compiled)
+        assert eager[0].grad is not None
+        assert compiled[0].grad is not None
+        assert torch.equal(full(compiled[0].grad), full(eager[0].grad))
+        assert compiled[0].grad._version > 0

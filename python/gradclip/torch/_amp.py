@@ -22,6 +22,7 @@ from gradclip.torch._gradients import (
     mark_written,
     naming,
     read_as_they_are,
+    untraced,
     written,
 )
 from gradclip.torch._local import EPSILON, clip_gradients_
@@ -70,6 +71,13 @@ def unscale_and_clip_(
         >>> scaler.step(optimizer)
         >>> scaler.update()
     """
+    return _unscale_and_clip_(scaler, optimizer, max_norm, norm_type)
+
+
+@untraced
+def _unscale_and_clip_(
+    scaler: GradScaler, optimizer: torch.optim.Optimizer, max_norm: float, norm_type: float
+) -> Tensor:
     parameters = parameters_of(optimizer)
     order, limit = as_number(norm_type, "norm_type"), as_threshold(max_norm, "max_norm")
     if not scaler.is_enabled():

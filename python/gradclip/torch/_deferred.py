@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
 from gradclip.torch._amp import begin_unscaling, measured, parameters_of
-from gradclip.torch._gradients import PARAMETERS, as_threshold
+from gradclip.torch._gradients import PARAMETERS, as_threshold, untraced
 from gradclip.torch._local import EPSILON, total_norm_of
 
 __all__ = ["defer_clip_"]
@@ -67,6 +67,13 @@ def defer_clip_(
         Parameter containing:
         tensor([-0.6000, -0.8000], requires_grad=True)
     """
+    return _defer_clip_(optimizer, max_norm, norm_type, scaler)
+
+
+@untraced
+def _defer_clip_(
+    optimizer: torch.optim.Optimizer, max_norm: float, norm_type: float, scaler: GradScaler | None
+) -> Tensor:
     limit = as_threshold(max_norm, "max_norm")
     if limit == 0:
         raise ValueError(f"max_norm: expected a positive number, got {max_norm!r}")

@@ -17,12 +17,14 @@ from gradclip.torch._dtensor import any_dtensor, whole, writable_parts
 from gradclip.torch._gradients import (
     PARAMETERS,
     TENSORS,
+    Gradients,
     Unsupported,
     as_limit,
     as_list,
     as_threshold,
     gradients_of,
     mark_written,
+    untraced,
 )
 from gradclip.torch._local import clip_gradients_, clip_values_, scale_by_norm_, total_norm_of
 
@@ -85,12 +87,11 @@ def clip_grad_norm_(
         tensor([0.6000, 0.8000])
     """
     listed = as_list(parameters, warn_at=2)
-    is_compiling = torch.compiler.is_compiling()
     # Of gradients one rank may have none that another has; and then both would take part, or wait.
-    if group is not None or (not is_compiling and any_dtensor(listed)):
+    if group is not None or any_dtensor(listed):
         norm: Tensor = _spread().clip_grad_norm_(listed, max_norm, norm_type, error_if_nonfinite, group)
         return norm
-    if is_compiling:
+    if torch.compiler.is_compiling():
         return _compile.clip_grad_norm_(gradients_of(listed), max_norm, norm_type, error_if_nonfinite)
     return clip_gradients_(gradients_of(listed), max_norm, norm_type, error_if_nonfinite)
 
@@ -126,11 +127,13 @@ def get_total_norm(
         tensor(2.0000e-25)
     """
     listed = as_list(tensors)
-    if group is None and (torch.compiler.is_compiling() or not any_dtensor(listed)):
-        total, dtype = total_norm_of(listed, norm_type, error_if_nonfinite, TENSORS)
-        return total.to(dtype)
-    norm: Tensor = _spread().get_total_norm(listed, norm_type, error_if_nonfinite, group)
-    return norm
+    if group is not None or any_dtensor(listed):
+        norm: Tensor = _spread().get_total_norm(listed, norm_type, error_if_nonfinite, group)
+        return norm
+    if torch.compiler.is_compiling():
+        return _compile.get_total_norm(listed, norm_type, error_if_nonfinite)
+    total, dtype = total_norm_of(listed, norm_type, error_if_nonfinite, TENSORS)
+    return total.to(dtype)
 
 
 def clip_grads_with_norm_(
@@ -160,15 +163,11 @@ def clip_grads_with_norm_(
         >>> weight.grad
         tensor([1.5000, 2.0000])
     """
-    limit, total = as_limit(max_norm), whole(total_norm)
     grads = gradients_of(as_list(parameters))
-    try:
-        scale_by_norm_(grads, limit, total, PARAMETERS)
-    except Unsupported:
-        if not any_dtensor(grads):
-            raise
-        scale_by_norm_(writable_parts(grads, PARAMETERS), limit, total, PARAMETERS)
-        mark_written(grads)
+    if torch.compiler.is_compiling() and not any_dtensor(grads):
+        _compile.clip_grads_with_norm_(grads, max_norm, total_norm)
+        return
+    _scale_by_norm_(grads, as_limit(max_norm), total_norm)
 
 
 def clip_grad_value_(
@@ -197,6 +196,26 @@ def clip_grad_value_(
     """
     limit = as_threshold(clip_value, "clip_value")
     grads = gradients_of(as_list(parameters))
+    if torch.compiler.is_compiling() and not any_dtensor(grads):
+        _compile.clip_grad_value_(grads, limit)
+        return
+    _clip_values_(grads, limit)
+
+
+@untraced
+def _scale_by_norm_(grads: Gradients, limit: float | Tensor, total_norm: Tensor) -> None:
+    total = whole(total_norm)
+    try:
+        scale_by_norm_(grads, limit, total, PARAMETERS)
+    except Unsupported:
+        if not any_dtensor(grads):
+            raise
+        scale_by_norm_(writable_parts(grads, PARAMETERS), limit, total, PARAMETERS)
+        mark_written(grads)
+
+
+@untraced
+def _clip_values_(grads: Gradients, limit: float) -> None:
     try:
         clip_values_(grads, limit)
     except Unsupported:

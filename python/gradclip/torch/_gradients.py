@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import types
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, SupportsFloat, TypeAlias
+from typing import Any, SupportsFloat, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ __all__ = [
     "read_as_they_are",
     "readable",
     "refuse_graphs",
+    "untraced",
     "writable",
     "written",
 ]
@@ -45,6 +47,8 @@ Gradients: TypeAlias = Sequence[Tensor | None]
 # What entries are called in errors: a pattern for their positions, or one name each.
 Names: TypeAlias = str | Sequence[str]
 PARAMETERS, TENSORS = "parameters[{}].grad", "tensors[{}]"
+
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 _COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
@@ -306,7 +310,19 @@ def norm_dtype(grads: Gradients) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
-# --- Autograd -----------------------------------------------------------------------------------------
+# --- The compiler and autograd ------------------------------------------------------------------------
+
+
+def untraced(function: _F) -> _F:
+    """The function, which ``torch.compile`` runs between its graphs: traced, what it sets would be lost."""
+    reason = "gradclip works on memory, not on graphs"
+    outside = torch.compiler.disable(function, reason=reason)  # type: ignore[no-untyped-call]
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (outside if torch.compiler.is_compiling() else function)(*args, **kwargs)
+
+    return call  # type: ignore[return-value]
 
 
 def mark_written(grads: Gradients) -> None:

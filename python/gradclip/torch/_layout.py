@@ -30,6 +30,8 @@ class Layout:
         labels: For each tensor the position of its set in ``sets``.
         sets: Process groups that tensors are sharded over; no group for those that every rank has whole.
         groups: All process groups with more than one rank that tensors lie on, sharded or replicated.
+        is_spread: Whether there are several such groups, this rank in them or not: all ranks say the same.
+        outside: The name of the first tensor whose mesh is without this rank.
         like: The first DTensor, as which the norm is returned.
         has_graph: Whether a DTensor requires grad.
         device: Of the first tensor.
@@ -42,6 +44,8 @@ class Layout:
     labels: list[int]
     sets: list[Groups]
     groups: list[ProcessGroup]
+    is_spread: bool = False
+    outside: str | None = None
     like: Any = None
     has_graph: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -118,6 +122,7 @@ class Layout:
         if sums:
             self.measured = [sums.get(i, part) for i, part in enumerate(self.parts)]
         self.sets, self.groups = sets.found, list(sets.groups.values())
+        self.is_spread, self.outside = sets.is_spread or len(self.groups) > 1, sets.outside
 
 
 class _Place(NamedTuple):
@@ -131,6 +136,8 @@ class _Sets:
     def __init__(self) -> None:
         self.found: list[Groups] = []
         self.groups: dict[str, ProcessGroup] = {}
+        self.is_spread = False
+        self.outside: str | None = None
         self._numbers: dict[tuple[str, ...], int] = {}
 
     def number(self, groups: Groups) -> int:
@@ -142,10 +149,15 @@ class _Sets:
 
     def place(self, tensor: Any, name: str) -> _Place:
         """Where the tensors of this mesh and these placements lie."""
+        mesh = tensor.device_mesh
+        if mesh.get_coordinate() is None:
+            self.outside = self.outside or name
+            self.is_spread = self.is_spread or mesh.size() > 1
+            return _Place(self.number(()), False)
         sharded: list[ProcessGroup] = []
         for dim, placement in enumerate(tensor.placements):
-            group = _mesh_group(tensor.device_mesh, dim, name)
-            if group is None or group.size() == 1:
+            group = _mesh_group(mesh, dim, name)
+            if group.size() == 1:
                 continue
             self.groups[group.group_name] = group
             if not placement.is_replicate() and not placement.is_partial():
@@ -153,10 +165,8 @@ class _Sets:
         return _Place(self.number(tuple(sharded)), any(p.is_partial() for p in tensor.placements))
 
 
-def _mesh_group(mesh: Any, dim: int, name: str) -> ProcessGroup | None:
-    """The group of a dimension of a mesh; ``None`` on a rank that is not in the mesh."""
-    if mesh.get_coordinate() is None:
-        return None
+def _mesh_group(mesh: Any, dim: int, name: str) -> ProcessGroup:
+    """The group of a dimension of a mesh."""
     try:
         group = mesh.get_group(dim)
     except (RuntimeError, ValueError):  # by name, which a group loses when it is destroyed

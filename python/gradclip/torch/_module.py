@@ -11,7 +11,7 @@ from torch import Tensor
 from gradclip._api import NonFinite, Reduce
 from gradclip._dispatch import engine_of
 from gradclip._result import ClipResult, finish, with_group_names
-from gradclip.torch._gradients import mark_written, written
+from gradclip.torch._gradients import mark_written, untraced, written
 
 __all__ = ["clip_module_", "clip_param_groups_"]
 
@@ -156,6 +156,7 @@ def _groups(groups: ModuleGroups, names: Sequence[str]) -> Sequence[str] | None:
     raise TypeError(f"groups: expected None, 'tensor', 'module', a depth or names, got {groups!r}")
 
 
+@untraced
 def _clip(
     parameters: dict[str, Tensor],
     group_of: Sequence[str] | None,

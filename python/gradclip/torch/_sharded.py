@@ -35,6 +35,7 @@ from gradclip.torch._gradients import (
     mark_written,
     naming,
     readable,
+    untraced,
     writable,
 )
 from gradclip.torch._layout import Groups, Layout
@@ -44,7 +45,7 @@ from gradclip.torch._nonfinite import count_nonfinite, describe, nonfinite_error
 __all__ = ["clip_grad_norm_", "get_total_norm"]
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@untraced
 def clip_grad_norm_(
     parameters: Sequence[Tensor],
     max_norm: float | Tensor,
@@ -57,11 +58,11 @@ def clip_grad_norm_(
         grads, error = gradients_of(parameters), None
     except TypeError as caught:
         grads, error = [None] * len(parameters), caught
-    layout = Layout.of(grads, () if error else parameters, group, PARAMETERS)
+    layout = Layout.of(grads, parameters, group, PARAMETERS)
     return _clip(layout, grads, max_norm, norm_type, error_if_nonfinite, PARAMETERS, error)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@untraced
 def get_total_norm(
     tensors: Sequence[Tensor], norm_type: float, error_if_nonfinite: bool, group: ProcessGroup | None
 ) -> Tensor:
@@ -122,6 +123,11 @@ def _total_norm(
     local = _Local(_zeros(layout), [], None)
     error: Exception | None = None
     try:
+        if layout.outside is not None and layout.groups:
+            raise ValueError(
+                f"{layout.outside}: expected a mesh with rank {dist.get_rank()} in it, as other tensors "
+                "have, got one without: no rank could add up all norms"
+            )
         check()
         local = _measure(layout, order, names, prepare)
     except Exception as caught:  # The others are about to wait for this rank.
@@ -254,7 +260,7 @@ class _Joint:
         Groups that no sum went through (of replicas) hear here of what is wrong with another's.
         """
         groups = self._layout.groups
-        if len(groups) > 1 or (groups and not any(self._layout.sets)):
+        if self._layout.is_spread or (groups and not any(self._layout.sets)):
             for group in groups:
                 there = device_for(group, total.device)
                 message = torch.stack([total, total.new_full((), self._has_failed())]).to(there)
