@@ -23,6 +23,7 @@ import gradclip
 import gradclip.torch
 from exact import exact_norm, relative_error, scaled
 from matrices import Array
+from processes import output_of
 from torch_lists import (
     CONTAINERS,
     DTYPES,
@@ -315,3 +316,17 @@ def test_a_threshold_that_requires_grad() -> None:
     gradclip.torch.clip_grad_norm_(leaves[:1], limit)
     utils.clip_grad_norm_(leaves[1:], limit)
     torch.testing.assert_close(leaves[0].grad, leaves[1].grad)
+
+
+def test_a_pytorch_without_the_exchange_api() -> None:
+    code = """
+        import torch
+        del torch.Tensor.__dlpack_c_exchange_api__
+        import gradclip.torch
+        leaves = [torch.nn.Parameter(torch.zeros(2, 3, dtype=d)) for d in (torch.float32, torch.bfloat16)]
+        for leaf in leaves: leaf.grad = torch.ones_like(leaf)
+        leaves[1].grad = torch.ones(3, 2, dtype=torch.bfloat16).t()
+        norm = gradclip.torch.clip_grad_norm_(leaves, 12**0.5 / 2)
+        print(round(norm.item(), 4), [round(leaf.grad[1, 2].item(), 4) for leaf in leaves])
+    """
+    assert output_of(code) == "3.4641 [0.5, 0.5]"

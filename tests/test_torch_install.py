@@ -70,6 +70,16 @@ def test_installing_twice_and_nesting() -> None:
     assert not _is_ours()
 
 
+def test_blocks_of_several_threads() -> None:
+    first, second = gradclip.torch.patched(), gradclip.torch.patched()
+    first.__enter__()
+    second.__enter__()  # by another thread, which goes on when the first is done
+    first.__exit__(None, None, None)
+    assert _is_ours()
+    second.__exit__(None, None, None)
+    assert not _is_ours()
+
+
 def test_what_is_not_supported_is_left_to_pytorch() -> None:
     graph = torch.tensor([3.0, 4.0], requires_grad=True) * 1
     holder: Any = type("Holder", (), {"grad": graph})

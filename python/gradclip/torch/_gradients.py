@@ -315,8 +315,7 @@ def norm_dtype(grads: Gradients) -> torch.dtype:
 
 def untraced(function: _F) -> _F:
     """The function, which ``torch.compile`` runs between its graphs: traced, what it sets would be lost."""
-    reason = "gradclip works on memory, not on graphs"
-    outside = torch.compiler.disable(function, reason=reason)  # type: ignore[no-untyped-call]
+    outside = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:

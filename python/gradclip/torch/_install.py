@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -52,6 +53,8 @@ _WRAPPERS: dict[str, Any] = {
 }
 _stats = Stats()
 _theirs: dict[str, Callable[..., Any]] = {}  # while ours are installed
+_lock = threading.RLock()
+_blocks: list[object] = []  # those of patched() that hold the reroute, of any thread
 
 
 def install() -> None:
@@ -77,26 +80,30 @@ def install() -> None:
         1
         >>> gradclip.torch.uninstall()
     """
-    if _theirs:
-        return
-    cells = {name: _cell_of(name) for name in _OURS}
-    for counter in (_stats.taken, _stats.passed_on, _stats.reasons):
-        counter.clear()
-    for name, cell in cells.items():
-        _theirs[name] = cell.cell_contents
-        cell.cell_contents = _rerouted(name, _OURS[name], _theirs[name])
+    with _lock:
+        if _theirs:
+            return
+        cells = {name: _cell_of(name) for name in _OURS}
+        for counter in (_stats.taken, _stats.passed_on, _stats.reasons):
+            counter.clear()
+        for name, cell in cells.items():
+            _theirs[name] = cell.cell_contents
+            cell.cell_contents = _rerouted(name, _OURS[name], _theirs[name])
 
 
 def uninstall() -> None:
     """Give PyTorch's functions back their own way. Without an :func:`install` before, nothing happens."""
-    while _theirs:
-        name, function = _theirs.popitem()
-        _cell_of(name).cell_contents = function
+    with _lock:
+        while _theirs:
+            name, function = _theirs.popitem()
+            _cell_of(name).cell_contents = function
 
 
 @contextmanager
 def patched() -> Iterator[Stats]:
     """Install the reroute for a ``with`` block; what was installed before stays so.
+
+    It is the process's, not the thread's; of blocks in several threads the last to end takes it away.
 
     Yields:
         The counts, as of :func:`stats`.
@@ -108,13 +115,19 @@ def patched() -> Iterator[Stats]:
         >>> counts.taken["get_total_norm"]
         1
     """
-    was_installed = bool(_theirs)
-    install()
+    block = object()
+    with _lock:
+        if _blocks or not _theirs:
+            install()
+            _blocks.append(block)
     try:
         yield _stats
     finally:
-        if not was_installed:
-            uninstall()
+        with _lock:
+            if block in _blocks:
+                _blocks.remove(block)
+                if not _blocks:
+                    uninstall()
 
 
 def stats() -> Stats:
