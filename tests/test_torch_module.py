@@ -115,6 +115,32 @@ def test_a_parameter_under_two_names_is_clipped_once() -> None:
     assert weight.grad.tolist() == [1.5, 2.0]
 
 
+def test_a_name_of_two_parameters() -> None:
+    """As of two models whose named_parameters() were put together: neither may go unseen."""
+    first, second = (_with_gradients(nn.Linear(3, 3)) for _ in range(2))
+    before = [parameter.grad.clone() for parameter in first.parameters() if parameter.grad is not None]
+    with pytest.raises(
+        ValueError, match=r"^module: expected names of one parameter each, got 'weight' of two"
+    ):
+        gradclip.torch.clip_module_([*first.named_parameters(), *second.named_parameters()], 1e-3)
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(first.parameters(), before, strict=True))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("module", "got"),
+    [
+        (None, "got a builtins.NoneType"),
+        ([nn.Parameter(torch.zeros(2))], "got a torch.nn.parameter.Parameter at 0"),
+        ({"a": nn.Parameter(torch.zeros(2))}, "got a builtins.str at 0"),
+        ([(0, nn.Parameter(torch.zeros(2)))], "got a builtins.tuple at 0"),
+    ],
+)
+def test_what_is_no_module(module: Any, got: str) -> None:
+    pattern = f"^module: expected a torch.nn.Module or pairs of a name and a parameter, {got}$"
+    with pytest.raises(TypeError, match=pattern):
+        gradclip.torch.clip_module_(module, 1.0)
+
+
 def test_sparse_gradients_and_channels_last() -> None:
     embed, conv = nn.Embedding(10, 3, sparse=True), nn.Conv2d(2, 3, 3)
     model = nn.ModuleDict({"embed": embed, "conv": conv})
@@ -250,3 +276,6 @@ def test_no_group_is_written_where_one_is_refused() -> None:
         gradclip.torch.clip_param_groups_(optimizer, [1.0])
     with pytest.raises(ValueError, match=r"max_norm\[1\]: expected a positive number, got -1.0"):
         gradclip.torch.clip_param_groups_(optimizer, [1.0, -1.0], nonfinite="propagate")
+    number: Any = 1.0
+    with pytest.raises(TypeError, match=r"max_norms: expected one for each parameter group, got 1\.0"):
+        gradclip.torch.clip_param_groups_(optimizer, number)

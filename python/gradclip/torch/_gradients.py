@@ -86,7 +86,7 @@ def as_threshold(value: SupportsFloat, name: str) -> float:
 def as_limit(max_norm: SupportsFloat) -> float | Tensor:
     """A threshold: on a GPU the tensor itself, so that nothing waits for it; else :func:`as_threshold`."""
     if isinstance(max_norm, Tensor) and max_norm.is_cuda:
-        return max_norm
+        return max_norm.detach()
     return as_threshold(max_norm, "max_norm")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from typing import Any, Literal, SupportsFloat, TypeAlias
 
 import torch
@@ -51,9 +51,10 @@ def clip_module_(
         The norms, by name in ``named_norms()``, and those of groups in ``named_group_norms()``.
 
     Raises:
-        TypeError: A gradient is of a kind that cannot be clipped; it is named. ``groups`` is of the wrong
-            kind.
-        ValueError: As for :func:`gradclip.clip_by_global_norm_`; a depth is not positive.
+        TypeError: A gradient is of a kind that cannot be clipped; it is named. ``module`` or ``groups`` is
+            of the wrong kind.
+        ValueError: As for :func:`gradclip.clip_by_global_norm_`; a depth is not positive; two parameters have
+            one name.
         NonFiniteGradientError: As for :func:`gradclip.clip_by_global_norm_`.
 
     Example:
@@ -69,13 +70,7 @@ def clip_module_(
         >>> [parameter.grad.item() for parameter in model.parameters()]
         [3.0, 4.0, 6.0, 0.0]
     """
-    named = module.named_parameters() if isinstance(module, torch.nn.Module) else module
-    parameters: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, parameter in named:
-        if id(parameter) not in seen:
-            parameters[name] = parameter
-        seen.add(id(parameter))
+    parameters = _by_name(module)
     return _clip(parameters, _groups(groups, list(parameters)), max_norm, ord, grad_scale, nonfinite, reduce)
 
 
@@ -104,7 +99,7 @@ def clip_param_groups_(
         them, else ``"param_groups[0].params[3]"``.
 
     Raises:
-        TypeError: As for :func:`clip_module_`.
+        TypeError: As for :func:`clip_module_`; ``max_norms`` is a number.
         ValueError: As for :func:`clip_module_`; there is not one threshold for each group.
         NonFiniteGradientError: As for :func:`clip_module_`.
 
@@ -126,11 +121,33 @@ def clip_param_groups_(
     group_of = [str(g) for g, _, _ in everything]
     if max_norms is None:
         max_norms = [options.get("max_norm", float("inf")) for options in groups]
+    elif not isinstance(max_norms, Sized):
+        raise TypeError(f"max_norms: expected one for each parameter group, got {max_norms!r}")
     elif len(max_norms) != len(groups):
         raise ValueError(
             f"max_norms: expected one for each of the {len(groups)} parameter groups, got {len(max_norms)}"
         )
     return _clip(parameters, group_of, max_norms, ord, grad_scale, nonfinite, None)
+
+
+def _by_name(module: object) -> dict[str, Tensor]:
+    named = module.named_parameters() if isinstance(module, torch.nn.Module) else module
+    expected = "module: expected a torch.nn.Module or pairs of a name and a parameter"
+    if not isinstance(named, Iterable):
+        raise TypeError(f"{expected}, got a {type(named).__module__}.{type(named).__qualname__}")
+    parameters: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for i, pair in enumerate(named):
+        if not isinstance(pair, tuple | list) or len(pair) != 2 or not isinstance(pair[0], str):
+            raise TypeError(f"{expected}, got a {type(pair).__module__}.{type(pair).__qualname__} at {i}")
+        name, parameter = pair
+        if id(parameter) in seen:
+            continue
+        if name in parameters:
+            raise ValueError(f"module: expected names of one parameter each, got {name!r} of two")
+        parameters[name] = parameter
+        seen.add(id(parameter))
+    return parameters
 
 
 def _groups(groups: ModuleGroups, names: Sequence[str]) -> Sequence[str] | None:
