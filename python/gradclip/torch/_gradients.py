@@ -315,11 +315,12 @@ def norm_dtype(grads: Gradients) -> torch.dtype:
 
 def untraced(function: _F) -> _F:
     """The function, which ``torch.compile`` runs between its graphs: traced, what it sets would be lost."""
-    outside = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        return (outside if torch.compiler.is_compiling() else function)(*args, **kwargs)
+        if torch.compiler.is_compiling():  # not before: it imports the compiler
+            return torch.compiler.disable(function)(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return function(*args, **kwargs)
 
     return call  # type: ignore[return-value]
 
