@@ -56,10 +56,12 @@ def _set_threads(threads: int | None) -> None:
 def _main(arguments: argparse.Namespace) -> int:
     _set_threads(arguments.threads)
     # Now: NumPy and the others count their threads when they are imported.
-    from rich.console import Console  # noqa: PLC0415
+    try:
+        from rich.console import Console  # noqa: PLC0415
 
-    from bench import commands  # noqa: PLC0415
-
+        from bench import commands  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        raise BenchError(f"{error}; pip install '.[bench]' brings what the suite needs") from None
     width = shutil.get_terminal_size((140, 50)).columns
     return commands.execute(arguments, Console(width=width), Console(stderr=True), RESULTS)
 

@@ -98,6 +98,18 @@ def test_every_contender_does_every_job(peer: str) -> None:
         assert job.key in PEERS[peer].traffic
 
 
+def test_without_the_extra_the_way_to_it_is_told(tmp_path: Path) -> None:
+    (tmp_path / "rich").mkdir()
+    (tmp_path / "rich/__init__.py").write_text("raise ModuleNotFoundError(\"No module named 'rich'\")")
+    command = [sys.executable, "-m", "bench", "--list"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "python -m bench: No module named 'rich'; pip install '.[bench]' brings what the suite needs\n"
+    )
+
+
 @pytest.mark.parametrize("broken", ["torch", "apex"])
 def test_a_library_that_cannot_be_imported_is_left_out_with_a_line(broken: str, tmp_path: Path) -> None:
     package = tmp_path / broken
