@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -118,6 +119,8 @@ class Workload:
                 yield self.contender(peer, JOBS[job])
             except Exception as error:
                 self.failures[name] = describe_error(error)
+                with suppress(Exception):  # arrays that it gave away are missed in its other jobs
+                    self._peers[peer].restore()
 
     def contender(self, peer_key: str, job: Job) -> Contender:
         """A contender that has answered rightly; raises if it has not."""

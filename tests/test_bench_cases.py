@@ -19,9 +19,9 @@ from bench.cases import CASES, DTYPES, MODELS, Load, choose, dtype_of, read_mode
 from bench.data import Gradients
 from bench.errors import BenchError
 from bench.harness import PYTEST_CASES, axes
-from bench.jobs import JOBS, key
-from bench.peers import CPU, GPU, OURS, PEERS, present
-from bench.workload import Workload
+from bench.jobs import CLIP, JOBS, NORMS, Job, key
+from bench.peers import CPU, GPU, OURS, PEERS, Peer, present
+from bench.workload import Workload, WrongAnswerError
 
 _ROOT = Path(__file__).resolve().parent.parent
 _MODELS = sorted(architectures.MODELS)
@@ -134,6 +134,21 @@ def test_contenders_on_a_gpu_need_gradclip_and_cupy_there(monkeypatch: pytest.Mo
     }
     monkeypatch.setattr("bench.peers.with_torch.why_no_gpu", str)
     assert PEERS["torch-cuda"].missing() is None
+
+
+def test_a_wrong_clip_does_not_cost_the_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the clip had been given the gradients."""
+
+    def check(self: Workload, name: str, peer: Peer, job: Job, answer: object) -> None:
+        if job.key == CLIP:
+            raise WrongAnswerError("no")
+
+    monkeypatch.setattr(Workload, "_check", check)
+    workload = Workload(Load(CASES["bytes-4K"]))
+    (norms,) = workload.contenders([("optax-donated", NORMS), ("optax-donated", CLIP)])
+    assert list(workload.failures.values()) == ["WrongAnswerError: no"]
+    norms.before_turn()
+    assert float(norms.call()) == pytest.approx(workload.total, rel=1e-5)
 
 
 def test_of_every_library_somebody_is_ours() -> None:
