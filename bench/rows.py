@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from bench.jobs import JOBS, Traffic, key
 from bench.peers import CPU, OURS, PEERS
 from bench.results import Results
-from bench.timing import Rounds, Spread, spread, turns
+from bench.timing import Rounds, Spread, spread, spread_of_ratio, turns
 from bench.workload import READ, READ_WRITE, roofline_of
 
 __all__ = ["Moved", "Row", "moved", "roofline_seconds", "rows"]
@@ -49,17 +49,24 @@ class Row:
         return self.nbytes / self.seconds.median if self.seconds else 0.0
 
 
-def roofline_seconds(
-    results: Results, load: str, traffic: Traffic, place: str = CPU, undisturbed: bool = False
-) -> float | None:
-    """The time of the machine's own passes over the load's bytes: median, or lower quartile."""
+def _passes(results: Results, load: str, traffic: Traffic, place: str) -> list[Rounds] | None:
+    """The samples of the machine's own passes over the load's bytes; None if they were not measured."""
     read = results.samples.get(key(load, READ, roofline_of(place)))
     read_write = results.samples.get(key(load, READ_WRITE, roofline_of(place)))
     if not read or not read_write:
         return None
-    times = [spread(turns(rounds)) for rounds in (read, read_write)]
-    seconds = [time.low if undisturbed else time.median for time in times]
-    return traffic.reads * seconds[0] + traffic.read_writes * seconds[1]
+    return [read] * traffic.reads + [read_write] * traffic.read_writes
+
+
+def roofline_seconds(
+    results: Results, load: str, traffic: Traffic, place: str = CPU, undisturbed: bool = False
+) -> float | None:
+    """The time of the machine's own passes over the load's bytes: median, or lower quartile."""
+    passes = _passes(results, load, traffic, place)
+    if passes is None:
+        return None
+    times = [spread(turns(rounds)) for rounds in passes]
+    return sum(time.low if undisturbed else time.median for time in times)
 
 
 def rows(results: Results) -> Iterator[Row]:
@@ -81,25 +88,17 @@ def _row(results: Results, load: str, job: str, peer: str) -> Row | None:
         return None
     place = PEERS[peer].place
     ours = results.samples.get(key(load, job, OURS[place]))
-    floor = roofline_seconds(results, load, JOBS[job].floor, place)
-    seconds = spread(turns(samples))
+    floor = _passes(results, load, JOBS[job].floor, place)
     host = results.samples.get(f"{name}@host")
     return Row(
         load, job, peer,
-        seconds=seconds,
+        seconds=spread(turns(samples)),
         nbytes=PEERS[peer].traffic[job].passes * results.loads[load].nbytes,
-        of_roofline=None if floor is None else floor / seconds.median,
-        ratio=_ratio(samples, ours),
+        of_roofline=1 / spread_of_ratio(samples, floor).median if floor else None,
+        ratio=spread_of_ratio(samples, [ours]) if ours else None,
         error=results.errors.get(name),
         host_seconds=spread(turns(host)) if host else None,
     )  # fmt: skip
-
-
-def _ratio(samples: Rounds, ours: Rounds | None) -> Spread | None:
-    """Within each round, whose turns were close in time."""
-    if not ours:
-        return None
-    return spread(theirs / mine for theirs, mine in zip(turns(samples), turns(ours), strict=False))
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,8 @@ NOTE = (
     "Times: median of the turns, with quartiles. Moved: what the contender moves by the way that it is "
     "written, in all and per second. Of roofline: time of the machine's own passes over the same bytes that "
     "the job cannot do without (a read; a read and a read-modify-write where something is written), divided "
-    "by the contender's time. x gradclip: time over that of gradclip with a plain list of arrays, median and "
-    "quartiles of the ratios within each round; below 1, gradclip loses."
+    "by the contender's time. x gradclip: time over that of gradclip with a plain list of arrays; below 1, "
+    "gradclip loses. All ratios are medians, with quartiles, of those within each round."
 )
 
 

@@ -19,7 +19,7 @@ _TORCH, _DOT = "torch", "numpy-dot"
 
 @dataclass(frozen=True)
 class Target:
-    """``scale`` x median(``above``) / sum of the medians of ``below``, and its bound."""
+    """``scale`` x ``above`` / sum of ``below``, and its bound."""
 
     load: str
     job: str

@@ -185,11 +185,11 @@ class Spread:
     high: float
 
 
-def spread(values: Iterable[float], median: float | None = None) -> Spread:
-    """The quartiles of the values, and their median or the one given."""
+def spread(values: Iterable[float]) -> Spread:
+    """The median and the quartiles of the values."""
     data = list(values)
-    low, middle, high = statistics.quantiles(data, n=4) if len(data) > 1 else data * 3
-    return Spread(middle if median is None else median, low, high)
+    low, median, high = statistics.quantiles(data, n=4) if len(data) > 1 else data * 3
+    return Spread(median, low, high)
 
 
 def turns(rounds: Rounds) -> list[float]:
@@ -198,14 +198,11 @@ def turns(rounds: Rounds) -> list[float]:
 
 
 def spread_of_ratio(above: Rounds, below: Sequence[Rounds], scale: float = 1.0) -> Spread:
-    """Median of ``above`` over the sum of the medians of ``below`` (over 1 if there are none).
+    """Of ``above`` over the sum of ``below`` (over 1 if there are none) within each round.
 
-    The quartiles are those of the ratios within each round, whose turns were close in time. Loads that were
-    named by ``--cases`` take no turns with each other and may have other numbers of rounds: the first ones
-    are paired.
+    The turns of a round were close in time. Loads that were named by ``--cases`` take no turns with each
+    other and may have other numbers of rounds: the first ones are paired.
     """
     numerators = turns(above)
     denominators = list(zip(*map(turns, below), strict=False)) or [(1.0,)] * len(numerators)
-    medians = [statistics.median(column) for column in zip(*denominators, strict=True)]
-    ratios = (scale * n / sum(d) for n, d in zip(numerators, denominators, strict=False))
-    return spread(ratios, scale * statistics.median(numerators) / sum(medians))
+    return spread(scale * n / sum(d) for n, d in zip(numerators, denominators, strict=False))

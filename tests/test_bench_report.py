@@ -87,6 +87,20 @@ def test_a_row_says_time_bytes_roofline_and_ratio() -> None:
     assert _row(NORMS, "numba").failure.startswith("WrongAnswerError")
 
 
+def test_a_promise_and_a_row_say_the_same() -> None:
+    """Of the same samples, also of those whose medians come from different rounds."""
+    results = _results()
+    name = key(_GPT2, CLIP, "torch")
+    results.samples[name] = [[seconds] for seconds in (0.9, 0.1, 0.2, 0.8, 0.05)]
+    found = {(row.load, row.job, row.peer): row for row in rows(results)}
+    of_clip = next(t for t in TARGETS if t.above == name)
+    assert judge(of_clip, results.samples).value == found[_GPT2, CLIP, "torch"].ratio
+    of_read = next(t for t in TARGETS if (t.load, t.job, t.what) == (_GPT2, NORMS, "time / read"))
+    value, row = judge(of_read, results.samples).value, found[_GPT2, NORMS, "gradclip"]
+    assert value is not None
+    assert row.of_roofline == pytest.approx(1 / value.median)
+
+
 def test_traffic_is_held_against_the_clock() -> None:
     found = {(m.job, m.peer): m for m in moved(_results())}
     assert {m.load for m in found.values()} == {_GPT2}  # what comes from memory
