@@ -10,17 +10,19 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from bench import architectures, suite
+from bench import architectures, reference, suite
 from bench.cases import CASES, DTYPES, MODELS, Load, choose, dtype_of, read_model
 from bench.data import Gradients
 from bench.errors import BenchError
 from bench.harness import PYTEST_CASES, axes
 from bench.jobs import CLIP, JOBS, NORMS, Job, key
 from bench.peers import CPU, GPU, OURS, PEERS, Peer, present
+from bench.peers.with_numpy import NumpySquares
 from bench.workload import Workload, WrongAnswerError
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -149,6 +151,24 @@ def test_a_wrong_clip_does_not_cost_the_norms(monkeypatch: pytest.MonkeyPatch) -
     assert list(workload.failures.values()) == ["WrongAnswerError: no"]
     norms.before_turn()
     assert float(norms.call()) == pytest.approx(workload.total, rel=1e-5)
+
+
+class _Rough(NumpySquares):
+    def norms(self) -> list[float]:
+        return [1.024 * norm for norm in reference.norms(self.grads)]
+
+
+def test_a_norm_is_held_to_what_its_dtype_can_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three units in the last place of bfloat16 are an answer; in float32 they are none, and ours never."""
+    known: Any = PEERS
+    monkeypatch.setitem(known, "rough", _Rough)
+    half = Workload(Load(CASES["bytes-4K"], "bfloat16"))
+    half.contender("rough", JOBS[NORMS])
+    assert half.errors["bytes-4K/bfloat16/norms/rough"] == pytest.approx(0.024)
+    with pytest.raises(WrongAnswerError, match="norm: expected"):
+        Workload(Load(CASES["bytes-4K"])).contender("rough", JOBS[NORMS])
+    ours = [peer for key, peer in PEERS.items() if key.startswith("gradclip")]
+    assert {(peer.tolerance, peer.norm_rounding) for peer in ours} == {(1e-7, 0.0)}
 
 
 def test_of_every_library_somebody_is_ours() -> None:
