@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
-from bench import docs, tables
+from bench import commands, docs, tables
 from bench.cases import CASES, Load
 from bench.compare import SAME, compare, gone, show_changes
 from bench.errors import BenchError
@@ -189,6 +191,30 @@ def test_the_report_needs_nothing_else_and_escapes(tmp_path: Path) -> None:
     assert "A &lt;b&gt;CPU&lt;/b&gt;" in text
     assert "norm: expected 1, got &lt;2&gt;" in text
     assert "apex: not installed" in text
+
+
+def test_a_report_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "r.html").mkdir()
+    with pytest.raises(BenchError, match=r"r\.html: expected a report that can be written: Is a directory"):
+        commands._report(_results(), tmp_path / "r.json", Console(file=io.StringIO()))
+
+
+@pytest.mark.parametrize(
+    ("asked", "interrupted", "name"),
+    [
+        ({}, False, "a-2-threads-avx2"),
+        ({"quick": True}, False, "a-2-threads-avx2-quick"),
+        ({"quick": True, "cases": ["tiny"]}, False, "a-2-threads-avx2-part"),
+        ({}, True, "a-2-threads-avx2-part"),
+    ],
+)
+def test_only_a_whole_run_takes_the_machines_name(
+    asked: dict[str, Any], interrupted: bool, name: str
+) -> None:
+    arguments = {"quick": False, "cases": None, "contenders": None, "jobs": None} | asked
+    results = Results(_MACHINE | {"cpu": "A (family 1)", "interrupted": interrupted})
+    kind = commands._kind(argparse.Namespace(**arguments), results)
+    assert commands._default_name(results.machine, kind) == name
 
 
 def test_the_terminal_shows_every_table() -> None:
