@@ -2,30 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.cases import CASES
+from bench.cases import CASES, Load
 from bench.jobs import JOBS, NORMS, key
 from bench.peers import CPU, PEERS, present
 from bench.timing import Contender
-from bench.workload import Workload
+from bench.workload import Place, Workload, bytes_needed
 
-__all__ = ["PYTEST_CASES", "axes", "time_by_pytest", "time_roofline"]
+__all__ = ["PYTEST_CASES", "axes", "fitting", "time_by_pytest", "time_roofline"]
 
-PYTEST_CASES = ("gpt2", "mlp", "tiny", "many")  # one of each kind; python -m bench measures all
+PYTEST_CASES = ("gpt2", "mlp", "tiny", "many")  # one of each kind, for who names none
 
 
-def axes() -> list[tuple[str, str]]:
+def fitting(cases: Sequence[str]) -> list[str]:
+    """Those of the cases for which there is memory, one contender at a time."""
+    free = Place.free_memory()
+    return [
+        case
+        for case in cases
+        if max(bytes_needed(Load(CASES[case]), [peer]) for peer in _on_the_host()) <= free
+    ]
+
+
+def axes(cases: Sequence[str]) -> list[tuple[str, str]]:
     """Cases, and the contenders that take part in them."""
     pairs = []
-    for case in PYTEST_CASES:
-        for peer in present():
+    for case in cases:
+        for peer in _on_the_host():
             most = PEERS[peer].most_tensors
-            if PEERS[peer].place == CPU and (most is None or len(CASES[case].shapes) <= most):
+            if most is None or len(CASES[case].shapes) <= most:
                 pairs.append((case, peer))
     return pairs
+
+
+def _on_the_host() -> list[str]:
+    return [peer for peer in present() if PEERS[peer].place == CPU]
 
 
 def time_by_pytest(benchmark: BenchmarkFixture, workload: Workload, job: str, peer: str) -> None:

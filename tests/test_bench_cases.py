@@ -19,11 +19,11 @@ from bench import architectures, reference, suite
 from bench.cases import CASES, DTYPES, MODELS, Load, choose, dtype_of, read_model
 from bench.data import Gradients
 from bench.errors import BenchError
-from bench.harness import PYTEST_CASES, axes
+from bench.harness import PYTEST_CASES, axes, fitting
 from bench.jobs import CLIP, JOBS, NORMS, Job, key
 from bench.peers import CPU, GPU, OURS, PEERS, Peer, present
 from bench.peers.with_numpy import NumpySquares
-from bench.workload import Workload, WrongAnswerError
+from bench.workload import Place, Workload, WrongAnswerError
 
 _ROOT = Path(__file__).resolve().parent.parent
 _MODELS = sorted(architectures.MODELS)
@@ -182,8 +182,33 @@ def test_the_suites_name_what_exists() -> None:
     full = {load.key for experiment in suite.standard(quick=False) for load in experiment.loads}
     assert {load.split("/")[0] for load in full} == set(CASES)
     assert {load.split("/")[1] for load in full} == set(DTYPES)
-    assert {case for case, _ in axes()} == set(PYTEST_CASES)
+    assert {case for case, _ in axes(PYTEST_CASES)} == set(PYTEST_CASES)
     assert {job for experiment in suite.standard(True, ["norms"]) for job in experiment.jobs} == {"norms"}
+
+
+def test_pytest_times_every_case_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Place, "free_memory", staticmethod(lambda: 2**40))
+    assert fitting(list(CASES)) == list(CASES)
+    monkeypatch.setattr(Place, "free_memory", staticmethod(lambda: 2**30))
+    found = fitting(list(CASES))
+    assert {"tiny", "mlp", "many"} <= set(found)
+    assert not {"gpt2-xl", "bytes-4G", "llama-3.2-1b"} & set(found)
+
+
+@pytest.mark.parametrize(
+    ("cases", "status", "told"),
+    [
+        ("count-1,tiny", 0, "cases: count-1, tiny; left out for want of memory: none"),
+        ("tiny,lost", 4, "--cases: expected some of gpt2, .* got lost"),
+    ],
+)
+def test_the_cases_of_pytest(cases: str, status: int, told: str) -> None:
+    command = [sys.executable, "-m", "pytest", "bench", "--collect-only", "--cases", cases]
+    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == status
+    assert re.search(told, done.stdout + done.stderr)
+    assert ("test_norms[count-1-gradclip]" in done.stdout) == (status == 0)
+    assert "gpt2-" not in done.stdout
 
 
 def test_the_gpu_place_imports_without_a_gpu() -> None:
