@@ -159,19 +159,17 @@ class Workload:
 
     def _check(self, name: str, peer: Peer, job: Job, answer: Any) -> None:
         total, norms = peer.total(answer), peer.layer_norms(answer)
-        unit = _UNIT[self.load.dtype]
-        tolerance = max(peer.tolerance, peer.norm_rounding * unit)
         if total is not None:
             expected = self.total / job.scale
             self.errors[name] = abs(total / expected - 1)
-            _close("norm", np.array([total]), np.array([expected]), tolerance)
+            _close("norm", np.array([total]), np.array([expected]), peer.tolerance)
         if norms is not None:
-            _close("norms", np.array(norms), np.array(self.norms) / job.scale, tolerance)
+            _close("norms", np.array(norms), np.array(self.norms) / job.scale, peer.tolerance)
         if job.key == NORMS:
             return
         # Of float16 subnormals, which the smallest elements become; others are halved exactly.
         spacing = 2.0**-24 if self.load.dtype == "float16" else 0.0
-        tolerance = max(tolerance, peer.rounding * unit)
+        tolerance = max(peer.tolerance, peer.rounding * _UNIT[self.load.dtype])
         for i, grad in enumerate(peer.current(answer)):
             now = self.gradients.to_host(grad).reshape(-1)
             places, held = self.gradients.pattern.sample(i, now.size)

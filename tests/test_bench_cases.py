@@ -158,17 +158,15 @@ class _Rough(NumpySquares):
         return [1.024 * norm for norm in reference.norms(self.grads)]
 
 
-def test_a_norm_is_held_to_what_its_dtype_can_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three units in the last place of bfloat16 are an answer; in float32 they are none, and ours never."""
+def test_a_norm_that_is_off_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in bfloat16, in which optax's is 2.4 % off: users see that norm."""
     known: Any = PEERS
     monkeypatch.setitem(known, "rough", _Rough)
-    half = Workload(Load(CASES["bytes-4K"], "bfloat16"))
-    half.contender("rough", JOBS[NORMS])
-    assert half.errors["bytes-4K/bfloat16/norms/rough"] == pytest.approx(0.024)
-    with pytest.raises(WrongAnswerError, match="norm: expected"):
-        Workload(Load(CASES["bytes-4K"])).contender("rough", JOBS[NORMS])
+    for dtype in ("float32", "bfloat16"):
+        with pytest.raises(WrongAnswerError, match="norm: expected"):
+            Workload(Load(CASES["bytes-4K"], dtype)).contender("rough", JOBS[NORMS])
     ours = [peer for key, peer in PEERS.items() if key.startswith("gradclip")]
-    assert {(peer.tolerance, peer.norm_rounding) for peer in ours} == {(1e-7, 0.0)}
+    assert {peer.tolerance for peer in ours} == {1e-7}
 
 
 def test_of_every_library_somebody_is_ours() -> None:

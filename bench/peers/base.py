@@ -26,9 +26,7 @@ class Peer:
         title: Its name in tables.
         place: Where its gradients live.
         needs: The modules that it cannot do without.
-        tolerance: Largest relative error of a norm that is taken for an answer; each error is reported.
-        norm_rounding: The same in halves of a unit in the last place of the gradients' dtype, in which some
-            libraries answer: optax is 2.4 % off in bfloat16, and its time counts all the same.
+        tolerance: Largest relative error that is taken for an answer; each error is reported.
         rounding: Largest relative error of a clipped gradient, in halves of a unit in its last place.
         copies: How many times the gradients' bytes it needs beside the gradients.
         traffic: What it moves, by the way that it is written: the report holds it against the time taken.
@@ -39,7 +37,6 @@ class Peer:
     place: ClassVar[str] = CPU
     needs: ClassVar[tuple[str, ...]] = ()
     tolerance: ClassVar[float] = 1e-2
-    norm_rounding: ClassVar[float] = 8.0
     rounding: ClassVar[float] = 4.0
     copies: ClassVar[float] = 0.0
     most_tensors: ClassVar[int | None] = None

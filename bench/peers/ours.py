@@ -25,7 +25,7 @@ __all__ = [
 
 class Gradclip(Peer):
     key, title = "gradclip", "gradclip"
-    tolerance, norm_rounding, rounding = 1e-7, 0.0, 0.0
+    tolerance, rounding = 1e-7, 0.0
     traffic = traffic(Traffic(1), Traffic(1, 1), Traffic(1), Traffic(1, 1), Traffic(1, 1))
 
     def norms(self) -> Any:
@@ -131,7 +131,7 @@ class GradclipTorch(Torch):
     """The drop-ins of ``gradclip.torch``, in the place of PyTorch's own functions."""
 
     key, title = "gradclip-torch", "gradclip.torch"
-    tolerance, norm_rounding = Gradclip.tolerance, Gradclip.norm_rounding
+    tolerance = Gradclip.tolerance
     traffic = Gradclip.traffic
 
     def __init__(self, grads: Sequence[Any]) -> None:
