@@ -4,12 +4,13 @@ them, which is there for mixed precision."""
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
+from torch.utils.hooks import RemovableHandle
 
 from gradclip.torch._amp import begin_unscaling, measured, parameters_of
 from gradclip.torch._gradients import PARAMETERS, as_threshold, untraced
@@ -102,25 +103,33 @@ def _defer_clip_(
     if state is not None:
         _put(optimizer, divisor)  # scaler.step takes it away
         return measured(state, grads, total, dtype is torch.float64)
-    if not divisor.is_cuda and divisor.item() == 1.0:
-        return total.to(dtype)
-    _put(optimizer, divisor)
-    _hooks[optimizer] = optimizer.register_step_post_hook(lambda optimizer, *_: _take_away(optimizer))
+    if divisor.is_cuda or divisor.item() != 1.0:
+        _put(
+            optimizer, divisor, optimizer.register_step_post_hook(lambda optimizer, *_: _take_away(optimizer))
+        )
     return total.to(dtype)
 
 
-# What was set here and not taken away yet.
-_scales: WeakKeyDictionary[torch.optim.Optimizer, Tensor] = WeakKeyDictionary()
-_hooks: WeakKeyDictionary[torch.optim.Optimizer, Any] = WeakKeyDictionary()
+class _Waiting(NamedTuple):
+    """What was set here for the next step and is not taken away yet."""
+
+    scale: Tensor
+    hook: RemovableHandle | None
 
 
-def _put(optimizer: Any, divisor: Tensor) -> None:
-    optimizer.grad_scale = _scales[optimizer] = divisor.to(torch.float32)
+_waiting: WeakKeyDictionary[torch.optim.Optimizer, _Waiting] = WeakKeyDictionary()
+
+
+def _put(optimizer: Any, divisor: Tensor, hook: RemovableHandle | None = None) -> None:
+    optimizer.grad_scale = divisor.to(torch.float32)
+    _waiting[optimizer] = _Waiting(optimizer.grad_scale, hook)
 
 
 def _take_away(optimizer: Any) -> None:
-    scale, hook = _scales.pop(optimizer, None), _hooks.pop(optimizer, None)
-    if hook is not None:
-        hook.remove()
-    if scale is not None and getattr(optimizer, "grad_scale", None) is scale:
+    waiting = _waiting.pop(optimizer, None)
+    if waiting is None:
+        return
+    if waiting.hook is not None:
+        waiting.hook.remove()
+    if getattr(optimizer, "grad_scale", None) is waiting.scale:
         del optimizer.grad_scale

@@ -9,7 +9,7 @@ import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, SupportsFloat, TypeAlias, TypeVar
+from typing import Any, ParamSpec, SupportsFloat, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ Gradients: TypeAlias = Sequence[Tensor | None]
 Names: TypeAlias = str | Sequence[str]
 PARAMETERS, TENSORS = "parameters[{}].grad", "tensors[{}]"
 
-_F = TypeVar("_F", bound=Callable[..., Any])
+_P, _T = ParamSpec("_P"), TypeVar("_T")
 
 _COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
@@ -313,16 +313,17 @@ def norm_dtype(grads: Gradients) -> torch.dtype:
 # --- The compiler and autograd ------------------------------------------------------------------------
 
 
-def untraced(function: _F) -> _F:
+def untraced(function: Callable[_P, _T]) -> Callable[_P, _T]:
     """The function, which ``torch.compile`` runs between its graphs: traced, what it sets would be lost."""
 
     @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # not before: it imports the compiler
-            return torch.compiler.disable(function)(*args, **kwargs)  # type: ignore[no-untyped-call]
-        return function(*args, **kwargs)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        if not torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        disable: Callable[[Any], Callable[_P, _T]] = torch.compiler.disable  # which imports the compiler
+        return disable(function)(*args, **kwargs)
 
-    return call  # type: ignore[return-value]
+    return call
 
 
 def mark_written(grads: Gradients) -> None:
