@@ -158,6 +158,9 @@ def test_clip_by_a_norm_that_was_measured(device: Device) -> None:
         plan.clip_with_norm(device.array(np.ones(2)), 1.0, 0.1)
     with pytest.raises(ValueError, match="max_norm: expected a number that is not negative, got -1"):
         plan.clip_with_norm(device.array(np.array(1.0)), -1.0, 0.1)
+    host = [values("float32", n, seed=n) for n in (10, 3000)]  # the others are NaN by now
+    grads = [device.array(array) for array in host]
+    plan = _dispatch.engine_of(grads)[0].Plan(grads)
     threshold = device.array(np.array(0.25, np.float32))  # which CuPy cannot make a number of here
     plan.clip_with_norm(device.array(np.array(8.0)), threshold, 0.1)
     _core.read(host).clip_with_norm(8.0, 0.25, 0.1)

@@ -28,11 +28,11 @@ void check_torch(py::handle tensor, const EntryName& name) {
     value_problem("a tensor with memory", "a tensor on the meta device");
 }
 
-// Of a view of torch's that only conjugates or negates, what lies in memory: norms and clips see no signs.
-py::object without_signs(py::object tensor) {
-  if (!is_torch_tensor(tensor)) return tensor;
-  if (tensor.attr("is_conj")().cast<bool>()) tensor = tensor.attr("conj")();
-  return tensor.attr("is_neg")().cast<bool>() ? imported("torch", "_neg_view")(tensor) : tensor;
+// Of a conjugate view, which torch's __dlpack__ refuses, what lies in memory: norms and clips see no signs.
+// (A negative view it hands out as it lies there.)
+py::object without_conjugation(py::object tensor) {
+  const bool is_conjugate = is_torch_tensor(tensor) && tensor.attr("is_conj")().cast<bool>();
+  return is_conjugate ? tensor.attr("conj")() : tensor;
 }
 
 std::string device_name(int type, int id) {
@@ -176,7 +176,7 @@ void read_dlpack(py::handle object, const EntryName& name, const Place& place, E
   ask_device(object, name, place);
   // The capsule is not consumed: it frees what it holds when the last reference to it goes.
   entry.owner =
-      export_capsule(without_signs(py::reinterpret_borrow<py::object>(object)), name, place);
+      export_capsule(without_conjugation(py::reinterpret_borrow<py::object>(object)), name, place);
   PyObject* const capsule = entry.owner.ptr();
   if (PyCapsule_IsValid(capsule, "dltensor_versioned")) {
     const auto* managed = static_cast<const DLManagedTensorVersioned*>(
