@@ -48,7 +48,8 @@ Gradients: TypeAlias = Sequence[Tensor | None]
 Names: TypeAlias = str | Sequence[str]
 PARAMETERS, TENSORS = "parameters[{}].grad", "tensors[{}]"
 
-_P, _T = ParamSpec("_P"), TypeVar("_T")
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 _COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
