@@ -127,6 +127,39 @@ def test_no_thread_for_small_work() -> None:
     assert output_of(code, GRADCLIP_NUM_THREADS="4", OPENBLAS_NUM_THREADS="1") == "fine"
 
 
+def test_a_call_that_is_expected_finds_its_helpers_awake() -> None:
+    """Helpers of a large call are woken for the next one, by the read of its arrays too; else they sleep."""
+    code = """
+    import os, time
+    import numpy as np
+    import gradclip
+    from gradclip import _core
+    tasks = lambda: set(os.listdir("/proc/self/task"))
+    before = tasks()
+    large = [np.ones(4_000_000, np.float32) for _ in range(4)]
+    small = [np.ones(64, np.float32)]
+    gradclip.global_norm(large)
+    helpers = tasks() - before
+    def sleeps():
+        "How often helpers went to sleep, once all do."
+        time.sleep(0.05)
+        status = "".join(open(f"/proc/self/task/{task}/status").read() for task in helpers)
+        return sum(int(line.split()[1]) for line in status.splitlines() if line.startswith("voluntary"))
+    def slept_after(call):
+        asleep = sleeps()
+        call()
+        return sleeps() - asleep
+    assert helpers and slept_after(lambda: None) == 0
+    assert slept_after(_core.expect_call) > 0
+    assert slept_after(lambda: _core.read(small)) > 0
+    gradclip.global_norm(small)
+    assert slept_after(_core.expect_call) == 0, "the last call had none"
+    assert slept_after(lambda: gradclip.global_norm(large)) > 0
+    print("fine")
+    """
+    assert output_of(code, GRADCLIP_NUM_THREADS="4", OPENBLAS_NUM_THREADS="1") == "fine"
+
+
 _FORK = """
 import os, signal, sys, threading, time, warnings
 import numpy as np

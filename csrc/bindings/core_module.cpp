@@ -16,9 +16,13 @@ using gb::Gradients;
 
 namespace {
 
-Gradients readable(const py::object& grads) { return Gradients(grads, gb::HostReader{}); }
+Gradients readable(const py::object& grads) {
+  gradclip::cpu::expect_call();
+  return Gradients(grads, gb::HostReader{});
+}
 
 Gradients writable(const py::object& grads, bool keeps_storages = false) {
+  gradclip::cpu::expect_call();
   Gradients read(grads, gb::HostReader{keeps_storages});
   read.find_overlaps();
   return read;
@@ -108,6 +112,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       py::arg("n"));
   m.def("get_num_threads", &gradclip::cpu::num_threads);
   m.def("num_started_threads", &gradclip::cpu::num_started_threads);
+  m.def("expect_call", &gradclip::cpu::expect_call);
   m.def("set_isa", &gradclip::cpu::set_isa, py::arg("name"));
   m.def("get_isa", &gradclip::cpu::isa_name);
   m.def("supported_isas", &gradclip::cpu::supported_isas);

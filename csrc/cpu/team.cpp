@@ -4,6 +4,7 @@
 #include <sched.h>
 #include <signal.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -24,8 +25,8 @@ namespace gradclip::cpu {
 namespace {
 
 constexpr int kMaxThreads = 1024;
-// A helper looks for the next call this long before it sleeps: training code that clips in a loop,
-// and the two passes of one clip, find it awake. Waking a sleeping thread takes 5 to 50 us.
+// A helper looks for work this long before it sleeps: the two passes of one clip find it awake, and
+// so does a call that has announced itself. Waking a sleeping thread takes 5 to 50 us.
 constexpr auto kSpinTime = std::chrono::microseconds(100);
 
 constexpr int kSpinsBeforeYield = 1000;  // about 20 us
@@ -53,7 +54,7 @@ class Team {
       wanted_ = threads - 1;
       generation_.fetch_add(1, std::memory_order_release);
     }
-    wake_.notify_all();
+    rouse(threads - 1);
     work(0);
     {
       std::lock_guard lock(mutex_);
@@ -63,6 +64,16 @@ class Team {
     // has lost its processor may be waiting for this one.
     for (int spins = 0; active_.load(std::memory_order_acquire) != 0; ++spins)
       spins < kSpinsBeforeYield ? pause() : std::this_thread::yield();
+  }
+
+  // Let `count` helpers look for work for a while.
+  void alert(int count) {
+    if (sleeping_.load(std::memory_order_relaxed) == 0) return;
+    {
+      std::lock_guard lock(mutex_);
+      ++alerts_;
+    }
+    rouse(count);
   }
 
   int started() {
@@ -88,6 +99,12 @@ class Team {
   };
 
  private:
+  // Wake no more than are asleep and wanted: each takes the caller a microsecond or more.
+  void rouse(int count) {
+    for (int i = std::min(count, sleeping_.load(std::memory_order_relaxed)); i > 0; --i)
+      wake_.notify_one();
+  }
+
   bool start_helper() {
     // Signals are for the program's own threads: a helper that took one would take it with whatever
     // mask the first large call happened to have.
@@ -132,16 +149,27 @@ class Team {
   }
 
   void wait_for_change(std::uint64_t seen) {
+    const auto changed = [&] { return generation_.load(std::memory_order_acquire) != seen; };
+    while (!happens_soon(changed)) {
+      std::unique_lock lock(mutex_);
+      const std::uint64_t alerts = alerts_;
+      ++sleeping_;
+      wake_.wait(lock, [&] { return changed() || alerts_ != alerts; });
+      --sleeping_;
+    }
+  }
+
+  template <class Condition>
+  static bool happens_soon(Condition condition) {
     const auto until = std::chrono::steady_clock::now() + kSpinTime;
     do {
       for (int i = 0; i < 32; ++i) {
-        if (generation_.load(std::memory_order_acquire) != seen) return;
+        if (condition()) return true;
         pause();
       }
       std::this_thread::yield();  // costs little where nobody else wants the processor
     } while (std::chrono::steady_clock::now() < until);
-    std::unique_lock lock(mutex_);
-    wake_.wait(lock, [&] { return generation_.load(std::memory_order_relaxed) != seen; });
+    return false;
   }
 
   std::atomic_flag busy_;
@@ -150,6 +178,8 @@ class Team {
   std::vector<std::thread> helpers_;
   const Work* work_ = nullptr;
   int wanted_ = 0, joined_ = 0;
+  std::atomic<int> sleeping_{0};
+  std::uint64_t alerts_ = 0;
   std::atomic<std::uint64_t> generation_{0};
   std::atomic<int> active_{0};
 };
@@ -199,6 +229,7 @@ int threads_from_environment() {
 }
 
 std::atomic<int> chosen_threads{0};
+std::atomic<int> helpers_of_last_call{0};
 
 struct alignas(64) Share {
   std::atomic<std::size_t> taken{0};
@@ -222,6 +253,12 @@ int num_started_threads() {
   return helpers ? helpers->started() : 0;
 }
 
+void expect_call() {
+  const int count = helpers_of_last_call.load(std::memory_order_relaxed);
+  Team* const helpers = the_team.load();
+  if (count > 0 && helpers) helpers->alert(count);
+}
+
 void run_tasks(std::size_t tasks, int threads, bool last_first,
                const std::function<void(std::size_t)>& work) {
   const DefaultFloatEnvironment environment;
@@ -229,6 +266,7 @@ void run_tasks(std::size_t tasks, int threads, bool last_first,
     for (std::size_t i = 0; i < tasks; ++i) work(last_first ? tasks - 1 - i : i);
   };
   if (static_cast<std::size_t>(threads) > tasks) threads = static_cast<int>(tasks);
+  helpers_of_last_call.store(threads - 1, std::memory_order_relaxed);
   if (threads <= 1) return alone();
   Team* const helpers = team();
   if (!helpers) return alone();

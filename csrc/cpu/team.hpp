@@ -22,6 +22,9 @@ void init_num_threads();
 // Helpers started so far in this process.
 int num_started_threads();
 
+// A call may come in some microseconds: where the last one had helpers, they wake up meanwhile.
+void expect_call();
+
 // Call work(task) once for every task in [0, tasks), on the calling thread and at most threads - 1
 // helpers. Each thread begins with a share of its own, of neighbouring tasks, and then helps with the
 // others' shares. Work must not throw.

@@ -14,6 +14,7 @@ from typing import Any, ParamSpec, SupportsFloat, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from gradclip import _core
 from gradclip._dispatch import PlannedGradients, engine_of, why_no_gpu
 
 __all__ = [
@@ -124,6 +125,8 @@ def gradients_of(parameters: Sequence[Tensor]) -> list[Tensor | None]:
     Raises:
         TypeError: An entry is not a tensor.
     """
+    if not torch.compiler.is_compiling():
+        _core.expect_call()  # 100 parameters take about as long as to wake a thread
     try:
         return [parameter.grad for parameter in parameters]
     except AttributeError:
