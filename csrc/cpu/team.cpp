@@ -4,7 +4,6 @@
 #include <sched.h>
 #include <signal.h>
 
-#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -99,10 +98,10 @@ class Team {
   };
 
  private:
-  // Wake no more than are asleep and wanted: each takes the caller a microsecond or more.
+  // Wake no more than are wanted: each takes the caller a microsecond or more.
   void rouse(int count) {
-    for (int i = std::min(count, sleeping_.load(std::memory_order_relaxed)); i > 0; --i)
-      wake_.notify_one();
+    if (count >= sleeping_.load(std::memory_order_relaxed)) return wake_.notify_all();
+    for (int i = 0; i < count; ++i) wake_.notify_one();
   }
 
   bool start_helper() {
