@@ -12,6 +12,7 @@ import argparse
 import json
 import statistics
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,10 +77,10 @@ def _ceiling(samples: dict[str, Rounds], load: str, job: str) -> dict[str, list[
     return {kind: [sum(pair) for pair in zip(read[kind], both[kind], strict=True)] for kind in _KINDS}
 
 
-def _measure(workload: Workload, rounds: int) -> dict[str, Any]:
+def _measure(workload: Workload, rounds: int, only: Collection[str]) -> dict[str, Any]:
     """The samples of every job and contender, and what went wrong."""
     load = workload.load.key
-    taking_part = [name for name in present() if PEERS[name].place == GPU]
+    taking_part = [name for name in present() if PEERS[name].place == GPU and (not only or name in only)]
     contenders = workload.contenders((peer, job) for peer in taking_part for job in _JOBS.values())
     protocol = Protocol(rounds, calls=1, warm_up=WARM_UP, settle=0.0)
     measured = measure([*workload.rooflines(), *contenders], protocol)
@@ -184,12 +185,14 @@ def describe_gpu() -> dict[str, Any]:
     }
 
 
-def run(rounds: int) -> dict[str, Any]:
-    """Measure every case and job that fits into the device's memory."""
+def run(rounds: int, cases: Collection[str] = SHAPES, only: Collection[str] = ()) -> dict[str, Any]:
+    """Measure every job and case that fits into the device's memory, of ``only`` those peers if not empty."""
     from bench.device import GpuPlace  # noqa: PLC0415 (needs a GPU)
 
     results: dict[str, Any] = {"machine": describe_gpu(), "rounds": rounds, "cases": {}, "left_out": []}
     for title, (shapes, dtype) in SHAPES.items():
+        if title not in cases:
+            continue
         load = Load(Case(title, title, "a promise about a GPU", shapes), dtype)
         needed = 3 * load.nbytes  # the gradients, and two buffers that measure a copy
         if needed > GpuPlace.free_memory():
@@ -200,7 +203,7 @@ def run(rounds: int) -> dict[str, Any]:
         results["cases"][title] = {
             "nbytes": load.nbytes,
             "copy_bytes_per_s": copy_speed(load.nbytes),
-            **_measure(workload, rounds),
+            **_measure(workload, rounds, only),
         }
         del workload
         cupy.get_default_memory_pool().free_all_blocks()

@@ -121,7 +121,7 @@ def test_a_gpus_run_has_three_times_of_everybody(monkeypatch: pytest.MonkeyPatch
         )
         workload = Workload(Load(CASES["bytes-4K"]), _EmulatedPlace)
         gpu.check(workload)
-        found = gpu._measure(workload, 2)
+        found = gpu._measure(workload, 2, ())
     for job in gpu.JOBS:
         assert list(found[job]) == ["ceiling", "gradclip", "gradclip Plan"]
         for times in found[job].values():

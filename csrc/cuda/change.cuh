@@ -115,20 +115,23 @@ __device__ __forceinline__ void change(const ChangeArguments& arguments,
       arguments.flags ? arguments.flags->action : static_cast<std::uint8_t>(ClipDecision::scale));
   if (action == ClipDecision::nothing) return;
   const TableView& table = arguments.table;
-  walk_backward(
-      table, entries, [&](std::uint32_t i, const TensorEntry& entry, const TileRange& tiles) {
-        if (action == ClipDecision::zero) {
-          with_real_type(entry.dtype, [&](auto type) {
-            using T = decltype(type);
-            change_tiles<T>(entry, table, tiles, [](T) { return T{}; });
-          });
-          return;
-        }
-        const double factor = arguments.flags
-                                  ? arguments.coefficients[table.group_of(i)] / arguments.grad_scale
-                                  : arguments.factor;
-        if (factor != 1.0) scale_tiles(entry, table, tiles, factor);
+  const auto visit = [&](std::uint32_t i, const TensorEntry& entry, const TileRange& tiles) {
+    if (action == ClipDecision::zero) {
+      with_real_type(entry.dtype, [&](auto type) {
+        using T = decltype(type);
+        change_tiles<T>(entry, table, tiles, [](T) { return T{}; });
       });
+      return;
+    }
+    const double factor = arguments.flags
+                              ? arguments.coefficients[table.group_of(i)] / arguments.grad_scale
+                              : arguments.factor;
+    if (factor != 1.0) scale_tiles(entry, table, tiles, factor);
+  };
+  if constexpr (kChangesBackward)
+    walk_backward(table, entries, visit);
+  else
+    walk(table, entries, visit);
 }
 
 template <class T>

@@ -1,4 +1,5 @@
-// Geometry and tuning: the one place for numbers that change speed and never a result.
+// Geometry and tuning: the one place for numbers that change speed and never a result. They are tried out
+// by `python -m bench.sweep`.
 #pragma once
 
 #include <cstddef>
@@ -18,7 +19,8 @@ constexpr Tuning tuning_for(int arch) {
   // High-bandwidth memory (A100, H100, H200, B200) needs about 40 KB in flight for each
   // multiprocessor: 24 warps with 8 rows of 512 bytes are 96 KB. Others need far less.
   const bool high_bandwidth = arch == 800 || arch == 900 || arch == 1000;
-  return high_bandwidth ? Tuning{8, 4} : Tuning{4, 2};
+  return high_bandwidth ? Tuning{.rows_in_flight = 8, .vectors_in_flight = 4}
+                        : Tuning{.rows_in_flight = 4, .vectors_in_flight = 2};
 }
 
 inline constexpr int kThreads = 256;
@@ -36,6 +38,9 @@ inline constexpr std::int64_t kTileCost =
 // The least for a block: two tiles. With one tile for each warp a model of 5 MB would keep only a
 // third of a large GPU's multiprocessors busy. At least kTileCost, so that no block has nothing.
 inline constexpr std::int64_t kLeastCostPerBlock = 2 * kTileCost;
+
+// Whether the pass that changes memory begins where the norms ended, of which the cache may hold something.
+inline constexpr bool kChangesBackward = true;
 
 // Entries of a table that travels as a kernel argument; 32764 bytes are the most an argument may
 // have.

@@ -1,0 +1,134 @@
+"""The sweep of the tuning constants, as far as it goes without a GPU: what it builds, how it judges."""
+
+from __future__ import annotations
+
+import difflib
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from rich.console import Console
+
+from bench import gpu, sweep
+from bench.errors import BenchError
+from gradclip._dispatch import why_no_gpu
+
+_ROOT = Path(__file__).resolve().parent.parent
+_HEADER = (_ROOT / sweep._TUNING).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("constant", sweep.VALUES)
+def test_a_variant_changes_one_constant(constant: str) -> None:
+    base, *varied = sweep.variants([constant], _HEADER)
+    assert base == sweep.Variant()
+    assert base.applied_to(_HEADER) == _HEADER
+    assert len(varied) >= len(sweep.VALUES[constant]) - 1 >= 1
+    for variant in varied:
+        lines = difflib.ndiff(_HEADER.splitlines(), variant.applied_to(_HEADER).splitlines())
+        added = [line for line in lines if line.startswith("+ ")]
+        assert added
+        assert all(f"{constant} = {variant.value}" in line for line in added)
+
+
+def test_no_two_variants_share_a_file() -> None:
+    chosen = sweep.variants(list(sweep.VALUES), _HEADER)
+    assert len({variant.module for variant in chosen}) == len(chosen) > 20
+
+
+def test_a_constant_that_is_unknown_or_gone() -> None:
+    with pytest.raises(BenchError, match=r"unknown constant kWarps; there are rows_in_flight, "):
+        sweep.variants(["kWarps"], _HEADER)
+    with pytest.raises(BenchError, match=r"kThreads: expected a constant that .*tuning\.hpp sets"):
+        sweep.Variant("kThreads", "1").applied_to("constexpr int kWarps = kThreads / 32;")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--rounds", "0"], "--rounds: expected 1 or more, got 0"),
+        (["--build"], "--build: expected --arch with it"),
+        (
+            ["--build", "--arch", "90", "--constants", "kNone"],
+            "unknown constant kNone; there are rows_in_flight",
+        ),
+        (["--build", "--measure"], "not allowed with argument"),
+    ],
+)
+def test_mistakes(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with mock.patch.object(sys, "argv", ["sweep", *arguments]), pytest.raises(SystemExit) as stopped:
+        sweep.main()
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+    if not why_no_gpu():  # as it is: no skip, since on a GPU the command itself is what runs
+        return
+    told = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "bench.sweep", "--out", str(tmp_path / "out")],
+        cwd=_ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert told.returncode == gpu.NO_GPU
+    assert told.stderr.startswith("no GPU: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_first_error_of_a_command_is_told() -> None:
+    said = "print('one'); print('x.cu(3): error: no such thing'); print('error again'); raise SystemExit(2)"
+    assert sweep._run([sys.executable, "-c", "pass"]) == ""
+    assert sweep._run([sys.executable, "-c", said]) == "x.cu(3): error: no such thing"
+
+
+def test_a_variant_that_fails_is_out_and_the_others_go_on(tmp_path: Path) -> None:
+    good, bad = sweep.Variant(), sweep.Variant("kThreads", "128")
+    turns: list[str] = []
+
+    def turn(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        turns.append(command[command.index("--turn") + 1])
+        if turns[-1] == str(bad.module):
+            return subprocess.CompletedProcess(command, 1, "", "Traceback\nAssertionError: not the bits\n")
+        return subprocess.CompletedProcess(command, 0, json.dumps({"case": {"norms": [1.0]}}), "")
+
+    with mock.patch("subprocess.run", turn):
+        measured = sweep.measure([good, bad], 3, ["case"])
+    assert turns.count(str(good.module)) == 3
+    assert turns.count(str(bad.module)) == 1
+    assert measured["samples"] == {sweep.BASE: [{"case": {"norms": [1.0]}}] * 3}
+    assert measured["failures"] == {bad.name: "AssertionError: not the bits"}
+
+
+def test_what_was_built_is_of_this_commit(tmp_path: Path) -> None:
+    with (
+        mock.patch.object(sweep, "_BUILT", tmp_path),
+        mock.patch.object(gpu, "describe_gpu", return_value={"commit": "new"}),
+    ):
+        with pytest.raises(BenchError, match="nothing is built"):
+            sweep.measure_built([sweep.Variant()], 1, [])
+        (tmp_path / "built.json").write_text(json.dumps({"commit": "old", "failures": {}}))
+        with pytest.raises(BenchError, match="built from commit old, this is new"):
+            sweep.measure_built([sweep.Variant()], 1, [])
+
+
+def test_the_table_pairs_the_turns_of_a_round() -> None:
+    case = next(iter(gpu.SHAPES))
+    faster = "kThreads = 128"
+    results = {
+        "cases": [case],
+        "samples": {
+            sweep.BASE: [
+                {case: {"norms": [2.0, 1.0, 3.0]}},
+                {case: {"norms": [4.0]}},
+                {case: {"norms": [1.0]}},
+            ],
+            faster: [{case: {"norms": [1.0]}}, {case: {"norms": [3.0]}}, {case: {"norms": [0.25]}}],
+        },
+    }
+    assert sweep.ratios(results["samples"], faster, case, "norms") == [0.5, 0.75, 0.25]  # type: ignore[arg-type]
+    text = io.StringIO()
+    Console(file=text, width=250).print(sweep.table(results))
+    assert "0.500 (0.250 … 0.750)" in text.getvalue()
+    assert "1.000 (1.000 … 1.000)" in text.getvalue()
