@@ -153,9 +153,11 @@ def measure_here(path: Path, cases: Sequence[str]) -> dict[str, Any]:
     """Seconds on the device of each case and job, with that module: a turn of one variant."""
     take_module(path)
     results = gpu.run(rounds=5, cases=cases, only=["gradclip-gpu"])
+    for case, rows in results["cases"].items():
+        if rows["failures"]:
+            raise AssertionError(f"{case}: {rows['failures']}")
     return {
-        case: {job: rows[job]["gradclip"]["device"] for job in gpu.JOBS if "gradclip" in rows[job]}
-        | {"failures": rows["failures"]}
+        case: {job: rows[job]["gradclip"]["device"] for job in gpu.JOBS}
         for case, rows in results["cases"].items()
     }
 

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -81,6 +82,19 @@ def test_the_first_error_of_a_command_is_told() -> None:
     said = "print('one'); print('x.cu(3): error: no such thing'); print('error again'); raise SystemExit(2)"
     assert sweep._run([sys.executable, "-c", "pass"]) == ""
     assert sweep._run([sys.executable, "-c", said]) == "x.cu(3): error: no such thing"
+
+
+def test_a_turn_is_the_time_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[Path] = []
+    rows: dict[str, Any] = {job: {"gradclip": {"device": [1.0], "host": [2.0]}} for job in gpu.JOBS}
+    results = {"cases": {"case": rows | {"failures": {}}}}
+    monkeypatch.setattr(sweep, "take_module", taken.append)
+    monkeypatch.setattr(gpu, "run", lambda **_: results)
+    assert sweep.measure_here(Path("a.so"), ["case"]) == {"case": {job: [1.0] for job in gpu.JOBS}}
+    assert taken == [Path("a.so")]
+    results["cases"]["case"]["failures"] = {"norms": "wrong answer"}
+    with pytest.raises(AssertionError, match=r"case: .*wrong answer"):
+        sweep.measure_here(Path("a.so"), ["case"])
 
 
 def test_a_variant_that_fails_is_out_and_the_others_go_on(tmp_path: Path) -> None:
