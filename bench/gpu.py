@@ -55,6 +55,7 @@ _NAMES = {
     "CuPy sum": "cupy-sum",
     "torch foreach": "torch-cuda",
     "torch loop": "torch-cuda-loop",
+    "optax": "optax-cuda",
     "apex": "apex",
     "TransformerEngine": "transformer-engine",
 }
@@ -81,10 +82,15 @@ def _measure(workload: Workload, rounds: int, only: Collection[str]) -> dict[str
     """The samples of every job and contender, and what went wrong."""
     load = workload.load.key
     taking_part = [name for name in present() if PEERS[name].place == GPU and (not only or name in only)]
-    contenders = workload.contenders((peer, job) for peer in taking_part for job in _JOBS.values())
+    tensors = len(workload.gradients.arrays)
+    too_many = {name: most for name in taking_part if (most := PEERS[name].most_tensors or tensors) < tensors}
+    contenders = workload.contenders(
+        (peer, job) for peer in taking_part if peer not in too_many for job in _JOBS.values()
+    )
     protocol = Protocol(rounds, calls=1, warm_up=WARM_UP, settle=0.0)
     measured = measure([*workload.rooflines(), *contenders], protocol)
-    found: dict[str, Any] = {"failures": workload.failures | measured.failures}
+    left_out = {name: f"more than {most} tensors" for name, most in too_many.items()}
+    found: dict[str, Any] = {"failures": workload.failures | measured.failures | left_out}
     for job, suite_job in _JOBS.items():
         found[job] = {"ceiling": _ceiling(measured.samples, load, job)}
         for name, peer in _NAMES.items():

@@ -16,10 +16,11 @@ from bench import gpu
 from bench.cases import CASES, Array, Load
 from bench.data import Gradients
 from bench.jobs import JOBS, NORMS
-from bench.peers import GPU, OURS, PEERS, ours
+from bench.peers import GPU, OURS, PEERS, ours, with_jax
 from bench.timing import Clock, host_clock
 from bench.workload import READ, READ_WRITE, Place, Workload
 from device import Device, _memory, emulated_device
+from gradclip._dispatch import why_no_gpu
 
 _KEYS = [key for key in PEERS if key.startswith("gradclip-gpu")]
 
@@ -53,6 +54,25 @@ def test_every_job(peer: str, job: str, device: Device, monkeypatch: pytest.Monk
     contender.undo(answer, 1 / todo.coefficient)
     for now, before in zip(contender.grads, host, strict=True):
         assert np.array_equal(device.host(now), before)
+
+
+def test_optax_on_a_gpu_but_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies go where they are told to, and each job is done."""
+    assert PEERS["optax-cuda"].missing() or not why_no_gpu()
+    assert with_jax._cuda_is_missing() in (None, "this JAX reaches no GPU")
+    monkeypatch.setattr(with_jax.OptaxCuda, "platform", "cpu")
+    assert with_jax._cuda_is_missing() is None
+    grads = Gradients(Load(CASES["bytes-4K"])).arrays
+    total = math.hypot(*(float(np.linalg.norm(grad)) for grad in grads))
+    for job in JOBS.values():
+        peer = with_jax.OptaxCuda(grads)
+        answer = peer.call(job, job.threshold(total))()
+        if job.key == NORMS:
+            assert peer.total(answer) == pytest.approx(total, rel=1e-5)
+            continue
+        peer.confirm(answer, job.threshold(total), job.coefficient < 1)
+        for now, before in zip(peer.current(answer), grads, strict=True):
+            np.testing.assert_allclose(now, before * np.float32(job.coefficient), rtol=1e-5)
 
 
 class _EmulatedGradients(Gradients):

@@ -14,7 +14,7 @@ from bench.peers.ours import (
     GradclipTorchCuda,
 )
 from bench.peers.with_cupy import CupyNrm2, CupySquares
-from bench.peers.with_jax import Optax, OptaxDonated
+from bench.peers.with_jax import Optax, OptaxCuda, OptaxDonated
 from bench.peers.with_numpy import Numba, NumpyDot, NumpySquares
 from bench.peers.with_torch import Apex, Torch, TorchCuda, TorchCudaLoop, TorchLoop, TransformerEngine
 from bench.timing import describe_error
@@ -26,7 +26,7 @@ PEERS: Mapping[str, type[Peer]] = {
     for peer in (
         Gradclip, GradclipPlan, GradclipTorch, NumpyDot, NumpySquares, Numba, Torch, TorchLoop, OptaxDonated,
         Optax, GradclipGpu, GradclipGpuPlan, GradclipTorchCuda, CupyNrm2, CupySquares, TorchCuda,
-        TorchCudaLoop, Apex, TransformerEngine,
+        TorchCudaLoop, OptaxCuda, Apex, TransformerEngine,
     )
 }  # fmt: skip
 # What the others are compared with, by place.

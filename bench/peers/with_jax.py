@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from bench.cases import Array
 from bench.jobs import LOG, NORMS, UNSCALE, Job, Traffic
-from bench.peers.base import Peer, traffic
+from bench.peers.base import GPU, Peer, traffic
+from gradclip._dispatch import why_no_gpu
 
-__all__ = ["Optax", "OptaxDonated"]
+__all__ = ["Optax", "OptaxCuda", "OptaxDonated"]
+
+# Read when JAX first looks for a GPU, of whose memory it would take three quarters.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
 class Optax(Peer):
     key, title = "optax", "optax, jit"
-    needs = ("jax", "optax")
+    needs: ClassVar[tuple[str, ...]] = ("jax", "optax")
     copies = 2.0  # its own gradients and the clipped ones
     most_tensors = 1000  # compiling a program of 20 000 arguments takes longer than all else together
     traffic = traffic(Traffic(1), Traffic(1, 1), Traffic(1, 1), Traffic(1, 1), Traffic(2, 1))
     donate = False
+    platform = "cpu"  # of JAX: where there is a GPU, that would be its choice
 
-    def __init__(self, grads: Sequence[Array]) -> None:
+    def __init__(self, grads: Sequence[Any]) -> None:
         super().__init__(grads)
         # By name: they come without types.
         self._jax: Any = importlib.import_module("jax")
@@ -34,7 +40,13 @@ class Optax(Peer):
     def copy_gradients(self) -> None:
         """Copies in any case: JAX would take aligned NumPy memory as it is, and others write into it."""
         self._jax_grads: Any = []  # those there were, if any, are let go of first
-        self._jax_grads = [self._jax.numpy.array(g, copy=True) for g in self.grads]
+        with self._jax.default_device(self._jax.devices(self.platform)[0]):
+            self._jax_grads = [self._jax.numpy.array(self._on_host(g), copy=True) for g in self.grads]
+
+    @staticmethod
+    def _on_host(grad: Any) -> Array:
+        array: Array = grad
+        return array
 
     def call(self, job: Job, max_norm: float) -> Callable[[], Any]:
         """Compiled with the threshold in it, as one writes it into an optimizer."""
@@ -81,7 +93,7 @@ class OptaxDonated(Optax):
     donate = True
     traffic = traffic(Traffic(1), Traffic(1, 1), Traffic(1), Traffic(1, 1), Traffic(2, 1))
 
-    def __init__(self, grads: Sequence[Array]) -> None:
+    def __init__(self, grads: Sequence[Any]) -> None:
         super().__init__(grads)
         self._scale = self._jax.jit(lambda grads, c: [g * c.astype(g.dtype) for g in grads], donate_argnums=0)
 
@@ -96,3 +108,28 @@ class OptaxDonated(Optax):
     def undo(self, answer: Any, factor: float) -> None:
         scaled = self._scale(self._jax_grads, self._jax.numpy.asarray(factor))
         self._jax_grads = self._jax.block_until_ready(scaled)
+
+
+class OptaxCuda(OptaxDonated):
+    """The same on a GPU. JAX has streams of its own, but each call waits: events around it see its time."""
+
+    key, title = "optax-cuda", "optax, jit, donated, GPU"
+    place, platform = GPU, "cuda"
+    needs = ("jax", "optax", "cupy")
+
+    @classmethod
+    def missing(cls) -> str | None:
+        return super().missing() or why_no_gpu() or _cuda_is_missing()
+
+    @staticmethod
+    def _on_host(grad: Any) -> Array:
+        array: Array = importlib.import_module("cupy").asnumpy(grad)
+        return array
+
+
+def _cuda_is_missing() -> str | None:
+    try:
+        importlib.import_module("jax").devices(OptaxCuda.platform)
+    except RuntimeError:
+        return "this JAX reaches no GPU"
+    return None
