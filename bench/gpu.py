@@ -81,7 +81,7 @@ def _ceiling(samples: dict[str, Rounds], load: str, job: str) -> dict[str, list[
 def _measure(workload: Workload, rounds: int, only: Collection[str]) -> dict[str, Any]:
     """The samples of every job and contender, and what went wrong."""
     load = workload.load.key
-    taking_part = [name for name in present() if PEERS[name].place == GPU and (not only or name in only)]
+    taking_part = [name for name in only or present() if PEERS[name].place == GPU]
     tensors = len(workload.gradients.arrays)
     too_many = {name: most for name in taking_part if (most := PEERS[name].most_tensors or tensors) < tensors}
     contenders = workload.contenders(

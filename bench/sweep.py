@@ -8,15 +8,17 @@ and ``--measure`` no nvcc.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import os
 import random
 import re
 import shutil
+import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,6 @@ from rich.table import Table
 
 from bench import gpu
 from bench.errors import BenchError
-from bench.machine import describe
 from bench.results import check_writable
 from bench.timing import spread
 from gradclip._dispatch import why_no_gpu
@@ -38,16 +39,16 @@ _TUNING = Path("csrc", "cuda", "tuning.hpp")
 _BUILT = _ROOT / "build" / "sweep"
 
 BASE = "as committed"
+_TURN_SECONDS = 120  # after which a variant hangs
 # What each constant may be besides what it is.
 VALUES: dict[str, tuple[str, ...]] = {
     "rows_in_flight": ("1", "2", "4", "8", "16"),
     "vectors_in_flight": ("1", "2", "4", "8"),
     "kThreads": ("128", "256"),
     "kBlocksPerMultiprocessor": ("1", "2", "3", "4"),
-    "kBlocksOfLargeKernels": ("1", "2", "3"),
-    "kTileEndCost": ("0", "4", "8", "16", "32"),
+    "kTileEndCost": ("1", "4", "8", "16", "32"),
     "kLeastCostPerBlock": tuple(f"{n} * kTileCost" for n in (1, 2, 4, 8)),
-    "kArgumentEntries": ("120", "480", "960"),
+    "kArgumentEntries": ("160", "480", "960"),
     "kChangesBackward": ("false", "true"),
 }
 
@@ -91,12 +92,14 @@ def variants(constants: Sequence[str], tuning: str) -> list[Variant]:
 
 
 def build(chosen: Sequence[Variant], architecture: str) -> dict[str, str]:
-    """Compile the CUDA module of every variant; those that fail, with the reason."""
+    """Compile the CUDA module of every variant; why some have none, by their names.
+
+    Raises:
+        BenchError: What is committed cannot be built.
+    """
     cmake = shutil.which("cmake")
     if cmake is None or importlib.util.find_spec("pybind11") is None:
         raise BenchError("building: expected cmake and pybind11: pip install cmake pybind11")
-    import pybind11  # noqa: PLC0415 (only here)
-
     shutil.rmtree(_BUILT, ignore_errors=True)
     tree = _BUILT / "tree"
     tree.mkdir(parents=True)
@@ -106,24 +109,42 @@ def build(chosen: Sequence[Variant], architecture: str) -> dict[str, str]:
     configure = [
         cmake, "-S", str(tree), "-B", str(tree / "build"), "-DCMAKE_BUILD_TYPE=Release",
         "-DGRADCLIP_CUDA=ON", f"-DCMAKE_CUDA_ARCHITECTURES={architecture}-real",
-        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={importlib.import_module('pybind11').get_cmake_dir()}",
+        f"-DPython_EXECUTABLE={sys.executable}",
     ]  # fmt: skip
     problem = _run(configure)
     if problem:
         raise BenchError(f"cmake: {problem}")
     tuning = (_ROOT / _TUNING).read_text(encoding="utf-8")
-    failures = {}
+    make = [cmake, "--build", str(tree / "build"), "--target", "_cuda", "-j", str(os.cpu_count() or 1)]
+    left_out = {}
     for variant in track(chosen, "building", console=Console(stderr=True)):
         (tree / _TUNING).write_text(variant.applied_to(tuning), encoding="utf-8")
-        jobs = str(os.cpu_count() or 1)
-        problem = _run([cmake, "--build", str(tree / "build"), "--target", "_cuda", "-j", jobs])
+        problem = _run(make)
+        if problem and variant.name == BASE:
+            raise BenchError(f"{BASE}: {problem}")
         if problem:
-            failures[variant.name] = problem
+            left_out[variant.name] = problem
             continue
         (module,) = (tree / "build").glob("_cuda.*.so")
+        if variant.name != BASE and module.read_bytes() == Variant().module.read_bytes():
+            left_out[variant.name] = f"the same code as {BASE} for this GPU"
+            continue
         shutil.copy(module, variant.module)
-    (_BUILT / "built.json").write_text(json.dumps({"commit": describe()["commit"], "failures": failures}))
-    return failures
+    built = {"sources": hash_of_sources(), "left_out": left_out}
+    (_BUILT / "built.json").write_text(json.dumps(built), encoding="utf-8")
+    return left_out
+
+
+def hash_of_sources() -> str:
+    """Of all that modules are built from."""
+    found = hashlib.sha256()
+    for source in _SOURCES:
+        path = _ROOT / source
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file():
+                found.update(str(file.relative_to(_ROOT)).encode() + b"\0" + file.read_bytes())
+    return found.hexdigest()
 
 
 def _run(command: Sequence[str]) -> str:
@@ -162,53 +183,77 @@ def measure_here(path: Path, cases: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def measure(chosen: Sequence[Variant], rounds: int, cases: Sequence[str]) -> dict[str, Any]:
-    """Every variant has one turn in each round, in an order drawn anew."""
+def measure(
+    chosen: Sequence[Variant], rounds: int, cases: Sequence[str], keep: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Every variant has one turn in each round, in an order drawn anew.
+
+    ``keep`` gets what there is after every round: samples by variant, and why some have none.
+
+    Raises:
+        BenchError: What is committed fails.
+    """
     order = random.Random(0)
-    samples: dict[str, Any] = {variant.name: [] for variant in chosen}
-    failures: dict[str, str] = {}
-    turns = [variant for _ in range(rounds) for variant in order.sample(chosen, len(chosen))]
-    for variant in track(turns, "measuring", console=Console(stderr=True)):
-        if variant.name in failures:
-            continue
-        command = [sys.executable, "-m", "bench.sweep", "--turn", str(variant.module), "--cases", *cases]
-        done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            failures[variant.name] = (done.stderr.strip().splitlines() or ["no message"])[-1][:300]
-            continue
-        samples[variant.name].append(json.loads(done.stdout))
-    return {"samples": {name: turns for name, turns in samples.items() if turns}, "failures": failures}
+    measured: dict[str, Any] = {"samples": {variant.name: [] for variant in chosen}, "failures": {}}
+    for round_ in range(rounds):
+        racing = [variant for variant in chosen if variant.name in measured["samples"]]
+        turns = order.sample(racing, len(racing))
+        title = f"round {round_ + 1} of {rounds}"
+        for variant in track(turns, title, console=Console(stderr=True)):
+            try:
+                turn = _turn(variant, cases)
+            except BenchError as error:
+                if variant.name == BASE:
+                    raise
+                measured["failures"][variant.name] = str(error)
+                del measured["samples"][variant.name]
+                continue
+            measured["samples"][variant.name].append(turn)
+        keep(measured)
+    return measured
 
 
-# --- The table --------------------------------------------------------------------------------------------
+def _turn(variant: Variant, cases: Sequence[str]) -> Any:
+    """In a process of its own."""
+    command = [sys.executable, "-m", "bench.sweep", "--turn", str(variant.module), "--cases", *cases]
+    try:
+        done = subprocess.run(
+            command, cwd=_ROOT, capture_output=True, text=True, check=False, timeout=_TURN_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        raise BenchError(f"{variant.name}: no answer within {_TURN_SECONDS} s") from None
+    if done.returncode != 0:
+        said = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise BenchError(f"{variant.name}: {said[:300]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# --- The tables -------------------------------------------------------------------------------------------
 
 
 def ratios(samples: Mapping[str, Any], name: str, case: str, job: str) -> list[float]:
-    """The time of a variant over that of what is committed, one for each round."""
+    """The time of a variant over that of what is committed, one for each round that has both."""
 
-    def medians(variant: str) -> list[float]:
-        turns = (turn.get(case, {}).get(job) for turn in samples[variant])
-        return [spread(seconds).median for seconds in turns if seconds]
+    def median(turn: Mapping[str, Any]) -> float | None:
+        seconds = turn.get(case, {}).get(job)
+        return statistics.median(seconds) if seconds else None
 
-    return [ours / base for ours, base in zip(medians(name), medians(BASE), strict=False)]
+    pairs = [(median(ours), median(base)) for ours, base in zip(samples[name], samples[BASE], strict=False)]
+    return [ours / base for ours, base in pairs if ours is not None and base is not None]
 
 
-def table(results: Mapping[str, Any]) -> Table:
-    """The median of the ratios, with the quartiles; below 1 a variant is faster than what is committed."""
-    samples = results["samples"]
-    columns = [(case, job) for case in results["cases"] for job in gpu.JOBS]
-    made = Table(title="Time over that of the committed constants")
-    made.add_column("variant")
-    for case, job in columns:
-        made.add_column(f"{case}, {job}", justify="right")
-    for name in samples:
-        cells = []
-        for case, job in columns:
-            found = ratios(samples, name, case, job)
-            s = spread(found) if found else None
-            cells.append(f"{s.median:.3f} ({s.low:.3f} … {s.high:.3f})" if s else "")
-        made.add_row(name, *cells)
-    return made
+def tables(results: Mapping[str, Any]) -> Iterator[Table]:
+    """For each case the medians of the ratios, with quartiles; below 1 a variant is the faster one."""
+    for case in results["cases"]:
+        table = Table(title=f"{case}: time over that of the committed constants", title_justify="left")
+        table.add_column("variant", no_wrap=True)
+        for job in gpu.JOBS:
+            table.add_column(job, justify="right", no_wrap=True)
+        for name in results["samples"]:
+            found = [ratios(results["samples"], name, case, job) for job in gpu.JOBS]
+            cells = [spread(each) if each else None for each in found]
+            table.add_row(name, *(f"{s.median:.3f} ({s.low:.3f} … {s.high:.3f})" if s else "" for s in cells))
+        yield table
 
 
 def main() -> int:
@@ -249,32 +294,33 @@ def _sweep(arguments: argparse.Namespace) -> int:
     chosen = variants(arguments.constants, tuning)
     check_writable(arguments.out)
     if not arguments.measure:
-        failures = build(chosen, arguments.arch or _architecture())
-        for name, why in failures.items():
-            print(f"not built: {name}: {why}")
+        for name, why in build(chosen, arguments.arch or _architecture()).items():
+            print(f"left out: {name}: {why}")
         if arguments.build:
-            return 1 if BASE in failures else 0
-    results = measure_built(chosen, arguments.rounds, arguments.cases)
-    arguments.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    Console(width=250).print(table(results))
+            return 0
+    results = measure_built(chosen, arguments.rounds, arguments.cases, arguments.out)
+    for table in tables(results):
+        Console().print(table)
     for name, why in results["failures"].items():
         print(f"failed: {name}: {why}")
-    return 1 if BASE in results["failures"] else 0
+    return 0
 
 
-def measure_built(chosen: Sequence[Variant], rounds: int, cases: Sequence[str]) -> dict[str, Any]:
-    """What is written to the file: machine, cases, samples by variant, failures with their reasons."""
-    machine = gpu.describe_gpu()
+def measure_built(chosen: Sequence[Variant], rounds: int, cases: Sequence[str], out: Path) -> dict[str, Any]:
+    """What is written to the file after each round: machine, cases, samples by variant, who has none, why."""
     try:
         built = json.loads((_BUILT / "built.json").read_text(encoding="utf-8"))
     except OSError:
         raise BenchError("nothing is built: run without --measure, or with --build first") from None
-    if built["commit"] != machine["commit"]:
-        raise BenchError(f"built from commit {built['commit']}, this is {machine['commit']}: build again")
+    if built["sources"] != hash_of_sources():
+        raise BenchError("the sources are not those that were built: build again")
+    results = {"machine": gpu.describe_gpu(), "cases": list(cases), "left_out": built["left_out"]}
+
+    def keep(measured: dict[str, Any]) -> None:
+        out.write_text(json.dumps(results | measured, indent=1) + "\n", encoding="utf-8")
+
     there = [variant for variant in chosen if variant.module.exists()]
-    measured = measure(there, rounds, cases)
-    failures = built["failures"] | measured["failures"]
-    return {"machine": machine, "cases": list(cases), "samples": measured["samples"], "failures": failures}
+    return results | measure(there, rounds, cases, keep)
 
 
 def _architecture() -> str:

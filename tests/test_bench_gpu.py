@@ -66,6 +66,7 @@ def test_optax_on_a_gpu_but_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None
     total = math.hypot(*(float(np.linalg.norm(grad)) for grad in grads))
     for job in JOBS.values():
         peer = with_jax.OptaxCuda(grads)
+        assert all(grad.committed for grad in peer._jax_grads)
         answer = peer.call(job, job.threshold(total))()
         if job.key == NORMS:
             assert peer.total(answer) == pytest.approx(total, rel=1e-5)

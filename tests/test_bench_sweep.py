@@ -97,52 +97,74 @@ def test_a_turn_is_the_time_on_the_device(monkeypatch: pytest.MonkeyPatch) -> No
         sweep.measure_here(Path("a.so"), ["case"])
 
 
-def test_a_variant_that_fails_is_out_and_the_others_go_on(tmp_path: Path) -> None:
-    good, bad = sweep.Variant(), sweep.Variant("kThreads", "128")
+def test_a_variant_that_fails_is_out_and_the_others_go_on() -> None:
+    """Wrong bits in its second round, and no answer at all; what is there is kept after every round."""
+    good, bad, late = sweep.Variant(), sweep.Variant("kThreads", "128"), sweep.Variant("kThreads", "512")
     turns: list[str] = []
+    kept: list[list[int]] = []
 
-    def turn(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+    def turn(command: list[str], timeout: float, **_: object) -> subprocess.CompletedProcess[str]:
         turns.append(command[command.index("--turn") + 1])
-        if turns[-1] == str(bad.module):
+        if turns[-1] == str(late.module):
+            raise subprocess.TimeoutExpired(command, timeout)
+        if turns[-1] == str(bad.module) and turns.count(turns[-1]) == 2:
             return subprocess.CompletedProcess(command, 1, "", "Traceback\nAssertionError: not the bits\n")
-        return subprocess.CompletedProcess(command, 0, json.dumps({"case": {"norms": [1.0]}}), "")
+        return subprocess.CompletedProcess(command, 0, 'a warning\n{"case": {"norms": [1.0]}}\n', "")
 
     with mock.patch("subprocess.run", turn):
-        measured = sweep.measure([good, bad], 3, ["case"])
-    assert turns.count(str(good.module)) == 3
-    assert turns.count(str(bad.module)) == 1
+        measured = sweep.measure(
+            [good, bad, late],
+            3,
+            ["case"],
+            lambda found: kept.append(list(map(len, found["samples"].values()))),
+        )
+    assert [turns.count(str(v.module)) for v in (good, bad, late)] == [3, 2, 1]
     assert measured["samples"] == {sweep.BASE: [{"case": {"norms": [1.0]}}] * 3}
-    assert measured["failures"] == {bad.name: "AssertionError: not the bits"}
-
-
-def test_what_was_built_is_of_this_commit(tmp_path: Path) -> None:
-    with (
-        mock.patch.object(sweep, "_BUILT", tmp_path),
-        mock.patch.object(gpu, "describe_gpu", return_value={"commit": "new"}),
-    ):
-        with pytest.raises(BenchError, match="nothing is built"):
-            sweep.measure_built([sweep.Variant()], 1, [])
-        (tmp_path / "built.json").write_text(json.dumps({"commit": "old", "failures": {}}))
-        with pytest.raises(BenchError, match="built from commit old, this is new"):
-            sweep.measure_built([sweep.Variant()], 1, [])
-
-
-def test_the_table_pairs_the_turns_of_a_round() -> None:
-    case = next(iter(gpu.SHAPES))
-    faster = "kThreads = 128"
-    results = {
-        "cases": [case],
-        "samples": {
-            sweep.BASE: [
-                {case: {"norms": [2.0, 1.0, 3.0]}},
-                {case: {"norms": [4.0]}},
-                {case: {"norms": [1.0]}},
-            ],
-            faster: [{case: {"norms": [1.0]}}, {case: {"norms": [3.0]}}, {case: {"norms": [0.25]}}],
-        },
+    assert measured["failures"] == {
+        bad.name: "kThreads = 128: AssertionError: not the bits",
+        late.name: "kThreads = 512: no answer within 120 s",
     }
+    assert kept == [[1, 1], [2], [3]]
+
+
+def test_without_what_is_committed_there_is_nothing_to_compare() -> None:
+    def turn(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, 1, "", "RuntimeError: out of memory\n")
+
+    with (
+        mock.patch("subprocess.run", turn),
+        pytest.raises(BenchError, match="as committed: RuntimeError: out of memory"),
+    ):
+        sweep.measure([sweep.Variant()], 1, ["case"], lambda _: None)
+
+
+def test_what_was_built_is_of_these_sources(tmp_path: Path) -> None:
+    with mock.patch.object(sweep, "_BUILT", tmp_path), mock.patch.object(gpu, "describe_gpu", dict):
+        with pytest.raises(BenchError, match="nothing is built"):
+            sweep.measure_built([sweep.Variant()], 1, [], tmp_path / "out")
+        (tmp_path / "built.json").write_text(json.dumps({"sources": "others", "left_out": {}}))
+        with pytest.raises(BenchError, match="the sources are not those that were built"):
+            sweep.measure_built([sweep.Variant()], 1, [], tmp_path / "out")
+        built = {"sources": sweep.hash_of_sources(), "left_out": {"kThreads = 128": "an error"}}
+        (tmp_path / "built.json").write_text(json.dumps(built))
+        sweep.measure_built([sweep.Variant()], 1, [], tmp_path / "out")  # whose module is not there
+    assert json.loads((tmp_path / "out").read_text())["left_out"] == built["left_out"]
+
+
+def test_the_tables_pair_the_turns_of_a_round() -> None:
+    """One turn of what is committed lacks the case: its round does not count."""
+    case = next(iter(gpu.SHAPES))
+    faster = "kBlocksPerMultiprocessor = 4"
+    base = [{case: {"norms": seconds}} for seconds in ([2.0, 1.0, 3.0], [4.0], [1.0])]
+    ours = [{case: {"norms": seconds}} for seconds in ([1.0], [3.0], [0.25], [7.0])]
+    base.insert(1, {})
+    ours.insert(1, {case: {"norms": [100.0]}})
+    results = {"cases": list(gpu.SHAPES), "samples": {sweep.BASE: base, faster: ours}}
     assert sweep.ratios(results["samples"], faster, case, "norms") == [0.5, 0.75, 0.25]  # type: ignore[arg-type]
     text = io.StringIO()
-    Console(file=text, width=250).print(sweep.table(results))
-    assert "0.500 (0.250 … 0.750)" in text.getvalue()
+    for table in sweep.tables(results):
+        Console(file=text, width=100).print(table)
+    assert text.getvalue().count("time over that of the committed constants") == len(gpu.SHAPES)
+    (line,) = (line for line in text.getvalue().splitlines() if "0.500 (0.250 … 0.750)" in line)
+    assert faster in line
     assert "1.000 (1.000 … 1.000)" in text.getvalue()

@@ -128,7 +128,7 @@ def test_no_thread_for_small_work() -> None:
 
 
 def test_a_call_that_is_expected_finds_its_helpers_awake() -> None:
-    """Helpers of a large call are woken for the next one, by the read of its arrays too; else they sleep."""
+    """As many as the last call had are woken, by the read of arrays too; else they sleep."""
     code = """
     import os, time
     import numpy as np
@@ -137,27 +137,29 @@ def test_a_call_that_is_expected_finds_its_helpers_awake() -> None:
     tasks = lambda: set(os.listdir("/proc/self/task"))
     before = tasks()
     large = [np.ones(4_000_000, np.float32) for _ in range(4)]
-    small = [np.ones(64, np.float32)]
+    medium, small = [np.ones(262_144, np.float32)], [np.ones(64, np.float32)]
     gradclip.global_norm(large)
-    helpers = tasks() - before
+    helpers = sorted(tasks() - before)
     def sleeps():
-        "How often helpers went to sleep, once all do."
-        time.sleep(0.05)
-        status = "".join(open(f"/proc/self/task/{task}/status").read() for task in helpers)
-        return sum(int(line.split()[1]) for line in status.splitlines() if line.startswith("voluntary"))
-    def slept_after(call):
+        "How often each helper went to sleep, once all do."
+        time.sleep(0.1)
+        texts = [open(f"/proc/self/task/{task}/status").read() for task in helpers]
+        return [int(text.split("\\nvoluntary_ctxt_switches:")[1].split()[0]) for text in texts]
+    def woken_by(call):
         asleep = sleeps()
         call()
-        return sleeps() - asleep
-    assert helpers and slept_after(lambda: None) == 0
-    assert slept_after(_core.expect_call) > 0
-    assert slept_after(lambda: _core.read(small)) > 0
+        return sum(now > then for now, then in zip(sleeps(), asleep))
+    assert len(helpers) == 7 and woken_by(lambda: None) == 0
+    assert woken_by(_core.expect_call) == 7
+    assert woken_by(lambda: _core.read(small)) == 7
+    gradclip.global_norm(medium)
+    assert woken_by(_core.expect_call) == 3
+    assert woken_by(lambda: gradclip.global_norm(medium)) == 3
     gradclip.global_norm(small)
-    assert slept_after(_core.expect_call) == 0, "the last call had none"
-    assert slept_after(lambda: gradclip.global_norm(large)) > 0
+    assert woken_by(_core.expect_call) == 0
     print("fine")
     """
-    assert output_of(code, GRADCLIP_NUM_THREADS="4", OPENBLAS_NUM_THREADS="1") == "fine"
+    assert output_of(code, GRADCLIP_NUM_THREADS="8", OPENBLAS_NUM_THREADS="1") == "fine"
 
 
 _FORK = """

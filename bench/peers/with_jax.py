@@ -40,8 +40,10 @@ class Optax(Peer):
     def copy_gradients(self) -> None:
         """Copies in any case: JAX would take aligned NumPy memory as it is, and others write into it."""
         self._jax_grads: Any = []  # those there were, if any, are let go of first
-        with self._jax.default_device(self._jax.devices(self.platform)[0]):
-            self._jax_grads = [self._jax.numpy.array(self._on_host(g), copy=True) for g in self.grads]
+        device = self._jax.devices(self.platform)[0]  # what is put there stays there
+        self._jax_grads = [
+            self._jax.numpy.array(self._on_host(g), copy=True, device=device) for g in self.grads
+        ]
 
     @staticmethod
     def _on_host(grad: Any) -> Array:

@@ -4,6 +4,7 @@
 #include <sched.h>
 #include <signal.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -44,6 +45,7 @@ class Team {
  public:
   // Run work(0) here and work(1 ...) on helpers that come before it is over.
   void run(int threads, const Work& work) {
+    int called;
     {
       std::lock_guard lock(mutex_);
       while (static_cast<int>(helpers_.size()) < threads - 1 && start_helper()) {
@@ -52,8 +54,9 @@ class Team {
       joined_ = 0;
       wanted_ = threads - 1;
       generation_.fetch_add(1, std::memory_order_release);
+      called = call_up(threads - 1);
     }
-    rouse(threads - 1);
+    wake(called);
     work(0);
     {
       std::lock_guard lock(mutex_);
@@ -68,11 +71,12 @@ class Team {
   // Let `count` helpers look for work for a while.
   void alert(int count) {
     if (sleeping_.load(std::memory_order_relaxed) == 0) return;
+    int called;
     {
       std::lock_guard lock(mutex_);
-      ++alerts_;
+      called = call_up(count);
     }
-    rouse(count);
+    wake(called);
   }
 
   int started() {
@@ -98,9 +102,14 @@ class Team {
   };
 
  private:
-  // Wake no more than are wanted: each takes the caller a microsecond or more.
-  void rouse(int count) {
-    if (count >= sleeping_.load(std::memory_order_relaxed)) return wake_.notify_all();
+  // How many have to wake so that `count` are awake: no more, for each takes the caller a microsecond.
+  int call_up(int count) {
+    const int asleep = sleeping_ - called_, awake = static_cast<int>(helpers_.size()) - asleep;
+    const int more = std::clamp(count - awake, 0, asleep);
+    called_ += more;
+    return more;
+  }
+  void wake(int count) {
     for (int i = 0; i < count; ++i) wake_.notify_one();
   }
 
@@ -151,10 +160,10 @@ class Team {
     const auto changed = [&] { return generation_.load(std::memory_order_acquire) != seen; };
     while (!happens_soon(changed)) {
       std::unique_lock lock(mutex_);
-      const std::uint64_t alerts = alerts_;
       ++sleeping_;
-      wake_.wait(lock, [&] { return changed() || alerts_ != alerts; });
+      wake_.wait(lock, [&] { return called_ > 0 || changed(); });
       --sleeping_;
+      if (called_ > 0) --called_;
     }
   }
 
@@ -178,7 +187,7 @@ class Team {
   const Work* work_ = nullptr;
   int wanted_ = 0, joined_ = 0;
   std::atomic<int> sleeping_{0};
-  std::uint64_t alerts_ = 0;
+  int called_ = 0;  // those of them who were called and have not got up yet
   std::atomic<std::uint64_t> generation_{0};
   std::atomic<int> active_{0};
 };

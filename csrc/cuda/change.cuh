@@ -36,9 +36,9 @@ __device__ __forceinline__ void change_element(typename FloatBits<T>::Word* at, 
   *at = bit_copy<typename FloatBits<T>::Word>(x);
 }
 
-// Change bytes [first, end) of a tensor, from the end to the beginning: the norms went forward, so the
-// end is still in the cache. __ldcg and __stcg say that it is global memory, which the compiler does not
-// see where the address comes out of a table.
+// Change bytes [first, end) of a tensor; from the end to the beginning if kChangesBackward: the norms went
+// forward, so the end is still in the cache. __ldcg and __stcg say that it is global memory, which the
+// compiler does not see where the address comes out of a table.
 template <class T, class Change>
 __device__ __forceinline__ void change_dense(std::byte* first, std::byte* end, Change change) {
   constexpr int kVectors = kTuning.vectors_in_flight;
@@ -53,17 +53,19 @@ __device__ __forceinline__ void change_dense(std::byte* first, std::byte* end, C
     if (reinterpret_cast<std::byte*>(at) < to) change_element<T>(at, change);
   };
   by_element(body_end, end);  // at most 15 bytes: 7 elements
-  std::byte* at = body_end;
-  constexpr std::ptrdiff_t kStep = 32 * 16;
-  for (; at - body >= kVectors * kStep; at -= kVectors * kStep) {
+  constexpr std::ptrdiff_t kStep = kVectors * 32 * 16;
+  const std::ptrdiff_t steps = (body_end - body) / kStep;
+  std::byte* const whole = body_end - steps * kStep;
+  for (std::ptrdiff_t s = 0; s < steps; ++s) {
     uint4 v[kVectors];
-    auto* const mine = reinterpret_cast<uint4*>(at - kVectors * kStep) + lane_id();
+    std::byte* const at = kChangesBackward ? body_end - (s + 1) * kStep : whole + s * kStep;
+    auto* const mine = reinterpret_cast<uint4*>(at) + lane_id();
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) v[k] = __ldcg(mine + 32 * k);
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) __stcg(mine + 32 * k, change_vector<T>(v[k], change));
   }
-  auto* const last = reinterpret_cast<uint4*>(at);
+  auto* const last = reinterpret_cast<uint4*>(whole);
   for (auto* mine = reinterpret_cast<uint4*>(body) + lane_id(); mine < last; mine += 32)
     __stcg(mine, change_vector<T>(__ldcg(mine), change));
   by_element(first, body);

@@ -33,6 +33,7 @@ inline constexpr int kBlocksOfLargeKernels = 2;
 
 // Work is counted in rows; what comes with a tile besides its rows costs as much as some rows more.
 inline constexpr std::int64_t kTileEndCost = 8;
+static_assert(kTileEndCost > 0, "an empty tensor must cost something, or nobody visits it");
 inline constexpr std::int64_t kTileCost =
     static_cast<std::int64_t>(order::kRowsPerTile) + kTileEndCost;
 // The least for a block: two tiles. With one tile for each warp a model of 5 MB would keep only a
