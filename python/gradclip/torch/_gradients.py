@@ -125,9 +125,10 @@ def gradients_of(parameters: Sequence[Tensor]) -> list[Tensor | None]:
     Raises:
         TypeError: An entry is not a tensor.
     """
+    on_cpu = parameters and getattr(parameters[0], "is_cpu", False)
+    if on_cpu and not torch.compiler.is_compiling():
+        _core.expect_call()  # 100 parameters take about as long as to wake a thread
     try:
-        if parameters and parameters[0].is_cpu and not torch.compiler.is_compiling():
-            _core.expect_call()  # 100 parameters take about as long as to wake a thread
         return [parameter.grad for parameter in parameters]
     except AttributeError:
         for i, parameter in enumerate(parameters):
