@@ -40,7 +40,7 @@ _BUILT = _ROOT / "build" / "sweep"
 
 BASE = "as committed"
 _TURN_SECONDS = 120  # after which a variant hangs
-# What each constant may be besides what it is.
+# What each constant is tried at.
 VALUES: dict[str, tuple[str, ...]] = {
     "rows_in_flight": ("1", "2", "4", "8", "16"),
     "vectors_in_flight": ("1", "2", "4", "8"),

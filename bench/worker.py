@@ -69,9 +69,8 @@ def fitting(load: Load, place: type[Place], wanted: Sequence[str], outcome: Outc
         kind = peers.PEERS[peer]
         if kind.place != place.name:
             continue
-        most = kind.most_tensors
-        if most is not None and len(load.case.shapes) > most:
-            outcome.left_out.append(f"{load.key}: {kind.title}: more than {most} tensors")
+        if not kind.takes(len(load.case.shapes)):
+            outcome.left_out.append(f"{load.key}: {kind.title}: more than {kind.most_tensors} tensors")
         elif bytes_needed(load, [*chosen, peer]) > free:
             need = readable_bytes(load.nbytes * kind.copies)
             outcome.left_out.append(f"{load.key}: {kind.title}: needs {need} more memory than is free")

@@ -16,7 +16,7 @@ from bench import gpu
 from bench.cases import CASES, Array, Load
 from bench.data import Gradients
 from bench.jobs import JOBS, NORMS
-from bench.peers import GPU, OURS, PEERS, ours, with_jax
+from bench.peers import GPU, OURS, PEERS, ours, present, with_jax
 from bench.timing import Clock, host_clock
 from bench.workload import READ, READ_WRITE, Place, Workload
 from device import Device, _memory, emulated_device
@@ -74,6 +74,13 @@ def test_optax_on_a_gpu_but_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None
         peer.confirm(answer, job.threshold(total), job.coefficient < 1)
         for now, before in zip(peer.current(answer), grads, strict=True):
             np.testing.assert_allclose(now, before * np.float32(job.coefficient), rtol=1e-5)
+
+
+@pytest.mark.parametrize("key", PEERS)
+def test_how_many_tensors_a_contender_takes(key: str) -> None:
+    most = PEERS[key].most_tensors
+    assert PEERS[key].takes(most or 10**6)
+    assert most is None or not PEERS[key].takes(most + 1)
 
 
 class _EmulatedGradients(Gradients):
@@ -142,7 +149,7 @@ def test_a_gpus_run_has_three_times_of_everybody(monkeypatch: pytest.MonkeyPatch
         )
         workload = Workload(Load(CASES["bytes-4K"]), _EmulatedPlace)
         gpu.check(workload)
-        found = gpu._measure(workload, 2, ())
+        found = gpu._measure(workload, 2, [key for key in present() if PEERS[key].place == GPU])
     for job in gpu.JOBS:
         assert list(found[job]) == ["ceiling", "gradclip", "gradclip Plan"]
         for times in found[job].values():

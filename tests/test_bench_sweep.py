@@ -159,8 +159,8 @@ def test_the_tables_pair_the_turns_of_a_round() -> None:
     ours = [{case: {"norms": seconds}} for seconds in ([1.0], [3.0], [0.25], [7.0])]
     base.insert(1, {})
     ours.insert(1, {case: {"norms": [100.0]}})
-    results = {"cases": list(gpu.SHAPES), "samples": {sweep.BASE: base, faster: ours}}
-    assert sweep.ratios(results["samples"], faster, case, "norms") == [0.5, 0.75, 0.25]  # type: ignore[arg-type]
+    results: dict[str, Any] = {"cases": list(gpu.SHAPES), "samples": {sweep.BASE: base, faster: ours}}
+    assert sweep.ratios(results["samples"], faster, case, "norms") == [0.5, 0.75, 0.25]
     text = io.StringIO()
     for table in sweep.tables(results):
         Console(file=text, width=100).print(table)

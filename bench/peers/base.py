@@ -51,6 +51,11 @@ class Peer:
         absent = [name for name in cls.needs if not _is_installed(name)]
         return f"{', '.join(absent)} not installed" if absent else None
 
+    @classmethod
+    def takes(cls, tensors: int) -> bool:
+        """Whether it takes part where there are so many."""
+        return cls.most_tensors is None or tensors <= cls.most_tensors
+
     def call(self, job: Job, max_norm: float) -> Callable[[], Any]:
         """What is timed; whatever its user would do once, such as compile, is done here."""
         calls: dict[str, Callable[[], Any]] = {

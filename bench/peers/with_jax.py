@@ -47,8 +47,7 @@ class Optax(Peer):
 
     @staticmethod
     def _on_host(grad: Any) -> Array:
-        array: Array = grad
-        return array
+        return np.asarray(grad)
 
     def call(self, job: Job, max_norm: float) -> Callable[[], Any]:
         """Compiled with the threshold in it, as one writes it into an optimizer."""
