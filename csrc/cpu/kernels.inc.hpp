@@ -16,10 +16,8 @@ using order::kRowBytes;
 // Ask the cache for the row a page ahead: the processor's own prefetchers stop where a page ends.
 // Beyond the end of a tensor that is a page in vain.
 GRADCLIP_INLINE void ask_ahead(const std::byte* row) {
-  // As a number: a pointer must not leave its tensor.
-  const std::uintptr_t ahead = reinterpret_cast<std::uintptr_t>(row) + 4096;
-  for (std::size_t at = 0; at < kRowBytes; at += kBlockBytes)
-    __builtin_prefetch(reinterpret_cast<const void*>(ahead + at));
+  constexpr std::size_t kPage = 4096;
+  for (std::size_t at = 0; at < kRowBytes; at += kBlockBytes) __builtin_prefetch(row + kPage + at);
 }
 
 // Call change(block) for every whole block. Returns the bytes behind which an incomplete one begins.
