@@ -108,7 +108,9 @@ def gone(old: Results, new: Results) -> list[str]:
 
 def show_changes(changes: Sequence[Change], old: Results, new: Results, console: Console) -> None:
     """Print what changed, and how much did not."""
-    console.print(f"old: {headline(old.machine)}\nnew: {headline(new.machine)}", highlight=False)
+    console.print(
+        f"old: {headline(old.machine)}\nnew: {headline(new.machine)}", highlight=False, markup=False
+    )
     for name in gone(old, new):
         console.print(f"failed: {name}: {new.failures[name]}", style="red", highlight=False, markup=False)
     if not changes:

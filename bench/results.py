@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from bench.cases import Load
 from bench.errors import BenchError
 from bench.peers import PEERS
+from bench.schema import SchemaError, checked
 from bench.targets import Verdict
-from bench.timing import Rounds, Spread
+from bench.timing import Rounds
 
 __all__ = ["LoadFacts", "Results", "check_writable", "load", "save"]
 
@@ -106,29 +108,73 @@ def check_writable(path: Path) -> None:
         path.unlink()
 
 
+@dataclass(frozen=True)
+class _Machine:
+    """What tables and pages say of the machine; there may be more."""
+
+    cpu: str
+    threads: int
+    isa: str
+    caches: list[str]
+    memory_gb: float
+    read_gb_per_s: float
+    read_write_gb_per_s: float
+    system: str
+    python: str
+    versions: dict[str, str | None]
+    date: str
+    commit: str | None
+    uncommitted_changes: bool
+    seconds: float
+    gpu: str | None = None
+
+
+@dataclass(frozen=True)
+class _File:
+    format: int
+    machine: dict[str, Any]
+    loads: dict[str, LoadFacts]
+    contenders: dict[str, str]
+    left_out: list[str]
+    failures: dict[str, str]
+    promises: list[Verdict]
+    training: dict[str, dict[str, list[tuple[float, float]]]]
+    relative_errors: dict[str, float]
+    samples_ns: dict[str, list[list[float]]]
+
+
+_MACHINE_FIELDS = {each.name for each in fields(_Machine)}
+
+
 def load(path: Path) -> Results:
-    """Read what ``save`` wrote; an error lists the result files that there are."""
+    """Read what ``save`` wrote; an error lists the result files that there are, or names the field."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        if data["format"] != _FORMAT:
-            raise ValueError(f"format {data['format']}, expected {_FORMAT}")
-        verdicts = []
-        for row in data["promises"]:
-            value = row.pop("value")
-            verdicts.append(Verdict(**row, value=Spread(**value) if value else None))
-        return Results(
-            machine=data["machine"],
-            loads={name: LoadFacts(**facts) for name, facts in data["loads"].items()},
-            samples={k: [[ns / 1e9 for ns in turn] for turn in v] for k, v in data["samples_ns"].items()},
-            errors=data["relative_errors"],
-            failures=data["failures"],
-            left_out=data["left_out"],
-            verdicts=verdicts,
-            training=data["training"],
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(data, dict) and data.get("format", _FORMAT) != _FORMAT:
+            raise SchemaError(f"format: expected {_FORMAT}, got {data['format']!r}")
+        found: _File = checked(_File, data, "the file")
+        known = {name: value for name, value in found.machine.items() if name in _MACHINE_FIELDS}
+        checked(_Machine, known, "machine")
+        for name, rounds in found.samples_ns.items():
+            if not rounds or not all(turn and 0 < min(turn) <= max(turn) < math.inf for turn in rounds):
+                raise SchemaError(f"samples_ns[{name!r}]: expected finite times above 0 in every turn")
+        for model, ways in found.training.items():
+            for way, steps in ways.items():
+                if not steps or not all(0 < step < math.inf and clip < math.inf for step, clip in steps):
+                    raise SchemaError(f"training[{model!r}][{way!r}]: expected finite times of steps")
+    except (OSError, ValueError, RecursionError) as error:
         exist = ", ".join(sorted(p.name for p in path.parent.glob("*.json"))) or "no .json file"
-        why = "there is no such file" if isinstance(error, FileNotFoundError) else f"{error!r}"
+        why = "there is no such file" if isinstance(error, FileNotFoundError) else str(error)
         raise BenchError(
             f"{path}: expected a result file of python -m bench, but {why}; in that directory: {exist}"
         ) from None
+    return Results(
+        machine=found.machine,
+        loads=found.loads,
+        samples={k: [[ns / 1e9 for ns in turn] for turn in v] for k, v in found.samples_ns.items()},
+        errors=found.relative_errors,
+        failures=found.failures,
+        left_out=found.left_out,
+        verdicts=found.promises,
+        training=found.training,
+    )

@@ -158,7 +158,7 @@ def run(
     left_out = [f"{peers.PEERS[key].title}: {absent[key]}" for key in wanted if key in absent]
     taking_part = [key for key in wanted if key not in absent]
     for line in left_out:
-        console.print(f"left out: {line}", highlight=False)
+        console.print(f"left out: {line}", highlight=False, markup=False)
     described = _describe()
     results = Results(described, left_out=left_out)
     for experiment in experiments:
@@ -180,7 +180,7 @@ def run(
         results.failures |= outcome.failures
         results.left_out += outcome.left_out
         for line in outcome.left_out:
-            console.print(f"left out: {line}", highlight=False)
+            console.print(f"left out: {line}", highlight=False, markup=False)
     results.failures |= crashed
     results.verdicts = [judge(target, results.samples) for target in TARGETS if target.load in results.loads]
     if everything and not interrupted:

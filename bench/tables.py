@@ -231,7 +231,7 @@ _STYLES = {"ours": "bold cyan", "good": "green", "bad": "red", "loss": "yellow"}
 
 def show(results: Results, console: Console) -> None:
     """Print a run: of many loads a line for each contender, whose columns are in the report."""
-    console.print(headline(results.machine), highlight=False)
+    console.print(headline(results.machine), highlight=False, markup=False)
     chosen = tables(results)
     if len(results.loads) > _MANY_LOADS:
         first = [promises(results), training(results), losses(results)]
@@ -244,7 +244,7 @@ def show(results: Results, console: Console) -> None:
             view.add_row(*map(escape, cells), style=_STYLES.get(mark))
         console.print(view)
     for line in results.left_out:
-        console.print(f"left out: {line}", highlight=False)
+        console.print(f"left out: {line}", highlight=False, markup=False)
     console.print(NOTE, highlight=False)
 
 

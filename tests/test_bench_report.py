@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import io
+import json
+import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -297,3 +301,86 @@ def test_every_figure_of_the_pages_is_that_of_the_committed_run() -> None:
         assert _section(name) == section, f"{name}: run python -m bench.docs {path[0]}"
         for image in re.findall(r"\]\(([\w/.-]+\.png)\)", section):
             assert ((docs.ROOT / name).parent / image).is_file()
+
+
+_ODD: list[Any] = [
+    None,
+    "x",
+    -1,
+    0,
+    math.nan,
+    math.inf,
+    [],
+    {},
+    True,
+    "[red]x[/] [/b]",
+    "<b>",
+    1e400,
+    "y" * 5000,
+]
+
+
+def _places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The way to every part of a file; of lists and loads only the first."""
+    yield path
+    if isinstance(value, dict):
+        for name in list(value) if len(path) < 1 or path[0] == "machine" else list(value)[:1]:
+            yield from _places(value[name], (*path, name))
+    elif isinstance(value, list) and value:
+        yield from _places(value[0], (*path, 0))
+
+
+def _with(data: Any, path: tuple[Any, ...], odd: Any) -> Any:
+    if not path:
+        return odd
+    changed = copy.copy(data)
+    changed[path[0]] = _with(data[path[0]], path[1:], odd)
+    return changed
+
+
+def test_a_damaged_file_is_one_error_that_names_it_and_the_field(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    save(_results(), path)
+    data = json.loads(path.read_text())
+    console = Console(file=io.StringIO(), width=200)
+    errors: list[tuple[tuple[Any, ...], str]] = []
+    for place in _places(data):
+        for odd in _ODD:
+            path.write_text(json.dumps(_with(data, place, odd)))
+            try:
+                tables.show(load(path), console)
+            except BenchError as error:
+                errors.append((place, str(error)))
+    assert len(errors) > 300
+    for place, text in errors:
+        assert text.startswith(f"{path}: expected a result file of python -m bench, but ")
+        assert "\n" not in text
+        assert not place or str(place[0]) in text
+
+
+@pytest.mark.parametrize(
+    "text", ["", "null", "[]", "3", '"x"', "{}", "{", "[" * 100_000, '{"format": 1}', "\x00", "\ud800"]
+)
+def test_what_is_no_result_file(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.json"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(BenchError, match=r"run.json: expected a result file of python -m bench, but "):
+        load(path)
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(BenchError, match=r"run.json: expected a result file of python -m bench, but "):
+        load(path)
+
+
+def test_a_field_that_is_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    save(_results(), path)
+    data = json.loads(path.read_text())
+    for name in data:
+        path.write_text(json.dumps({key: value for key, value in data.items() if key != name}))
+        with pytest.raises(BenchError, match=name):
+            load(path)
+    for name in _MACHINE:
+        machine = {key: value for key, value in data["machine"].items() if key != name}
+        path.write_text(json.dumps(data | {"machine": machine}))
+        with pytest.raises(BenchError, match=rf"machine: expected {name}, got none"):
+            load(path)
