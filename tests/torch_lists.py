@@ -19,6 +19,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.com
 REAL = DTYPES[:4]
 _SHAPES = ((), (1,), (7,), (33,), (5, 9), (3, 4, 5))
 _EMPTY = ((0,), (3, 0, 2))
+TORCH_VERSION = tuple(map(int, torch.__version__.split("+")[0].split(".")[:2]))
 # What PyTorch says of its own sparse tensors, once in a process.
 SPARSE_WARNINGS = [
     pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled"),
