@@ -73,7 +73,7 @@ _WRONG_DTYPES: dict[str, tuple[Any, str]] = {
     "int4": (np.ones(3, ml_dtypes.int4), "int4"),
     "torch int32": (torch.ones(3, dtype=torch.int32), "int32"),
     "torch bool": (torch.ones(3, dtype=torch.bool), "bool"),
-    "torch float8": (torch.ones(3).to(torch.float8_e4m3fn), "code108|float8"),
+    "torch float8": (torch.ones(3).to(torch.float8_e4m3fn), "float8_e4m3fn"),
     "jax int32": (jnp.ones(3, jnp.int32), "int32"),
 }
 
@@ -189,8 +189,8 @@ def _unchanged(call: Callable[[list[Any]], object], error: type[Exception], matc
     [
         ([1.0, 2.0], ValueError, "max_norm: expected .* 3 groups, got 2"),
         (np.ones(4), ValueError, "max_norm: expected .* 3 groups, got 4"),
-        ([1.0, -2.0, 3.0], ValueError, r"max_norm\[1\]: expected a positive number, got -2.0"),
-        ([1.0, 2.0, math.nan], ValueError, r"max_norm\[2\]: expected a positive number, got nan"),
+        ([1.0, -2.0, 3.0], ValueError, r"max_norm\[1\]: expected .* not negative, got -2.0"),
+        ([1.0, 2.0, math.nan], ValueError, r"max_norm\[2\]: expected .* not negative, got nan"),
         (["1", 2.0, 3.0], TypeError, r"max_norm\[0\]: expected a real number, got str"),
         (np.ones((3, 1)), TypeError, "max_norm: expected a real number, got numpy.ndarray"),
     ],
@@ -206,9 +206,7 @@ _NO_NUMBERS = [1j, np.complex64(1), "1", b"1", None, [1.0], True, False, object(
 
 
 @pytest.mark.parametrize("name", ["clip_by_global_norm_", "clip_by_norm_", "clip_by_value_"])
-@pytest.mark.parametrize(
-    "bad", [-1, -1.0, 0, 0.0, -0.0, math.nan, -math.inf, np.float32("nan"), np.array(-2.0)]
-)
+@pytest.mark.parametrize("bad", [-1, -1.0, -1e-310, math.nan, -math.inf, np.float32("nan"), np.array(-2.0)])
 def test_threshold_of_a_wrong_value(bad: Any, name: str) -> None:
     argument = "limit" if name == "clip_by_value_" else "max_norm"
     _unchanged(
@@ -244,12 +242,14 @@ _ORD_CALLS: dict[str, Callable[[Any, Any], object]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:grads. expected gradients, got none")  # of Plan([])
 @pytest.mark.parametrize("call", _ORD_CALLS.values(), ids=_ORD_CALLS)
 @pytest.mark.parametrize("bad", [0, 0.0, -1, -2.5, -math.inf, math.nan])
 def test_ord_of_a_wrong_value(bad: float, call: Callable[[Any, Any], object]) -> None:
     _unchanged(lambda grads: call(grads, bad), ValueError, "^ord: expected .*, got ")
 
 
+@pytest.mark.filterwarnings("ignore:grads. expected gradients, got none")  # of Plan([])
 @pytest.mark.parametrize("call", _ORD_CALLS.values(), ids=_ORD_CALLS)
 @pytest.mark.parametrize("bad", ["2", "fro", "inf", None, 2j, [2]])
 def test_ord_that_is_no_number(bad: Any, call: Callable[[Any, Any], object]) -> None:
@@ -295,7 +295,9 @@ def test_groups_of_a_wrong_value(bad: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [3, 1.5, [0.0, 1.0, 1.0], ["a", "b", "c"], [None] * 3, np.zeros(3), object()], ids=repr
+    "bad",
+    [3, 1.5, [0.0, 1.0, 1.0], ["a", "b", 2], [0, "b", "c"], {"a": 0}, [None] * 3, np.zeros(3), object()],
+    ids=repr,
 )
 def test_groups_of_a_wrong_kind(bad: Any) -> None:
     _groups_refused(bad, TypeError)

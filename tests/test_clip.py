@@ -221,15 +221,21 @@ def test_none_keeps_its_place() -> None:
     assert result.norms.tolist() == [0.0, 5.0, 0.0]
     assert isinstance(result.coefficient, np.ndarray)
     assert result.coefficient.tolist() == [1.0, 0.5]
-    nothing = gradclip.clip_by_global_norm_([None, None], 1.0)
+    assert result.missing == (0, 2)
+    with pytest.warns(UserWarning, match="grads: expected gradients, got none") as caught:
+        nothing = gradclip.clip_by_global_norm_([None, None], 1.0)
+    assert [warning.filename for warning in caught] == [__file__]
+    with pytest.warns(UserWarning, match="grads: expected gradients, got none"):
+        empty = gradclip.clip_by_norm_({}, 1.0)
+    assert empty.names == ()
+    with pytest.warns(UserWarning, match="grads: expected gradients, got none"):
+        empty = gradclip.clip_by_global_norm_([], 1.0)
     assert nothing.total_norm == 0.0
     assert nothing.coefficient == 1.0
     assert not nothing.clipped
-    empty = gradclip.clip_by_global_norm_([], 1.0)
     assert empty.total_norm == 0.0
     assert empty.coefficient == 1.0
     assert empty.norms.shape == (0,)
-    assert gradclip.clip_by_norm_({}, 1.0).names == ()
 
 
 def test_any_iterable_of_gradients() -> None:
@@ -258,3 +264,91 @@ def test_a_threshold_for_each_group() -> None:
     assert [a.tolist() for a in arrays if a is not None] == [[1.5, 2.0], [12.0], [2.0]]
     result = gradclip.clip_by_global_norm_(arrays, np.array([1.25, np.inf]), groups=[0, 1, 1, 1])
     assert result.coefficient.tolist() == [0.5, 1.0]  # type: ignore[union-attr]
+
+
+# --- Names of groups, and thresholds by name ----------------------------------------------------------
+
+
+def _named() -> dict[str, Any]:
+    return {"a": np.array([3.0, 4.0]), "b": np.array([12.0]), "c": None, "d": np.array([-8.0, 6.0])}
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        ["head", "body", "body", "head"],
+        ("head", "body", "body", "head"),
+        np.array(["head", "body", "body", "head"]),
+        {"d": "head", "c": "body", "b": "body", "a": "head"},
+    ],
+    ids=["list", "tuple", "array", "mapping"],
+)
+@pytest.mark.parametrize(
+    "max_norm", [{"body": None, "head": 2.5}, [2.5, None], [2.5, math.inf], {"head": 2.5, "body": 1e9}]
+)
+def test_names_for_groups(groups: Any, max_norm: Any) -> None:
+    for plan in (False, True):
+        grads = _named()
+        if plan:
+            result = gradclip.Plan(grads).clip_by_global_norm_(max_norm, groups=groups)
+        else:
+            result = gradclip.clip_by_global_norm_(grads, max_norm, groups=groups)
+        assert result.group_names == ("head", "body")
+        assert result.named_group_norms() == {"head": 125**0.5, "body": 12.0}
+        assert np.asarray(result.coefficient).tolist() == [2.5 / 125**0.5, 1.0]
+        assert result.missing == ("c",)
+        assert grads["b"].tolist() == [12.0]
+        assert gradclip.global_norm([grads["a"], grads["d"]]) == pytest.approx(2.5)
+
+
+def test_each_gradient_by_its_name() -> None:
+    grads = _named()
+    result = gradclip.clip_by_norm_(grads, {"a": 2.5, "b": None, "c": 1.0, "d": 0})
+    assert result.named_group_norms() == {"a": 5.0, "b": 12.0, "c": 0.0, "d": 10.0}
+    assert grads["a"].tolist() == [1.5, 2.0]
+    assert grads["b"].tolist() == [12.0]
+    assert (grads["d"] == 0).all()
+    integers = gradclip.clip_by_global_norm_(_named(), 1.0, groups={"a": 1, "b": 0, "c": 0, "d": 1})
+    assert integers.named_group_norms() == {"0": 12.0, "1": 125**0.5}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "finding"),
+    [
+        ({"groups": {"a": "x", "b": "x", "c": "x"}}, ValueError, r"groups: .* none for 'd'"),
+        ({"groups": {"a": 0, "b": 0, "c": 0, "d": 0, "e": 0}}, ValueError, r"groups: .*got 'e'"),
+        ({"groups": ["x", "y"]}, ValueError, r"groups: .* 4 gradients, got 2"),
+        ({"max_norm": {"all": 1.0}}, TypeError, "max_norm: expected a sequence.*got a mapping"),
+        ({"max_norm": {"x": 1.0}, "groups": ["x", "y", "y", "y"]}, ValueError, "max_norm: .*none for 'y'"),
+        ({"max_norm": {"x": 1, "y": 2, "z": 3}, "groups": ["x", "y", "y", "y"]}, ValueError, "got 'z'"),
+        ({"max_norm": {"x": -1, "y": 2}, "groups": ["x", "y", "y", "y"]}, ValueError, r"max_norm\['x'\]"),
+        ({"max_norm": {"0": 1, "1": 2}, "groups": [0, 1, 1, 1]}, TypeError, "have no names"),
+        ({"max_norm": None}, TypeError, "max_norm: expected a real number, got NoneType"),
+    ],
+)
+def test_names_that_do_not_fit(arguments: dict[str, Any], error: type[Exception], finding: str) -> None:
+    grads = _named()
+    with pytest.raises(error, match=finding):
+        gradclip.clip_by_global_norm_(grads, **({"max_norm": 1.0} | arguments))
+    assert grads["b"].tolist() == [12.0]
+
+
+def test_mappings_for_a_list_without_names() -> None:
+    with pytest.raises(TypeError, match=r"groups: .*gradients of this call have no names"):
+        gradclip.clip_by_global_norm_([np.ones(2)], 1.0, groups={"a": 0})
+
+
+def test_a_threshold_of_0_makes_everything_0() -> None:
+    grads = [np.array([3.0, -4.0]), np.array([0.0]), np.full(3, 1e-300)]
+    for clip in (gradclip.clip_by_global_norm_, gradclip.clip_by_norm_):
+        copies = [grad.copy() for grad in grads]
+        result = clip(copies, 0)
+        assert result.clipped
+        assert all((grad == 0).all() for grad in copies)
+        assert np.min(result.coefficient) == 0
+    bad = [np.array([3.0, math.nan])]
+    with pytest.raises(gradclip.NonFiniteGradientError):
+        gradclip.clip_by_global_norm_(bad, 0.0)
+    assert not gradclip.clip_by_global_norm_(bad, 0.0, nonfinite="skip").clipped
+    assert gradclip.clip_by_value_(grads, 0).clipped
+    assert all((grad == 0).all() for grad in grads)

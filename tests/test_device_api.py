@@ -89,7 +89,8 @@ def test_nothing_at_all() -> None:
     nothing: tuple[Any, ...] = ([], [None, None], {}, iter(()))
     for empty in nothing:
         assert gradclip.global_norm(empty) == 0.0
-    assert gradclip.clip_by_global_norm_([None], 1.0).to_host().total_norm == 0.0
+    with pytest.warns(UserWarning, match="grads: expected gradients, got none"):
+        assert gradclip.clip_by_global_norm_([None], 1.0).to_host().total_norm == 0.0
 
 
 def test_empty_arrays(device: Device) -> None:
@@ -108,12 +109,12 @@ def test_a_threshold_on_the_device(device: Device, dtype: type[np.floating[Any]]
     assert device.host(on_gpu).tobytes() == array.tobytes()
 
 
-@pytest.mark.parametrize("bad", [0.0, -1.0, math.nan])
-def test_a_threshold_on_the_device_that_is_not_positive(device: Device, bad: float) -> None:
+@pytest.mark.parametrize("bad", [-1.0, -math.inf, math.nan])
+def test_a_threshold_on_the_device_that_is_negative(device: Device, bad: float) -> None:
     array = values("float32", 1000, seed=3)
     on_gpu = device.array(array)
     threshold = device.array(np.array(bad))
-    with pytest.raises(ValueError, match=r"^max_norm: expected a positive number"):
+    with pytest.raises(ValueError, match=r"^max_norm: expected a number that is not negative"):
         gradclip.clip_by_global_norm_([on_gpu], threshold)
     result = gradclip.clip_by_global_norm_([on_gpu], threshold, nonfinite="propagate").to_host()
     assert math.isnan(float(result.coefficient))
@@ -212,7 +213,7 @@ def test_a_plan_sees_what_memory_holds(device: Device) -> None:
     array = values("float32", (30, 40), seed=0)
     on_gpu = device.array(array)
     plan = gradclip.Plan({"w": on_gpu})
-    assert repr(plan) == "Plan(1 gradients, 1200 elements, 4800 bytes)"
+    assert repr(plan) == "Plan(1 gradient, 1200 elements, 4800 bytes)"
     assert plan.names == ("w",)
     for max_norm in (100.0, 3.0, 0.5):
         expected = gradclip.clip_by_global_norm_({"w": array}, max_norm)

@@ -186,6 +186,7 @@ def _arrays(draw: Callable[[st.SearchStrategy[Any]], Any]) -> list[Array | None]
     return arrays
 
 
+@pytest.mark.filterwarnings("ignore:grads. expected gradients, got none")
 @given(st.data())
 def test_any_list(data: st.DataObject) -> None:
     """Any list, grouping, policy, grid and schedule, through the emulator."""

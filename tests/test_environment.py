@@ -70,6 +70,10 @@ def test_threads_default_to_the_affinity_of_the_process() -> None:
         ({"GRADCLIP_NUM_THREADS": "2", "OMP_NUM_THREADS": "5"}, "2"),
         ({"GRADCLIP_NUM_THREADS": "1"}, "1"),
         ({"GRADCLIP_NUM_THREADS": "1024"}, "1024"),
+        ({"GRADCLIP_NUM_THREADS": " 3\n"}, "3"),
+        ({"GRADCLIP_NUM_THREADS": "", "OMP_NUM_THREADS": " 5 "}, "5"),
+        ({"GRADCLIP_NUM_THREADS": "  ", "OMP_NUM_THREADS": "5,2"}, "5"),
+        ({"OMP_NUM_THREADS": "\t5 , 2"}, "5"),
     ],
 )
 def test_thread_variables(variables: dict[str, Any], expected: str) -> None:
@@ -91,6 +95,13 @@ def test_another_library_s_variable_never_breaks_the_import(bad: str) -> None:
     assert int(output_of(_THREADS, OMP_NUM_THREADS=bad)) >= 1
 
 
+@pytest.mark.parametrize("value", ["", " ", "\t"])
+def test_variables_set_to_nothing_are_not_set(value: str) -> None:
+    unset = output_of(f"{_THREADS}; {_ISA}")
+    assert output_of(f"{_THREADS}; {_ISA}", GRADCLIP_NUM_THREADS=value, GRADCLIP_ISA=value) == unset
+    assert output_of(_ISA, GRADCLIP_ISA=f"{value}baseline ") == "baseline"
+
+
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_isa_variable(isa: str) -> None:
     """Forced where the machine has it, else an error that says what there is."""
@@ -103,7 +114,7 @@ def test_isa_variable(isa: str) -> None:
         assert isa in done.stderr
 
 
-@pytest.mark.parametrize("bad", ["axv2", "AVX2 ", "neon", "avx-512", "native"])
+@pytest.mark.parametrize("bad", ["axv2", "AVX2", "neon", "avx-512", "native"])
 def test_misspelt_isa_variable(bad: str) -> None:
     done = run_python("import gradclip; gradclip.global_norm([])", GRADCLIP_ISA=bad)
     assert done.returncode > 0

@@ -88,7 +88,10 @@ def test_names_sizes_and_text() -> None:
     unnamed = gradclip.Plan([np.ones(3)])
     assert unnamed.names is None
     assert unnamed.clip_by_norm_(1.0).names is None
-    assert repr(gradclip.Plan([])) == "Plan(0 gradients, 0 elements, 0 bytes)"
+    with pytest.warns(UserWarning, match="grads: expected gradients, got none") as caught:
+        assert repr(gradclip.Plan([])) == "Plan(0 gradients, 0 elements, 0 bytes)"
+    assert caught[0].filename == __file__
+    assert repr(gradclip.Plan([np.zeros(1, np.float16)[:1]])) == "Plan(1 gradient, 1 element, 2 bytes)"
 
 
 def test_it_keeps_the_arrays_alive_and_lets_go() -> None:
@@ -165,7 +168,7 @@ def test_groups_may_change_from_call_to_call() -> None:
     arrays: list[Array] = [np.full(4, 2.0), np.full(4, 4.0), np.full(4, 8.0)]
     plan = gradclip.Plan(arrays)
     for groups, lengths in (([0, 1, 0], 2), ([2, 2, 0], 3), ("tensor", 3), ([1, 0, 1], 2)):
-        coefficient = plan.clip_by_global_norm_(1e6, groups=groups).coefficient  # type: ignore[arg-type]
+        coefficient = plan.clip_by_global_norm_(1e6, groups=groups).coefficient
         assert isinstance(coefficient, np.ndarray)
         assert len(coefficient) == lengths
     assert plan.clip_by_global_norm_(1e6).coefficient == 1.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import time
 from typing import Any
 
 import numpy as np
@@ -72,7 +73,7 @@ def test_results_are_values_of_their_own() -> None:
 def test_text() -> None:
     result = gradclip.clip_by_global_norm_(_grads(), 6.5)
     assert repr(result).splitlines() == [
-        "ClipResult(clipped: total norm 13, coefficient 0.5, 3 gradients",
+        "ClipResult(clipped: total norm 13, coefficient 0.5, 3 gradients, 1 missing",
         "            12  layer.bias",
         "             5  layer.weight",
         "             0  frozen)",
@@ -94,10 +95,11 @@ def test_text_when_something_is_not_finite() -> None:
 
 
 def test_text_of_nothing() -> None:
-    assert (
-        repr(gradclip.clip_by_norm_([], 1.0))
-        == "ClipResult(not clipped: total norm 0, 0 coefficients, 0 gradients)"
-    )
+    with pytest.warns(UserWarning, match="got none"):
+        nothing = gradclip.clip_by_norm_([], 1.0)
+    assert repr(nothing) == "ClipResult(not clipped: total norm 0, 0 coefficients, 0 gradients)"
+    one = gradclip.clip_by_norm_([np.array([4.0])], 1.0)
+    assert repr(one).splitlines()[0] == "ClipResult(clipped: total norm 4, coefficient 0.25, 1 gradient"
 
 
 def test_error_keeps_what_was_measured() -> None:
@@ -125,3 +127,37 @@ def test_everything_public_is_named() -> None:
     assert expected <= set(gradclip.__all__)
     assert all(hasattr(gradclip, name) for name in gradclip.__all__)
     assert isinstance(gradclip.__version__, str)
+
+
+def test_numbers_for_loggers() -> None:
+    numbers = gradclip.clip_by_norm_(_grads(), [1.0, 1e9, 1.0]).as_dict()
+    assert numbers == {
+        "total_norm": 13.0,
+        "coefficient": 0.2,
+        "clipped": True,
+        "gradients": 3,
+        "missing": 1,
+        "nonfinite": 0,
+        "norms/layer.weight": 5.0,
+        "norms/layer.bias": 12.0,
+        "norms/frozen": 0.0,
+        "group_norms/layer.weight": 5.0,
+        "group_norms/layer.bias": 12.0,
+        "group_norms/frozen": 0.0,
+        "coefficients/layer.weight": 0.2,
+        "coefficients/layer.bias": 1.0,
+        "coefficients/frozen": 1.0,
+    }
+    assert {type(value) for value in numbers.values()} == {float, int, bool}
+    assert gradclip.clip_by_global_norm_([np.array([3.0])], 1e9).as_dict()["norms/0"] == 3.0
+
+
+def test_the_text_of_a_million_gradients_takes_no_time() -> None:
+    result = gradclip.ClipResult(1.0, np.arange(1e6), 1.0, False, (), (), None, np.array([1.0]))
+    start = time.perf_counter()
+    text = repr(result)
+    assert time.perf_counter() - start < 2
+    assert text.splitlines()[1].split() == ["999999", "999999"]
+    assert "999995 more" in text
+    ties = gradclip.ClipResult(1.0, np.ones(10), 1.0, False, (), (), None, np.array([1.0]))
+    assert [line.split()[1] for line in repr(ties).splitlines()[1:6]] == ["0", "1", "2", "3", "4"]

@@ -255,14 +255,18 @@ def test_a_threshold_for_each_parameter_group() -> None:
 def test_thresholds_from_the_options() -> None:
     optimizer = _optimizer(1, 1, max_norm=[1.0, 2.5])
     assert np.asarray(gradclip.torch.clip_param_groups_(optimizer).coefficient).tolist() == [0.2, 0.5]
-    untouched = _optimizer(1, 1)
-    assert not gradclip.torch.clip_param_groups_(untouched).clipped
+    some = _optimizer(1, 1, max_norm=[1.0, None])
+    assert np.asarray(gradclip.torch.clip_param_groups_(some).coefficient).tolist() == [0.2, 1.0]
+    with pytest.raises(
+        ValueError, match=r'optimizer: expected the option "max_norm" .*, got groups with .*lr'
+    ):
+        gradclip.torch.clip_param_groups_(_optimizer(1, 1))
 
 
 def test_names_that_the_optimizer_knows() -> None:
     model = _with_gradients(nn.Linear(2, 2))
     optimizer = torch.optim.SGD(model.named_parameters(), lr=0.1)
-    assert gradclip.torch.clip_param_groups_(optimizer).names == ("weight", "bias")
+    assert gradclip.torch.clip_param_groups_(optimizer, [1.0]).names == ("weight", "bias")
 
 
 def test_no_group_is_written_where_one_is_refused() -> None:
@@ -274,7 +278,7 @@ def test_no_group_is_written_where_one_is_refused() -> None:
     assert _values(optimizer) == [[[3.0, 4.0]], [[math.inf, 4.0]]]
     with pytest.raises(ValueError, match="max_norms: expected one for each of the 2 parameter groups, got 1"):
         gradclip.torch.clip_param_groups_(optimizer, [1.0])
-    with pytest.raises(ValueError, match=r"max_norm\[1\]: expected a positive number, got -1.0"):
+    with pytest.raises(ValueError, match=r"max_norm\[1\]: expected .* not negative, got -1.0"):
         gradclip.torch.clip_param_groups_(optimizer, [1.0, -1.0], nonfinite="propagate")
     number: Any = 1.0
     with pytest.raises(TypeError, match=r"max_norms: expected one for each parameter group, got 1\.0"):

@@ -117,7 +117,10 @@ def test_value_clip_twice_changes_nothing(name: str) -> None:
 
 
 def test_value_clip_of_nothing() -> None:
-    assert gradclip.clip_by_value_([], 1.0).total_norm == 0.0
+    with pytest.warns(UserWarning, match="grads: expected gradients, got none"):
+        assert gradclip.clip_by_value_([], 1.0).total_norm == 0.0
+    with pytest.warns(UserWarning, match="grads: expected gradients, got none"):
+        gradclip.scale_(iter(()), 2.0)
     result = gradclip.clip_by_value_([None, np.zeros((0, 3)), np.array(-7.0)], 1.0)
     assert result.norms.tolist() == [0.0, 0.0, 7.0]
     assert result.clipped

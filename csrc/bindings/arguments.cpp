@@ -2,16 +2,24 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <string>
 
+#include "bindings/modules.hpp"
+#include "bindings/text.hpp"
 #include "cpu/float_environment.hpp"
 
 namespace gradclip::bindings {
 namespace {
 
-std::string repr(const py::object& value) { return py::repr(value).cast<std::string>(); }
-
 std::string type_name(const py::object& value) { return Py_TYPE(value.ptr())->tp_name; }
+
+// The number of axes of an array; none of what says nothing of any.
+std::optional<long> find_axes(const py::object& value) {
+  const py::object axes = find_attribute(value, "ndim");
+  if (!axes || !PyLong_Check(axes.ptr())) return std::nullopt;
+  return PyLong_AsLong(axes.ptr());
+}
 
 // Whether float(value) would be meant: it also accepts strings, and drops imaginary parts.
 bool is_real_scalar(const py::object& value) {
@@ -19,13 +27,13 @@ bool is_real_scalar(const py::object& value) {
   if (PyFloat_Check(object)) return true;
   if (PyBool_Check(object) || PyUnicode_Check(object) || PyBytes_Check(object)) return false;
   if (PyLong_Check(object)) return true;
-  if (PyComplex_Check(object) || !py::hasattr(value, "__float__")) return false;
-  if (py::hasattr(value, "ndim") && value.attr("ndim").cast<int>() != 0) return false;
-  const py::object dtype = py::getattr(value, "dtype", py::none());
-  const py::object kind = py::getattr(dtype, "kind", py::none());
-  if (kind.is_none()) return true;
+  if (PyComplex_Check(object) || !find_attribute(value, "__float__")) return false;
+  if (const auto axes = find_axes(value); axes && *axes != 0) return false;
+  const py::object dtype = find_attribute(value, "dtype");
+  const py::object kind = dtype ? find_attribute(dtype, "kind") : py::object();
+  if (!kind) return true;
   // 'V' is bfloat16 of ml_dtypes.
-  return std::string("fiuV").find(kind.cast<std::string>()) != std::string::npos;
+  return std::string("fiuV").find(str_text(kind)) != std::string::npos;
 }
 
 }  // namespace
@@ -51,7 +59,16 @@ double positive_number(const py::object& value, const char* name, bool may_be_in
   const cpu::DefaultFloatEnvironment environment;  // in which subnormal numbers are positive
   if (!(number > 0.0) || (!may_be_infinite && std::isinf(number)))
     throw py::value_error(std::string(name) + ": expected a positive" +
-                          (may_be_infinite ? "" : " finite") + " number, got " + repr(value));
+                          (may_be_infinite ? "" : " finite") + " number, got " + repr_text(value));
+  return number;
+}
+
+double nonnegative_number(const py::object& value, const char* name) {
+  const double number = real_number(value, name);
+  const cpu::DefaultFloatEnvironment environment;
+  if (!is_threshold(number))
+    throw py::value_error(std::string(name) + ": expected a number that is not negative, got " +
+                          repr_text(value));
   return number;
 }
 
@@ -59,37 +76,64 @@ namespace {
 
 bool is_sequence_of_numbers(const py::object& value) {
   if (PyList_Check(value.ptr()) || PyTuple_Check(value.ptr())) return true;
-  return py::hasattr(value, "ndim") && value.attr("ndim").cast<int>() == 1;
+  return find_axes(value) == 1;
+}
+
+bool is_mapping(const py::object& value) {
+  if (PyDict_Check(value.ptr())) return true;
+  if (PyFloat_Check(value.ptr()) || PyLong_Check(value.ptr()) || PyList_Check(value.ptr()))
+    return false;  // at once
+  return py::isinstance(value, py::module_::import("collections.abc").attr("Mapping"));
+}
+
+// The values of a mapping in the order of the names that it is to have, each once.
+py::list values_by_name(const py::object& mapping, const py::object& names, const char* argument,
+                        const char* what) {
+  const std::string name(argument);
+  if (names.is_none())
+    throw py::type_error(name + ": expected a sequence, since the " + what +
+                         " of this call have no names, got a mapping");
+  py::list values;
+  for (const py::handle key : names) {
+    if (!mapping.contains(key))
+      throw py::value_error(name + ": expected an entry for each of the " + what +
+                            ", got none for " + repr_text(key));
+    values.append(mapping[key]);
+  }
+  if (py::len(mapping) != values.size()) {
+    for (const py::handle key : mapping)
+      if (!names.contains(key))
+        throw py::value_error(name + ": expected the names of " + what + ", got " + repr_text(key));
+  }
+  return values;
 }
 
 }  // namespace
 
-double threshold_number(const py::object& max_norm, double epsilon) {
-  if (epsilon == 0.0) return positive_number(max_norm, "max_norm", true);
-  const double number = real_number(max_norm, "max_norm");
-  if (!is_threshold(number, epsilon))
-    throw py::value_error("max_norm: expected a number that is not negative, got " +
-                          repr(max_norm));
-  return number;
-}
-
-Table<double> threshold_numbers(const py::object& max_norm, const Groups& groups,
-                                std::size_t tensors, double epsilon) {
-  if (groups.kind == Groups::all || !is_sequence_of_numbers(max_norm))
-    return {threshold_number(max_norm, epsilon)};
-  const auto values = py::reinterpret_steal<py::object>(PySequence_List(max_norm.ptr()));
+Table<double> threshold_numbers(const py::object& max_norm, const NamedGroups& groups,
+                                std::size_t tensors) {
+  const bool by_name = is_mapping(max_norm);
+  if (!by_name && (groups.groups.kind == Groups::all || !is_sequence_of_numbers(max_norm)))
+    return {nonnegative_number(max_norm, "max_norm")};
+  const auto values = by_name ? values_by_name(max_norm, groups.names, "max_norm", "groups")
+                              : py::reinterpret_steal<py::object>(PySequence_List(max_norm.ptr()));
   if (!values) throw py::error_already_set();
   const auto count = static_cast<std::size_t>(PyList_GET_SIZE(values.ptr()));
-  if (count != groups.count(tensors))
+  const std::size_t expected = groups.groups.count(tensors);
+  if (count != expected)
     throw py::value_error("max_norm: expected a number or one for each of the " +
-                          std::to_string(groups.count(tensors)) + " groups, got " +
-                          std::to_string(count));
+                          std::to_string(expected) + " groups, got " + std::to_string(count));
   Table<double> numbers;
   for (std::size_t g = 0; g < count; ++g) {
-    const std::string name = "max_norm[" + std::to_string(g) + "]";
-    PyObject* const value = PyList_GET_ITEM(values.ptr(), static_cast<Py_ssize_t>(g));
-    numbers.push_back(
-        positive_number(py::reinterpret_borrow<py::object>(value), name.c_str(), true));
+    const auto value = py::reinterpret_borrow<py::object>(
+        PyList_GET_ITEM(values.ptr(), static_cast<Py_ssize_t>(g)));
+    if (value.is_none()) {  // left alone
+      numbers.push_back(infinity());
+      continue;
+    }
+    const std::string name =
+        "max_norm[" + (by_name ? repr_text(groups.names[py::int_(g)]) : std::to_string(g)) + "]";
+    numbers.push_back(nonnegative_number(value, name.c_str()));
   }
   return numbers;
 }
@@ -97,21 +141,37 @@ Table<double> threshold_numbers(const py::object& max_norm, const Groups& groups
 double finite_number(const py::object& value, const char* name) {
   const double number = real_number(value, name);
   if (!is_finite(number))
-    throw py::value_error(std::string(name) + ": expected a finite number, got " + repr(value));
+    throw py::value_error(std::string(name) + ": expected a finite number, got " +
+                          repr_text(value));
   return number;
 }
 
 double grad_scale_number(const py::object& grad_scale) {
   const double scale = positive_number(grad_scale, "grad_scale", false);
+  const cpu::DefaultFloatEnvironment environment;
   if (!is_finite(1.0 / scale))
     throw py::value_error("grad_scale: expected a number whose reciprocal is finite, got " +
-                          repr(grad_scale));
+                          repr_text(grad_scale));
   return scale;
 }
 
-void check_reduce(const py::object& reduce) {
-  if (!reduce.is_none() && !PyCallable_Check(reduce.ptr()))
+namespace {
+
+std::string text_of(const NormOrder& order) { return repr_text(py::float_(order.p)); }
+
+}  // namespace
+
+void check_reduce(const py::object& reduce, const NormOrder& order) {
+  if (reduce.is_none()) return;
+  if (!PyCallable_Check(reduce.ptr()))
     throw py::type_error("reduce: expected a callable or None, got " + type_name(reduce));
+  const py::object made_for = find_attribute(reduce, "ord");
+  if (!made_for || !(PyFloat_Check(made_for.ptr()) || PyLong_Check(made_for.ptr())))
+    return;  // the caller's own, which knows what it adds up
+  const NormOrder its_own = norm_order(made_for);
+  if (its_own.kind != order.kind || its_own.p != order.p)
+    throw py::value_error("reduce: expected one for the ord of this call, " + text_of(order) +
+                          ", got one that was made for ord=" + text_of(its_own));
 }
 
 NormOrder norm_order(const py::object& ord) {
@@ -124,57 +184,89 @@ NormOrder norm_order(const py::object& ord) {
 
 NonFinite nonfinite_policy(const py::object& policy) {
   if (PyUnicode_Check(policy.ptr())) {
-    const auto text = policy.cast<std::string>();
+    const std::string text = str_text(policy);
     if (text == "raise") return NonFinite::raise;
     if (text == "skip") return NonFinite::skip;
     if (text == "zero") return NonFinite::zero;
     if (text == "propagate") return NonFinite::propagate;
     throw py::value_error("nonfinite: expected 'raise', 'skip', 'zero' or 'propagate', got " +
-                          repr(policy));
+                          repr_text(policy));
   }
   throw py::type_error("nonfinite: expected 'raise', 'skip', 'zero' or 'propagate', got " +
                        type_name(policy));
 }
 
-Groups group_labels(const py::object& groups, std::size_t tensors) {
-  if (groups.is_none()) return {};
-  if (PyUnicode_Check(groups.ptr())) {
-    if (groups.cast<std::string>() == "tensor") return {Groups::tensor};
-    throw py::value_error("groups: expected None, 'tensor' or one label per gradient, got " +
-                          repr(groups));
+namespace {
+
+std::size_t label_number(const py::object& label, std::size_t i, std::size_t allowed) {
+  const std::string name = "groups[" + std::to_string(i) + "]";
+  const auto refuse = [&] {
+    throw py::type_error(name + ": expected an integer label, or a name as the others are, got " +
+                         type_name(label));
+  };
+  if (PyBool_Check(label.ptr()) || !PyIndex_Check(label.ptr())) refuse();
+  const Py_ssize_t value = PyNumber_AsSsize_t(label.ptr(), nullptr);  // clips what is too large
+  if (value == -1 && PyErr_Occurred()) {
+    if (!PyErr_ExceptionMatches(PyExc_TypeError)) throw py::error_already_set();
+    PyErr_Clear();
+    refuse();
   }
-  if (PyBytes_Check(groups.ptr()) || !PySequence_Check(groups.ptr()))
-    throw py::type_error("groups: expected None, 'tensor' or a sequence of labels, got " +
-                         type_name(groups));
-  if (py::hasattr(groups, "ndim") && groups.attr("ndim").cast<int>() != 1)
-    throw py::value_error("groups: expected labels in one dimension, got " +
-                          py::str(groups.attr("ndim")).cast<std::string>());
-  const auto labels = py::reinterpret_steal<py::object>(PySequence_List(groups.ptr()));
+  if (value < 0 || static_cast<std::size_t>(value) >= allowed)
+    throw py::value_error(name + ": expected a label from 0 to " + std::to_string(allowed - 1) +
+                          ", got " + repr_text(label));
+  return static_cast<std::size_t>(value);
+}
+
+}  // namespace
+
+NamedGroups group_labels(const py::object& groups, const Gradients& grads) {
+  if (groups.is_none()) return {};
+  const std::size_t tensors = grads.spans().size();
+  if (PyUnicode_Check(groups.ptr())) {
+    if (str_text(groups) == "tensor") return {{Groups::tensor}, grads.names()};
+    throw py::value_error("groups: expected None, 'tensor' or one label per gradient, got " +
+                          repr_text(groups));
+  }
+  const bool by_name = is_mapping(groups);
+  if (!by_name && (PyBytes_Check(groups.ptr()) || !PySequence_Check(groups.ptr())))
+    throw py::type_error(
+        "groups: expected None, 'tensor', a sequence or a mapping of labels, got " +
+        type_name(groups));
+  if (const auto axes = find_axes(groups); axes && *axes != 1)
+    throw py::value_error("groups: expected labels in one dimension, got " + std::to_string(*axes));
+  const auto labels = by_name ? values_by_name(groups, grads.names(), "groups", "gradients")
+                              : py::reinterpret_steal<py::object>(PySequence_List(groups.ptr()));
   if (!labels) throw py::error_already_set();
   const auto count = static_cast<std::size_t>(PyList_GET_SIZE(labels.ptr()));
   if (count != tensors)
     throw py::value_error("groups: expected one label for each of the " + std::to_string(tensors) +
                           " gradients, got " + std::to_string(count) + " labels");
-  Groups result{Groups::labels};
-  result.label.reserve(count);
+  NamedGroups result{{Groups::labels}};
+  // Numbers of groups with names, some of which may have no gradient.
+  if (const py::object names = find_attribute(groups, "group_names")) {
+    result.names = py::tuple(names);
+    result.groups.labels_used = py::len(names);
+  }
+  const std::size_t numbers_allowed = std::max(tensors, result.groups.labels_used);
+  std::vector<std::size_t>& numbers = result.groups.label;
+  numbers.reserve(count);
+  // Names are numbered in the order in which they first appear.
+  const bool are_names = count > 0 && PyUnicode_Check(PyList_GET_ITEM(labels.ptr(), 0));
+  py::dict number_of;
   for (std::size_t i = 0; i < count; ++i) {
     const auto label = py::reinterpret_borrow<py::object>(
         PyList_GET_ITEM(labels.ptr(), static_cast<Py_ssize_t>(i)));
-    const std::string name = "groups[" + std::to_string(i) + "]";
-    if (PyBool_Check(label.ptr()) || !PyIndex_Check(label.ptr()))
-      throw py::type_error(name + ": expected an integer label, got " + type_name(label));
-    const Py_ssize_t value = PyNumber_AsSsize_t(label.ptr(), nullptr);  // clips what is too large
-    if (value == -1 && PyErr_Occurred()) {
-      if (!PyErr_ExceptionMatches(PyExc_TypeError)) throw py::error_already_set();
-      PyErr_Clear();
-      throw py::type_error(name + ": expected an integer label, got " + type_name(label));
+    if (!are_names) {
+      numbers.push_back(label_number(label, i, numbers_allowed));
+    } else {
+      if (!PyUnicode_Check(label.ptr()))
+        throw py::type_error("groups[" + std::to_string(i) + "]: expected a name, got " +
+                             type_name(label));
+      numbers.push_back(number_of.attr("setdefault")(label, number_of.size()).cast<std::size_t>());
     }
-    if (value < 0 || static_cast<std::size_t>(value) >= tensors)
-      throw py::value_error(name + ": expected a label from 0 to " + std::to_string(tensors - 1) +
-                            ", got " + repr(label));
-    result.label.push_back(static_cast<std::size_t>(value));
-    result.labels_used = std::max(result.labels_used, result.label.back() + 1);
+    result.groups.labels_used = std::max(result.groups.labels_used, numbers.back() + 1);
   }
+  if (are_names) result.names = py::tuple(number_of);
   return result;
 }
 

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bindings/closed_class.hpp"
 #include "bindings/device_gradients.hpp"
 #include "bindings/gil.hpp"
 #include "bindings/on_device.hpp"
@@ -23,17 +24,16 @@ PYBIND11_MODULE(GRADCLIP_MODULE, m, py::mod_gil_not_used()) {
   gb::init_numpy();
   m.doc() = "gradclip's CUDA engine; gradclip._device is the way to it.";
 
-  py::class_<DeviceGradients>(m, "Gradients", py::module_local())
-      .def(py::init<const py::object&, int, std::uintptr_t, const std::string&, py::object, bool>(),
-           py::arg("grads"), py::arg("device"), py::arg("stream"), py::arg("leader"),
-           py::arg("allocate"), py::arg("is_kept"))
-      .def("norms", &DeviceGradients::norms, py::arg("ord"), py::arg("stream"))
+  py::class_<DeviceGradients> gradients(m, "Gradients", py::module_local());
+  gb::close_class(gradients);
+  gradients.def("norms", &DeviceGradients::norms, py::arg("ord"), py::arg("stream"))
       .def("clip", &DeviceGradients::clip, py::arg("max_norm"), py::arg("ord"), py::arg("groups"),
            py::arg("grad_scale"), py::arg("nonfinite"), py::arg("reduce"), py::arg("stream"),
-           py::arg("epsilon"))
+           py::arg("epsilon"), py::arg("make"))
       .def("clip_with_norm", &DeviceGradients::clip_with_norm, py::arg("norm"), py::arg("max_norm"),
            py::arg("stream"), py::arg("epsilon"))
-      .def("clip_by_value", &DeviceGradients::clip_by_value, py::arg("limit"), py::arg("stream"))
+      .def("clip_by_value", &DeviceGradients::clip_by_value, py::arg("limit"),
+           py::arg("to_nearest"), py::arg("stream"), py::arg("make"))
       .def("scale", &DeviceGradients::scale, py::arg("factor"), py::arg("stream"))
       .def("require_writable",
            [](const DeviceGradients& grads) { grads.gradients().require_writable(); })
@@ -45,6 +45,10 @@ PYBIND11_MODULE(GRADCLIP_MODULE, m, py::mod_gil_not_used()) {
       .def_property_readonly(
           "has_float64",
           [](const DeviceGradients& grads) { return grads.gradients().has_float64(); })
+      .def_property_readonly(
+          "is_nothing", [](const DeviceGradients& grads) { return grads.gradients().is_nothing(); })
+      .def_property_readonly(
+          "missing", [](const DeviceGradients& grads) { return grads.gradients().missing(); })
       .def_property_readonly("device", &DeviceGradients::device)
       .def_property_readonly(
           "nbytes",
@@ -52,6 +56,16 @@ PYBIND11_MODULE(GRADCLIP_MODULE, m, py::mod_gil_not_used()) {
       .def_property_readonly("num_elements", [](const DeviceGradients& grads) {
         return grads.gradients().elements();
       });
+
+  m.def(
+      "read",
+      [](const py::object& grads, int device, std::uintptr_t stream, const std::string& leader,
+         py::object allocate, bool is_kept) {
+        return std::make_unique<DeviceGradients>(grads, device, stream, leader, std::move(allocate),
+                                                 is_kept);
+      },
+      py::arg("grads"), py::arg("device"), py::arg("stream"), py::arg("leader"),
+      py::arg("allocate"), py::arg("is_kept"));
 
   // Where the parts of a result lie, in bytes.
   m.def(

@@ -20,11 +20,11 @@ bool same(const Groups& a, const Groups& b) { return a.kind == b.kind && a.label
 // A number, or an array on the device of the gradients: of one number, or of one for each group.
 class ThresholdArgument {
  public:
-  ThresholdArgument(const py::object& value, const Groups& groups, std::size_t tensors,
-                    double epsilon, int device, cuda::Stream stream, DeviceReader::Leader leader)
+  ThresholdArgument(const py::object& value, const Groups& groups, std::size_t tensors, int device,
+                    cuda::Stream stream, DeviceReader::Leader leader)
       : reader_(device, stream, leader, false) {
     if (!reader_.is_device_array(value)) {
-      threshold_.value = threshold_number(value, epsilon);
+      threshold_.value = nonnegative_number(value, "max_norm");
       return;
     }
     const EntryName name("max_norm");
@@ -42,7 +42,7 @@ class ThresholdArgument {
                    groups.kind == Groups::all ? "a number or a 0-d array"
                                               : "a number, a 0-d array or an array of shape (" +
                                                     std::to_string(groups.count(tensors)) + ",)",
-                   "an array of shape " + py::repr(shape).cast<std::string>())
+                   "an array of shape " + repr_text(shape))
           .raise();
     if (entry_.layout) name.problem(Problem::value_error, "a dense array", "a strided one").raise();
     if (is_complex(entry_.span.dtype))
@@ -166,6 +166,7 @@ py::object DeviceGradients::allocate_for(const cuda::ResultLayout& layout) const
 py::object DeviceGradients::norms(const py::object& ord, std::uintptr_t stream) {
   cuda::Request request;
   request.order = norm_order(ord);
+  gradients_.recheck(reader_, ord);
   Call call(*this, stream);
   const py::object memory = call.allocate();
   std::byte* const result = pointer_of(memory);
@@ -180,20 +181,22 @@ py::object DeviceGradients::norms(const py::object& ord, std::uintptr_t stream) 
 py::tuple DeviceGradients::clip(const py::object& max_norm, const py::object& ord,
                                 const py::object& groups, const py::object& grad_scale,
                                 const py::object& nonfinite, const py::object& reduce,
-                                std::uintptr_t stream, double epsilon) {
+                                std::uintptr_t stream, double epsilon, const py::object& make) {
   const OnDevice on_device(device_);
   const std::size_t tensors = gradients_.spans().size();
-  const Groups grouping = group_labels(groups, tensors);
-  const ThresholdArgument threshold(max_norm, grouping, tensors, epsilon, device_,
-                                    as_stream(stream), leader_);
+  const NamedGroups named = group_labels(groups, gradients_);
+  const Groups& grouping = named.groups;
+  const ThresholdArgument threshold(max_norm, grouping, tensors, device_, as_stream(stream),
+                                    leader_);
   cuda::Request request;
   request.max_norm = *threshold;
   request.epsilon = epsilon;
   request.order = norm_order(ord);
   request.grad_scale = grad_scale_number(grad_scale);
   request.policy = nonfinite_policy(nonfinite);
-  check_reduce(reduce);
+  check_reduce(reduce, request.order);
   gradients_.require_writable();
+  gradients_.recheck(reader_, max_norm, ord, groups, grad_scale, nonfinite);
 
   Call call(*this, stream, grouping);
   const bool waits = request.policy == NonFinite::raise;
@@ -205,7 +208,11 @@ py::tuple DeviceGradients::clip(const py::object& max_norm, const py::object& or
   const cuda::ResultLayout layout = call.list().layout();
   const py::object memory = call.allocate();
   std::byte* const result = pointer_of(memory);
+  // Before anything is written, so that nothing can fail after.
+  const py::tuple made = py::make_tuple(
+      make(memory, layout.groups, grouping.kind == Groups::all, named.names), py::none());
   if (reduce.is_none()) {
+    gradients_.mark_written();  // for all that is known here
     const GilRelease release;
     request.until = cuda::Request::clip;
     call.list().measure(request, result, call.stream());
@@ -228,6 +235,8 @@ py::tuple DeviceGradients::clip(const py::object& max_norm, const py::object& or
                    std::string(name_of(sums.span.dtype)) + " of " +
                        std::to_string(sums.span.numel) + " elements")
           .raise();
+    gradients_.require_unchanged(reader_);
+    gradients_.mark_written();
     {
       const GilRelease release;
       call.list().decide(request, reinterpret_cast<const double*>(sums.span.data), result,
@@ -238,7 +247,6 @@ py::tuple DeviceGradients::clip(const py::object& max_norm, const py::object& or
   }
   threshold.reader().let_producers_wait(call.stream());
 
-  py::object counts = py::none();
   if (waits) {
     cuda::ResultFlags flags{};
     {
@@ -247,12 +255,15 @@ py::tuple DeviceGradients::clip(const py::object& max_norm, const py::object& or
     }
     if (flags.bad_threshold)
       throw py::value_error(
-          "max_norm: expected a positive number, got an array on the device that "
+          "max_norm: expected a number that is not negative, got an array on the device that "
           "holds another one; nothing was written");
-    if (flags.nonfinite_norm) counts = count_nonfinite(call.list(), call.stream());
+    if (flags.nonfinite_norm) {
+      py::list counts = count_nonfinite(call.list(), call.stream());
+      PyTuple_SetItem(made.ptr(), 1, counts.release().ptr());
+    }
   }
   call.end();
-  return py::make_tuple(memory, layout.groups, grouping.kind == Groups::all, counts);
+  return made;
 }
 
 // (index, NaN count, infinity count) of the tensors that hold such elements. Waits.
@@ -276,9 +287,10 @@ py::list DeviceGradients::count_nonfinite(cuda::List& list, cuda::Stream stream)
 void DeviceGradients::clip_with_norm(const py::object& norm, const py::object& max_norm,
                                      std::uintptr_t stream, double epsilon) {
   const OnDevice on_device(device_);
-  const ThresholdArgument threshold(max_norm, {}, gradients_.spans().size(), epsilon, device_,
+  const ThresholdArgument threshold(max_norm, {}, gradients_.spans().size(), device_,
                                     as_stream(stream), leader_);
   gradients_.require_writable();
+  gradients_.recheck(reader_, max_norm);
   Call call(*this, stream);
   DeviceReader reader(device_, call.stream(), leader_, false);
   const EntryName name("norm");
@@ -288,6 +300,7 @@ void DeviceGradients::clip_with_norm(const py::object& norm, const py::object& m
     name.problem(Problem::value_error, "one float64 number",
                  std::to_string(total.span.numel) + " of " + name_of(total.span.dtype))
         .raise();
+  gradients_.mark_written();
   // The 1-norm is its own sum: what has been measured goes the way of sums that were reduced.
   cuda::Request request{{NormOrder::one, 1.0}, 1.0,    *threshold, NonFinite::propagate,
                         cuda::Request::clip,   epsilon};
@@ -304,25 +317,31 @@ void DeviceGradients::clip_with_norm(const py::object& norm, const py::object& m
   call.end();
 }
 
-py::object DeviceGradients::clip_by_value(const py::object& limit, std::uintptr_t stream) {
-  const double bound = positive_number(limit, "limit", true);
+py::object DeviceGradients::clip_by_value(const py::object& limit, bool to_nearest,
+                                          std::uintptr_t stream, const py::object& make) {
+  const ValueLimit bound{nonnegative_number(limit, "limit"), to_nearest};
   gradients_.require_real();
   gradients_.require_writable();
+  gradients_.recheck(reader_, limit);
   Call call(*this, stream);
   const py::object memory = call.allocate();
   std::byte* const result = pointer_of(memory);
+  py::object made = make(memory, 1, true, py::none());
+  gradients_.mark_written();
   {
     const GilRelease release;
     call.list().clip_by_value(bound, result, call.stream());
   }
   call.end();
-  return memory;
+  return made;
 }
 
 void DeviceGradients::scale(const py::object& factor, std::uintptr_t stream) {
   const double number = finite_number(factor, "factor");
   gradients_.require_writable();
+  gradients_.recheck(reader_, factor);
   if (number == 1.0) return;
+  gradients_.mark_written();
   Call call(*this, stream);
   {
     const GilRelease release;
@@ -343,6 +362,7 @@ void require_probeable(const Gradients& grads) {
 
 void DeviceGradients::probe_read(std::uintptr_t stream) {
   require_probeable(gradients_);
+  gradients_.recheck(reader_);
   Call call(*this, stream);
   call.list().probe_read(pointer_of(call.allocate()), call.stream());
   call.end();
@@ -351,6 +371,7 @@ void DeviceGradients::probe_read(std::uintptr_t stream) {
 void DeviceGradients::probe_read_write(std::uintptr_t stream) {
   require_probeable(gradients_);
   gradients_.require_writable();
+  gradients_.recheck(reader_);
   Call call(*this, stream);
   call.list().probe_read_write(call.stream());
   call.end();

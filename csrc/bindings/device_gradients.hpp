@@ -18,14 +18,17 @@ class DeviceGradients {
                   const std::string& leader, py::object allocate, bool is_kept);
   ~DeviceGradients();
 
+  // `make(memory, groups, is_global, group_names)` makes the result of a call before anything is written.
   py::object norms(const py::object& ord, std::uintptr_t stream);
   py::tuple clip(const py::object& max_norm, const py::object& ord, const py::object& groups,
                  const py::object& grad_scale, const py::object& nonfinite,
-                 const py::object& reduce, std::uintptr_t stream, double epsilon);
+                 const py::object& reduce, std::uintptr_t stream, double epsilon,
+                 const py::object& make);
   // As of calls.hpp; `norm` is a float64 number on the device.
   void clip_with_norm(const py::object& norm, const py::object& max_norm, std::uintptr_t stream,
                       double epsilon);
-  py::object clip_by_value(const py::object& limit, std::uintptr_t stream);
+  py::object clip_by_value(const py::object& limit, bool to_nearest, std::uintptr_t stream,
+                           const py::object& make);
   void scale(const py::object& factor, std::uintptr_t stream);
   // The device's own speed over the same memory, to be timed by the caller.
   void probe_read(std::uintptr_t stream);

@@ -41,9 +41,9 @@ std::vector<std::int64_t> integers(const py::object& sequence) {
 py::object numpy_dtype(const py::object& typestr, const EntryName& name) {
   try {
     return py::dtype::from_args(typestr);
-  } catch (const py::error_already_set&) {
-    name.problem(Problem::type_error, "a NumPy typestr", py::repr(typestr).cast<std::string>())
-        .raise();
+  } catch (const py::error_already_set& error) {
+    if (!error.matches(PyExc_TypeError) && !error.matches(PyExc_ValueError)) throw;
+    name.problem(Problem::type_error, "a NumPy typestr", repr_text(typestr)).raise();
   }
 }
 
@@ -53,30 +53,21 @@ std::byte* data_of_cupy(py::handle array) {
 }
 
 // Set span and layout from a shape; `strides` in bytes, or None for C order.
-void set_shape(Entry& entry, std::byte* data, const py::object& shape, const py::object& strides,
-               const EntryName& name) {
+void set_layout(Entry& entry, std::byte* data, const py::object& shape, const py::object& strides,
+                const EntryName& name) {
   const std::vector<std::int64_t> sizes = integers(shape);
-  std::int64_t bytes = entry.span.itemsize();
-  for (const std::int64_t size : sizes)
-    if (size < 0 || __builtin_mul_overflow(bytes, size, &bytes))
-      name.problem(Problem::value_error, "a shape of at most 2^63 bytes",
-                   py::repr(shape).cast<std::string>())
-          .raise();
-  entry.span.numel = bytes / entry.span.itemsize();
   std::vector<std::int64_t> steps;
   if (!strides.is_none()) {
     steps = integers(strides);
     if (steps.size() != sizes.size())
       name.problem(Problem::value_error, "a stride for each axis",
-                   "shape " + py::repr(shape).cast<std::string>() + " and strides " +
-                       py::repr(strides).cast<std::string>())
+                   "shape " + repr_text(shape) + " and strides " + repr_text(strides))
           .raise();
-  } else {
-    steps.resize(sizes.size());
-    std::int64_t dense = entry.span.itemsize();
-    for (std::size_t a = sizes.size(); a-- > 0; dense *= sizes[a]) steps[a] = dense;
   }
-  set_layout(entry, data, sizes.size(), sizes.data(), steps.data());
+  set_layout(entry, data,
+             {static_cast<std::int64_t>(sizes.size()), sizes.data(),
+              strides.is_none() ? nullptr : steps.data(), 1},
+             name);
 }
 
 // The kernels load elements as wholes.
@@ -95,10 +86,10 @@ DeviceReader::Leader DeviceReader::leader_named(const std::string& name) {
   return name == "torch" ? torch : cupy;
 }
 
-DeviceReader::DeviceReader(int device, cuda::Stream stream, Leader leader, bool keeps_storages)
-    : place_{device, reinterpret_cast<std::uintptr_t>(stream)},
+DeviceReader::DeviceReader(int device, cuda::Stream stream, Leader leader, bool is_kept)
+    : is_kept(is_kept),
+      place_{device, reinterpret_cast<std::uintptr_t>(stream)},
       leader_(leader),
-      keeps_storages_(keeps_storages),
       cupy_array_(imported("cupy", "ndarray")) {}
 
 bool DeviceReader::is_cupy_array(PyObject* object) const {
@@ -108,7 +99,7 @@ bool DeviceReader::is_cupy_array(PyObject* object) const {
 }
 
 bool DeviceReader::is_device_array(py::handle object) const {
-  return is_cupy_array(object.ptr()) || py::hasattr(object, "__cuda_array_interface__");
+  return is_cupy_array(object.ptr()) || find_attribute(object, "__cuda_array_interface__");
 }
 
 bool DeviceReader::is_leaders(py::handle object) const {
@@ -117,7 +108,7 @@ bool DeviceReader::is_leaders(py::handle object) const {
 
 bool DeviceReader::read_plain(PyObject* object, Span& span) {
   if (leader_ == torch)
-    return !keeps_storages_ && read_plain_torch(object, place_, span) &&
+    return !is_kept && read_plain_torch(object, place_, span) &&
            (span.numel == 0 || is_device_memory(span.data));
   if (leader_ != cupy || !is_cupy_array(object)) return false;
   static const Attribute dtype("dtype"), size("size"), is_dense("_c_contiguous");
@@ -145,7 +136,7 @@ void DeviceReader::read(PyObject* object, const EntryName& name, Entry& entry) {
       add_stream(reinterpret_cast<cuda::Stream>(address_of(stream.attr("cuda_stream"))));
     }
   } else if (!PyType_Check(object) && !is_jax_array(object) &&
-             py::hasattr(object, "__cuda_array_interface__")) {
+             find_attribute(object, "__cuda_array_interface__")) {
     read_cuda_interface(object, name, entry);
   } else {
     read_dlpack(object, name, place_, entry);
@@ -154,9 +145,14 @@ void DeviceReader::read(PyObject* object, const EntryName& name, Entry& entry) {
   check_memory(entry.span, name);
 }
 
+Again DeviceReader::read_again(PyObject* object, const EntryName& name, Entry& entry) const {
+  if (read_torch(object, name, place_, entry)) return Again::read;
+  return is_plain_torch(object) ? Again::gone : Again::held;
+}
+
 void DeviceReader::read_cupy(py::handle array, const EntryName& name, Entry& entry) {
   entry.span.dtype = dtype_of(py::object(array.attr("dtype")).ptr(), name);
-  set_shape(entry, data_of_cupy(array), array.attr("shape"), array.attr("strides"), name);
+  set_layout(entry, data_of_cupy(array), array.attr("shape"), array.attr("strides"), name);
 }
 
 // https://numba.readthedocs.io/en/stable/cuda/cuda_array_interface.html, version 3
@@ -173,13 +169,13 @@ void DeviceReader::read_cuda_interface(py::handle object, const EntryName& name,
   const py::object data = field("data");
   if (!PyTuple_Check(data.ptr()) || PyTuple_GET_SIZE(data.ptr()) != 2)
     name.problem(Problem::type_error, "a __cuda_array_interface__ with data (pointer, read-only)",
-                 py::repr(data).cast<std::string>())
+                 repr_text(data))
         .raise();
   const py::tuple pointer = data;
   if (!py::object(get("mask")).is_none())
     name.problem(Problem::type_error, "an array without a mask", "a masked array").raise();
   entry.span.dtype = dtype_of(numpy_dtype(field("typestr"), name).ptr(), name);
-  set_shape(entry, address_of(pointer[0]), field("shape"), get("strides"), name);
+  set_layout(entry, address_of(pointer[0]), field("shape"), get("strides"), name);
   if (py::cast<bool>(pointer[1]))
     entry.unwritable = name.problem(Problem::value_error, "writable memory", "a read-only array");
   const py::object stream = get("stream");

@@ -17,8 +17,10 @@ class DeviceReader {
   static Leader leader_named(const std::string& name);
 
   // `stream` waits for what the producers of the arrays have enqueued until they are read.
-  // `keeps_storages` as of HostReader.
-  DeviceReader(int device, cuda::Stream stream, Leader leader, bool keeps_storages);
+  // `is_kept` as of HostReader.
+  DeviceReader(int device, cuda::Stream stream, Leader leader, bool is_kept);
+
+  const bool is_kept;
 
   // A CuPy array, or one with __cuda_array_interface__.
   bool is_device_array(py::handle object) const;
@@ -28,6 +30,11 @@ class DeviceReader {
   // A dense cupy.ndarray. False if it is anything else.
   bool read_plain(PyObject* object, Span& span);
   void read(PyObject* object, const EntryName& name, Entry& entry);
+  // As of HostReader: what a tensor's memory is now. A CuPy array keeps its own.
+  bool read_plain_again(PyObject* object, Span& span) const {
+    return read_plain_torch(object, place_, span);
+  }
+  Again read_again(PyObject* object, const EntryName& name, Entry& entry) const;
 
   // The same arrays, used again: `stream` waits for what has been enqueued since.
   void wait_for_producers(cuda::Stream stream) const;
@@ -47,7 +54,6 @@ class DeviceReader {
 
   Place place_;
   Leader leader_;
-  bool keeps_storages_;
   py::object cupy_array_;  // the type; None if nobody has imported CuPy
   // Granules of memory whose kind has been asked for.
   static constexpr std::size_t kGranules = 64;

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "bindings/dlpack.hpp"
+#include "bindings/modules.hpp"
 
 namespace gradclip::bindings {
 
@@ -13,35 +14,96 @@ void Problem::raise() const {
 
 std::string entry_name(std::size_t index, const py::object& names) {
   if (names.is_none()) return "grads[" + std::to_string(index) + "]";
-  const py::object name = py::reinterpret_borrow<py::tuple>(names)[index];
-  return "grads[" + py::repr(name).cast<std::string>() + "]";
+  return "grads[" + repr_text(py::reinterpret_borrow<py::tuple>(names)[index]) + "]";
 }
 
-std::string full_type_name(py::handle object) {
-  const py::handle type = py::type::handle_of(object);
-  return type.attr("__module__").cast<std::string>() + "." +
-         type.attr("__qualname__").cast<std::string>();
-}
-
-void set_layout(Entry& entry, std::byte* data, std::size_t axes, const std::int64_t* shape,
-                const std::int64_t* strides) {
+void set_layout(Entry& entry, std::byte* data, const Shape& shape, const EntryName& name) {
+  const std::int64_t itemsize = entry.span.itemsize();
+  const auto refuse = [&](const std::string& expected, const std::string& got) {
+    name.problem(Problem::value_error, expected, got).raise();
+  };
+  constexpr auto kMaxAxes = static_cast<std::int64_t>(StridedLayout::kMaxAxes);
+  if (shape.axes < 0 || shape.axes > kMaxAxes)
+    refuse("an array of 0 to 64 axes", "one of " + std::to_string(shape.axes));
+  if (shape.axes > 0 && !shape.sizes) refuse("an array with a shape", "one without");
+  const auto axes = static_cast<std::size_t>(shape.axes);
+  std::int64_t bytes = itemsize;
+  for (std::size_t a = 0; a < axes; ++a) {
+    if (shape.sizes[a] < 0)
+      refuse("axes of 0 or more elements", "one of " + std::to_string(shape.sizes[a]));
+    if (__builtin_mul_overflow(bytes, shape.sizes[a], &bytes))
+      refuse("at most 2^63 bytes", "a larger (expanded) array");
+  }
   entry.span.data = data;
-  if (entry.span.numel == 0) return;
+  entry.span.numel = bytes / itemsize;
+  if (bytes == 0) return;
+  if (!data) refuse("an array with memory", "one without");
+
   std::vector<StridedLayout::Axis> list(axes);
-  for (std::size_t a = 0; a < axes; ++a) list[a] = {shape[a], strides[a]};
-  OrderedAxes ordered = order_axes(data, entry.span.itemsize(), std::move(list));
+  // The lowest and the highest byte, seen from the first element.
+  std::int64_t lowest = 0, highest = itemsize - 1, dense = itemsize;
+  bool is_possible = true;
+  for (std::size_t a = axes; a-- > 0; dense *= shape.sizes[a]) {
+    if (shape.sizes[a] == 1) {
+      list[a] = {1, itemsize};  // the stride of one element may be anything
+      continue;
+    }
+    std::int64_t stride = dense, reach = 0;
+    if (shape.strides)
+      is_possible = is_possible && !__builtin_mul_overflow(shape.strides[a], shape.unit, &stride);
+    is_possible = is_possible && !__builtin_mul_overflow(shape.sizes[a] - 1, stride, &reach);
+    std::int64_t& end = reach < 0 ? lowest : highest;
+    is_possible = is_possible && !__builtin_add_overflow(end, reach, &end);
+    list[a] = {shape.sizes[a], stride};
+  }
+  const auto address = reinterpret_cast<std::uintptr_t>(data);
+  if (!is_possible || address > INT64_MAX || static_cast<std::int64_t>(address) < -lowest ||
+      static_cast<std::int64_t>(address) > INT64_MAX - highest)
+    refuse("elements within memory", "strides that reach beyond its addresses");
+  OrderedAxes ordered = order_axes(data, itemsize, std::move(list));
   entry.span.data = ordered.data;
   entry.layout = std::move(ordered.layout);
 }
 
+void raise_with_name(py::error_already_set& error, const EntryName& name) {
+  if (!error.matches(PyExc_Exception) || error.matches(PyExc_MemoryError)) throw error;
+  const Problem problem =
+      name.problem(Problem::value_error, "an array that can be read",
+                   full_type_name(error.value()) + ": " + str_text(error.value()));
+  py::raise_from(error, PyExc_ValueError, problem.message.c_str());
+  throw py::error_already_set();
+}
+
+bool is_plain(const py::object& argument) {
+  PyObject* const object = argument.ptr();
+  return PyFloat_CheckExact(object) || PyLong_CheckExact(object) || PyUnicode_CheckExact(object) ||
+         object == Py_None;
+}
+
 void HostReader::read(PyObject* object, const EntryName& name, Entry& entry) const {
-  DLTensor tensor;
   if (is_numpy_array(object))
     read_numpy(object, name, entry);
-  else if (!keeps_storages && borrow_torch_tensor(object, tensor))
-    read_tensor(tensor, name, Place{}, entry);
-  else
+  else if (is_kept || !read_torch(object, name, Place{}, entry))
     read_dlpack(object, name, Place{}, entry);
+}
+
+Again HostReader::read_again(PyObject* object, const EntryName& name, Entry& entry) {
+  if (is_numpy_array(object)) {
+    read_numpy(object, name, entry);
+    return lies_in_its_owner(object, entry.placed()) ? Again::read : Again::gone;
+  }
+  if (read_torch(object, name, Place{}, entry)) return Again::read;
+  return is_plain_torch(object) ? Again::gone : Again::held;
+}
+
+void Gradients::refuse_changed(const EntryName& name, const Entry& now) {
+  name.problem(Problem::value_error, "the memory that was read before",
+               "an array that has been given other memory since (" +
+                   (now.span.data
+                        ? std::to_string(now.span.numel) + " elements of " + name_of(now.span.dtype)
+                        : std::string("none that can be read")) +
+                   "); nothing was written")
+      .raise();
 }
 
 void Gradients::add(Entry&& entry) {
@@ -65,20 +127,19 @@ void Gradients::take_arrays(const py::object& grads) {
     arrays_ = py::tuple(grads);
   } else if (PyUnicode_Check(object) || PyBytes_Check(object) || PyByteArray_Check(object)) {
     wrong_kind("");
-  } else if (is_numpy_array(object) || py::hasattr(grads, "__dlpack__") ||
-             py::hasattr(grads, "__cuda_array_interface__")) {
+  } else if (is_numpy_array(object) || find_attribute(grads, "__dlpack__") ||
+             find_attribute(grads, "__cuda_array_interface__")) {
     wrong_kind("; put a single array in a list");
   } else if (PyDict_Check(object) ||
              py::isinstance(grads, py::module_::import("collections.abc").attr("Mapping"))) {
     py::list keys, items;
     for (const py::handle item : py::list(grads.attr("items")())) {
       if (!PyTuple_Check(item.ptr()) || PyTuple_GET_SIZE(item.ptr()) != 2)
-        throw py::type_error("grads: expected items() of pairs, got " +
-                             py::repr(item).cast<std::string>());
+        throw py::type_error("grads: expected items() of pairs, got " + repr_text(item));
       const py::tuple pair = py::reinterpret_borrow<py::tuple>(item);
       if (!PyUnicode_Check(pair[0].ptr()))
         throw py::type_error("grads: expected names (str) as keys, got the key " +
-                             py::repr(pair[0]).cast<std::string>());
+                             repr_text(pair[0]));
       keys.append(pair[0]);
       items.append(pair[1]);
     }
@@ -103,6 +164,30 @@ void Gradients::make_plan_of_spans() {
   plan_ = make_plan(bytes);
 }
 
+std::vector<std::size_t> Gradients::missing() const {
+  std::vector<std::size_t> found;
+  for (std::size_t i = 0; i < spans_.size(); ++i)
+    if (PyTuple_GET_ITEM(arrays_.ptr(), i) == Py_None) found.push_back(i);
+  return found;
+}
+
+bool Gradients::is_nothing() const {
+  for (std::size_t i = 0; i < spans_.size(); ++i)
+    if (PyTuple_GET_ITEM(arrays_.ptr(), i) != Py_None) return false;
+  return true;
+}
+
+void Gradients::mark_written() const {
+  if (imported("torch", "Tensor").is_none()) return;
+  py::list tensors;
+  for (std::size_t i = 0; i < spans_.size(); ++i) {
+    const py::handle object = PyTuple_GET_ITEM(arrays_.ptr(), i);
+    if (is_plain_torch(object.ptr()) && PyList_Append(tensors.ptr(), object.ptr()) != 0)
+      throw py::error_already_set();
+  }
+  if (!tensors.empty()) py::module_::import("gradclip._dispatch").attr("mark_written")(tensors);
+}
+
 std::int64_t Gradients::elements() const {
   std::int64_t elements = 0;
   for (const Span& span : spans_) elements += span.numel;
@@ -120,7 +205,8 @@ void Gradients::find_overlaps() {
     if (!overlaps_itself(spans_[i])) continue;
     unwritable_ =
         EntryName(i, names_).problem(Problem::value_error, "elements that do not share memory",
-                                     "an array that overlaps itself (broadcast or as_strided)");
+                                     "an array that overlaps itself (expanded, broadcast or "
+                                     "as_strided): clone() the tensor, copy() the array");
     return;
   }
   if (const auto shared = find_shared_memory(spans_))

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings/text.hpp"
 #include "core/plan.hpp"
 #include "core/span.hpp"
 
@@ -52,10 +53,14 @@ struct Entry {
   std::optional<StridedLayout> layout;
   std::optional<Problem> unwritable;
   py::object owner;  // what keeps the memory alive beside the array itself
-};
 
-// "torch.Tensor".
-std::string full_type_name(py::handle object);
+  // The span with its layout, while the entry lives.
+  Span placed() const {
+    Span placed = span;
+    if (layout) placed.layout = &*layout;
+    return placed;
+  }
+};
 
 // To be called once, before any of the following.
 void init_numpy();
@@ -69,6 +74,9 @@ void prefetch_shape(PyObject* object);
 // anything else.
 bool read_plain_numpy(PyObject* object, Span& span);
 void read_numpy(PyObject* array, const EntryName& name, Entry& entry);
+// Whether an array's memory lies in that of the array that owns it, where that can be seen: its resize
+// (refcheck=False) may have moved it.
+bool lies_in_its_owner(PyObject* array, const Span& span);
 bool is_torch_tensor(py::handle object);
 bool is_jax_array(py::handle object);
 
@@ -78,35 +86,62 @@ struct Place {
   std::uintptr_t stream = 0;  // of that device: what DLPack exports must be ready for
 };
 void read_dlpack(py::handle object, const EntryName& name, const Place& place, Entry& entry);
-// A C-contiguous plain torch.Tensor or Parameter in that place. False if it is anything else. Nothing keeps
-// its storage alive but the tensor.
+// A C-contiguous torch.Tensor or Parameter (no subclass) in that place. False if it is anything else.
+// Nothing keeps its storage alive but the tensor.
 bool read_plain_torch(PyObject* object, const Place& place, Span& span);
+// The same of any layout. False also if it is a tensor that read_dlpack refuses. No code of the user's runs.
+bool read_torch(PyObject* object, const EntryName& name, const Place& place, Entry& entry);
+// Whether the object is of these two types.
+bool is_plain_torch(PyObject* object);
 
-// Set the span of `entry` from a shape and strides in bytes.
-void set_layout(Entry& entry, std::byte* data, std::size_t axes, const std::int64_t* shape,
-                const std::int64_t* strides);
+// A shape, and strides in units of `unit` bytes; none means C order. Both may hold anything.
+struct Shape {
+  std::int64_t axes;
+  const std::int64_t* sizes;
+  const std::int64_t* strides;
+  std::int64_t unit;
+};
+// Set the span of `entry`, whose dtype is known. ValueError for a shape that no memory has.
+void set_layout(Entry& entry, std::byte* data, const Shape& shape, const EntryName& name);
+
+// Raise what went wrong in the entry's own code as an error that names the entry. A lack of memory is
+// raised as it is, and so is what is no error of the code (Ctrl-C).
+[[noreturn]] void raise_with_name(py::error_already_set& error, const EntryName& name);
+
+// Whether an argument is converted without running code of the user's.
+bool is_plain(const py::object& argument);
+
+// How an entry that has been read looks now. `held`: it cannot tell without running code of the user's;
+// what it exported holds the memory.
+enum class Again { read, held, gone };
 
 // Reads arrays on the CPU.
 struct HostReader {
-  // User code runs while the arrays are in use, which could give a torch tensor another storage.
-  bool keeps_storages = false;
+  // For many calls, between which a torch tensor may be given another storage.
+  bool is_kept = false;
 
   static void prefetch(PyObject* object) { prefetch_shape(object); }
   // The common case: a dense, writable array. False if it is anything else.
   bool read_plain(PyObject* object, Span& span) const {
-    return read_plain_numpy(object, span) ||
-           (!keeps_storages && read_plain_torch(object, Place{}, span));
+    return read_plain_numpy(object, span) || (!is_kept && read_plain_torch(object, Place{}, span));
   }
   void read(PyObject* object, const EntryName& name, Entry& entry) const;
+  // The same two once more; no code of the user's runs.
+  static bool read_plain_again(PyObject* object, Span& span) {
+    return (read_plain_numpy(object, span) && lies_in_its_owner(object, span)) ||
+           read_plain_torch(object, Place{}, span);
+  }
+  static Again read_again(PyObject* object, const EntryName& name, Entry& entry);
 };
 
 class Gradients {
  public:
   // Throws a Python exception that names the entry which cannot be read. A reader is like HostReader.
   template <class Reader>
-  Gradients(const py::object& grads, Reader&& reader) {
+  Gradients(const py::object& grads, Reader&& reader) : is_kept_(reader.is_kept) {
     take_arrays(grads);
     const std::size_t count = arrays_.size();
+    bool ran_code = false;
     for (std::size_t i = 0; i < count; ++i) {
       // The last call's kernels have put the array objects out of the cache.
       if (i + 16 < count) __builtin_prefetch(PyTuple_GET_ITEM(arrays_.ptr(), i + 16));
@@ -117,15 +152,46 @@ class Gradients {
         spans_.push_back(span);
         continue;
       }
+      const EntryName name(i, names_);
       Entry entry;
-      reader.read(object, EntryName(i, names_), entry);
+      try {
+        reader.read(object, name, entry);
+      } catch (py::error_already_set& error) {
+        raise_with_name(error, name);
+      }
+      ran_code = ran_code || entry.owner;
       add(std::move(entry));
     }
+    // An export runs code of its own, which may have given another entry other memory.
+    if (ran_code) require_unchanged(reader);
     make_plan_of_spans();
   }
   // The layouts of spans point into the object.
   Gradients(Gradients&&) = default;
   Gradients(const Gradients&) = delete;
+
+  // To be called before memory is touched: between calls of a plan, and where arguments are converted, it
+  // may have been given up.
+  template <class Reader, class... Arguments>
+  void recheck(Reader&& reader, const Arguments&... arguments) const {
+    if (is_kept_ || !(is_plain(arguments) && ...)) require_unchanged(reader);
+  }
+  // Throws if some entry does not lie where it was when it was read. Runs no code of the user's.
+  template <class Reader>
+  void require_unchanged(Reader&& reader) const {
+    for (std::size_t i = 0; i < spans_.size(); ++i) {
+      if (i + 8 < spans_.size()) reader.prefetch(PyTuple_GET_ITEM(arrays_.ptr(), i + 8));
+      PyObject* const object = PyTuple_GET_ITEM(arrays_.ptr(), i);
+      if (object == Py_None) continue;
+      Span plain;
+      if (reader.read_plain_again(object, plain) && same_memory(plain, spans_[i])) continue;
+      const EntryName name(i, names_);
+      Entry now;
+      const Again again = reader.read_again(object, name, now);
+      if (again == Again::gone || (again == Again::read && !same_memory(now.placed(), spans_[i])))
+        refuse_changed(name, now);
+    }
+  }
 
   // Look for entries that overlap themselves or one another; require_writable tells what is found.
   void find_overlaps();
@@ -134,19 +200,33 @@ class Gradients {
   // Throws if some entry is complex.
   void require_real() const;
 
+  bool is_kept() const { return is_kept_; }
   std::span<const Span> spans() const { return spans_; }
   const Plan& plan() const { return plan_; }
   const py::object& names() const { return names_; }  // tuple of str, or None
   const py::tuple& arrays() const { return arrays_; }
+  // Those that are None.
+  std::vector<std::size_t> missing() const;
+  // Whether there is nothing to write to: no entry, or None alone.
+  bool is_nothing() const;
+  // Tell autograd that torch tensors are about to change, so that whoever saved one for backward finds out.
+  void mark_written() const;
   std::int64_t elements() const;
   // Whether float64 or complex128 is among the dtypes.
   bool has_float64() const;
 
  private:
+  static bool same_memory(const Span& now, const Span& before) {
+    return now.data == before.data && now.numel == before.numel && now.dtype == before.dtype &&
+           (now.layout && before.layout ? now.layout->axes == before.layout->axes
+                                        : now.layout == before.layout);
+  }
+  [[noreturn]] static void refuse_changed(const EntryName& name, const Entry& now);
   void take_arrays(const py::object& grads);
   void add(Entry&& entry);
   void make_plan_of_spans();
 
+  bool is_kept_;
   Table<Span> spans_;
   Plan plan_;
   std::deque<StridedLayout> layouts_;  // of the spans that are not dense; addresses must stay

@@ -21,18 +21,20 @@ void check_torch(py::handle tensor, const EntryName& name) {
     value_problem("a tensor that does not require grad",
                   "one that does (pass its .grad, or .detach() it)");
   if (!py::object(tensor.attr("layout")).is(imported("torch", "strided"))) {
-    const auto layout = py::str(tensor.attr("layout")).cast<std::string>();
-    value_problem("a dense (strided) tensor", ("a tensor of layout " + layout).c_str());
+    value_problem("a dense (strided) tensor",
+                  ("a tensor of layout " + str_text(tensor.attr("layout"))).c_str());
   }
   if (tensor.attr("is_meta").cast<bool>())
     value_problem("a tensor with memory", "a tensor on the meta device");
 }
 
-// Of a conjugate view, which torch's __dlpack__ refuses, what lies in memory: norms and clips see no signs.
-// (A negative view it hands out as it lies there.)
-py::object without_conjugation(py::object tensor) {
-  const bool is_conjugate = is_torch_tensor(tensor) && tensor.attr("is_conj")().cast<bool>();
-  return is_conjugate ? tensor.attr("conj")() : tensor;
+// What is exported of a tensor: an alias, for an export of the tensor itself would not keep the storage
+// that it has now. A conjugate view, which torch's __dlpack__ refuses, as it lies in memory: norms and
+// clips see no signs. (A negative view it hands out as it lies there.)
+py::object alias_of(py::object object) {
+  if (!is_torch_tensor(object)) return object;
+  object = object.attr("detach")();
+  return object.attr("is_conj")().cast<bool>() ? object.attr("conj")() : object;
 }
 
 std::string device_name(int type, int id) {
@@ -45,18 +47,6 @@ std::string device_name(int type, int id) {
     case kDLOneAPI: return "oneAPI device" + number;
     default: return "DLPack device type " + std::to_string(type) + ", number" + number;
   }
-}
-
-// What went wrong in the object's own code, as an error that names the entry.
-// Ctrl-C is not such a thing.
-[[noreturn]] void raise_from(py::error_already_set& error, const EntryName& name) {
-  if (!error.matches(PyExc_Exception)) throw error;
-  const std::string got =
-      full_type_name(error.value()) + ": " + py::str(error.value()).cast<std::string>();
-  const Problem problem =
-      name.problem(Problem::value_error, "an array that DLPack can export", got);
-  py::raise_from(error, PyExc_ValueError, problem.message.c_str());
-  throw py::error_already_set();
 }
 
 // Pinned host memory is the CPU's.
@@ -73,12 +63,10 @@ void check_device(int type, int id, const EntryName& name, const Place& place) {
 
 // Before anything is exported: an export from a GPU may wait for it, or fail.
 void ask_device(py::handle object, const EntryName& name, const Place& place) {
+  const py::object device = object.attr("__dlpack_device__")();
   try {
-    const py::object device = object.attr("__dlpack_device__")();
     const auto [type, id] = device.cast<std::pair<int, int>>();
     check_device(type, id, name, place);
-  } catch (py::error_already_set& error) {
-    raise_from(error, name);
   } catch (const py::cast_error&) {
     name.problem(Problem::type_error, "a device (type, number) from __dlpack_device__",
                  "something else")
@@ -86,33 +74,37 @@ void ask_device(py::handle object, const EntryName& name, const Place& place) {
   }
 }
 
-py::object export_capsule(py::handle object, const EntryName& name, const Place& place) {
+py::object export_capsule(const py::object& object, const Place& place) {
   py::dict arguments;
   // The legacy default stream is called 1: 0 would be ambiguous.
   if (place.device >= 0) arguments["stream"] = place.stream == 0 ? 1 : place.stream;
+  const py::object method = object.attr("__dlpack__");
   try {
-    const py::object method = object.attr("__dlpack__");
-    try {
-      return method(py::arg("max_version") = py::make_tuple(DLPACK_MAJOR_VERSION, 0), **arguments);
-    } catch (py::error_already_set& error) {
-      // Before DLPack 1.0 there was no max_version.
-      if (!error.matches(PyExc_TypeError)) throw;
-      return method(**arguments);
-    }
+    return method(py::arg("max_version") = py::make_tuple(DLPACK_MAJOR_VERSION, 0), **arguments);
   } catch (py::error_already_set& error) {
-    raise_from(error, name);
+    // Before DLPack 1.0 there was no max_version.
+    if (!error.matches(PyExc_TypeError)) throw;
+    return method(**arguments);
   }
 }
 
 DType dtype_of(const DLDataType& type, const EntryName& name) {
   if (const std::optional<DType> known = find_dtype(type)) return *known;
-  static constexpr const char* kCodes[] = {"int",    "uint",    "float", "opaque",
-                                           "bfloat", "complex", "bool"};
-  const std::string code = type.code < 7 ? kCodes[type.code] : "code" + std::to_string(type.code);
+  // By code; where the name does not hold the bits, they follow.
+  static constexpr const char* kCodes[] = {"int", "uint", "float", "opaque", "bfloat", "complex"};
+  static constexpr const char* kNames[] = {
+      "bool",           "float8_e3m4",     "float8_e4m3",   "float8_e4m3b11fnuz",
+      "float8_e4m3fn",  "float8_e4m3fnuz", "float8_e5m2",   "float8_e5m2fnuz",
+      "float8_e8m0fnu", "float6_e2m3fn",   "float6_e3m2fn", "float4_e2m1fn"};
+  const std::string bits = std::to_string(type.bits);
+  const std::size_t code = type.code, codes = std::size(kCodes);
+  const std::string got = code < codes ? kCodes[code] + bits
+                          : code - codes < std::size(kNames)
+                              ? kNames[code - codes]
+                              : "number " + std::to_string(code) + " of " + bits + " bits";
   name.problem(Problem::type_error,
                "dtype float16, bfloat16, float32, float64, complex64 or complex128",
-               "dtype " + code + std::to_string(type.bits) +
-                   (type.lanes == 1 ? "" : "x" + std::to_string(type.lanes)))
+               "dtype " + got + (type.lanes == 1 ? "" : "x" + std::to_string(type.lanes)))
       .raise();
 }
 
@@ -137,23 +129,15 @@ bool is_at(const DLDevice& device, const Place& place) {
 void read_tensor(const DLTensor& tensor, const EntryName& name, const Place& place, Entry& entry) {
   check_device(tensor.device.device_type, tensor.device.device_id, name, place);
   entry.span.dtype = dtype_of(tensor.dtype, name);
-  const auto axes = static_cast<std::size_t>(tensor.ndim);
-  std::int64_t bytes = entry.span.itemsize();
-  for (std::size_t a = 0; a < axes; ++a)
-    if (__builtin_mul_overflow(bytes, tensor.shape[a], &bytes))
-      name.problem(Problem::value_error, "at most 2^63 bytes", "a larger (expanded) array").raise();
-  entry.span.numel = bytes / entry.span.itemsize();
-  // DLPack counts strides in elements, and none means C order.
-  std::vector<std::int64_t> strides(axes);
-  std::int64_t dense = 1;
-  for (std::size_t a = axes; a-- > 0;) {
-    strides[a] = (tensor.strides ? tensor.strides[a] : dense) * entry.span.itemsize();
-    dense *= tensor.shape[a];
-  }
-  if (!tensor.data && entry.span.numel != 0)
-    name.problem(Problem::value_error, "an array with memory", "one without").raise();
-  set_layout(entry, static_cast<std::byte*>(tensor.data) + tensor.byte_offset, axes, tensor.shape,
-             strides.data());
+  std::uintptr_t address = 0;
+  if (tensor.data && __builtin_add_overflow(reinterpret_cast<std::uintptr_t>(tensor.data),
+                                            tensor.byte_offset, &address))
+    name.problem(Problem::value_error, "elements within memory",
+                 "an offset of " + std::to_string(tensor.byte_offset) + " bytes")
+        .raise();
+  // DLPack counts strides in elements.
+  set_layout(entry, reinterpret_cast<std::byte*>(address),
+             {tensor.ndim, tensor.shape, tensor.strides, entry.span.itemsize()}, name);
 }
 
 bool is_torch_tensor(py::handle object) {
@@ -166,17 +150,32 @@ bool is_jax_array(py::handle object) {
   return !array.is_none() && py::isinstance(object, array);
 }
 
+// Why an object without an export is none, as far as it can be told.
+std::string not_an_array(py::handle object) {
+  const std::string type = full_type_name(object);
+  if (is_jax_array(object))
+    return "a " + type + " that is being traced (call it outside of jax.jit and jax.grad)";
+  if (PyDict_Check(object.ptr()) || PyList_Check(object.ptr()) || PyTuple_Check(object.ptr()))
+    return type + " (of nested containers pass the leaves: jax.tree.leaves(grads))";
+  return type;
+}
+
 void read_dlpack(py::handle object, const EntryName& name, const Place& place, Entry& entry) {
-  if (PyType_Check(object.ptr()) || !py::hasattr(object, "__dlpack__") ||
-      !py::hasattr(object, "__dlpack_device__"))
+  if (PyType_Check(object.ptr()) || !find_attribute(object, "__dlpack__") ||
+      !find_attribute(object, "__dlpack_device__"))
     name.problem(Problem::type_error, "an array (numpy.ndarray, or an object with __dlpack__)",
-                 full_type_name(object))
+                 not_an_array(object))
         .raise();
   check_torch(object, name);
+  const py::object is_deleted =
+      is_jax_array(object) ? find_attribute(object, "is_deleted") : py::object();
+  if (is_deleted && is_deleted().cast<bool>())
+    name.problem(Problem::value_error, "an array with memory",
+                 "a jax.Array that was deleted (donated)")
+        .raise();
   ask_device(object, name, place);
   // The capsule is not consumed: it frees what it holds when the last reference to it goes.
-  entry.owner =
-      export_capsule(without_conjugation(py::reinterpret_borrow<py::object>(object)), name, place);
+  entry.owner = export_capsule(alias_of(py::reinterpret_borrow<py::object>(object)), place);
   PyObject* const capsule = entry.owner.ptr();
   if (PyCapsule_IsValid(capsule, "dltensor_versioned")) {
     const auto* managed = static_cast<const DLManagedTensorVersioned*>(

@@ -64,8 +64,7 @@ std::optional<DType> find_dtype(PyObject* numpy_dtype) {
 DType dtype_of(PyObject* numpy_dtype, const EntryName& name) {
   const std::optional<DType> dtype = find_dtype(numpy_dtype);
   if (dtype) return *dtype;
-  const std::string got = py::str(py::handle(numpy_dtype)).cast<std::string>();
-  name.problem(Problem::type_error, kDTypes, "dtype " + got).raise();
+  name.problem(Problem::type_error, kDTypes, "dtype " + str_text(numpy_dtype)).raise();
 }
 
 bool is_numpy_array(PyObject* object) {
@@ -88,6 +87,20 @@ bool read_plain_numpy(PyObject* array, Span& span) {
   return true;
 }
 
+bool lies_in_its_owner(PyObject* array, const Span& span) {
+  PyObject* const base = py::detail::array_proxy(array)->base;
+  if (!base || span.numel == 0 || !is_numpy_array(base)) return true;
+  const auto& owner = *py::detail::array_proxy(base);
+  if (!(owner.flags & npy_api::NPY_ARRAY_OWNDATA_) || !(owner.flags & kDense)) return true;
+  // Of one axis of several elements its stride tells; else NumPy is asked, which takes longer.
+  const std::int64_t bytes =
+      owner.nd == 1 && owner.dimensions[0] > 1
+          ? owner.dimensions[0] * owner.strides[0]
+          : numel_of(owner) * py::reinterpret_borrow<py::dtype>(owner.descr).itemsize();
+  const auto* const begin = reinterpret_cast<const std::byte*>(owner.data);
+  return span.data >= begin && span.data + span.extent() <= begin + bytes;
+}
+
 void read_numpy(PyObject* array, const EntryName& name, Entry& entry) {
   const auto& proxy = *py::detail::array_proxy(array);
   entry.span.dtype = dtype_of(proxy.descr, name);
@@ -100,9 +113,10 @@ void read_numpy(PyObject* array, const EntryName& name, Entry& entry) {
     entry.span.data = data;
   } else {
     static_assert(sizeof(ssize_t) == sizeof(std::int64_t));
-    set_layout(entry, data, static_cast<std::size_t>(proxy.nd),
-               reinterpret_cast<const std::int64_t*>(proxy.dimensions),
-               reinterpret_cast<const std::int64_t*>(proxy.strides));
+    set_layout(entry, data,
+               {proxy.nd, reinterpret_cast<const std::int64_t*>(proxy.dimensions),
+                reinterpret_cast<const std::int64_t*>(proxy.strides), 1},
+               name);
   }
   if (!(proxy.flags & npy_api::NPY_ARRAY_WRITEABLE_))
     entry.unwritable = name.problem(Problem::value_error, "writable memory", "a read-only array");

@@ -18,16 +18,21 @@ struct Torch {
   const DLPackExchangeAPI* exchange;
 };
 
-// Null without torch, or with one that has no exchange API.
+// Null without torch, or with one that has no exchange API (before 2.10): that is looked for once.
 const Torch* torch() {
   static std::atomic<const Torch*> known{nullptr};
+  static std::atomic<bool> has_none{false};
   if (const Torch* const found = known) return found;
+  if (has_none) return nullptr;
   py::object tensor = imported("torch", "Tensor");
   py::object parameter = imported("torch.nn", "Parameter");
   if (tensor.is_none() || parameter.is_none()) return nullptr;
   const py::object capsule = py::getattr(tensor, "__dlpack_c_exchange_api__", py::none());
   constexpr char kName[] = "dlpack_exchange_api";
-  if (!PyCapsule_IsValid(capsule.ptr(), kName)) return nullptr;
+  if (!PyCapsule_IsValid(capsule.ptr(), kName)) {
+    has_none = true;
+    return nullptr;
+  }
   const auto* exchange =
       static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), kName));
   if (exchange->header.version.major != DLPACK_MAJOR_VERSION ||
@@ -42,15 +47,18 @@ const Torch* torch() {
   return known;
 }
 
-}  // namespace
-
-bool borrow_torch_tensor(PyObject* object, DLTensor& tensor) {
-  const Torch* const known = torch();
-  if (!known) return false;
+// Not their subclasses: of a DTensor the pointer and size that are handed out belong together with no
+// memory at all.
+bool is_plain(const Torch& known, PyObject* object) {
   auto* const type = reinterpret_cast<PyObject*>(Py_TYPE(object));
-  // Not their subclasses: of a DTensor the pointer and size that are handed out belong together with
-  // no memory at all.
-  if (type != known->tensor && type != known->parameter) return false;
+  return type == known.tensor || type == known.parameter;
+}
+
+// The memory of a plain tensor, valid as long as the object keeps its storage. False if it is anything
+// else, or a tensor that read_dlpack refuses.
+bool borrow(PyObject* object, DLTensor& tensor) {
+  const Torch* const known = torch();
+  if (!known || !is_plain(*known, object)) return false;
   // By its getter: to look the attribute up takes as long as all the rest.
   PyObject* const requires_grad = known->requires_grad->get(object, known->requires_grad->closure);
   if (!requires_grad) throw py::error_already_set();
@@ -62,21 +70,35 @@ bool borrow_torch_tensor(PyObject* object, DLTensor& tensor) {
   return false;
 }
 
+// False also for more elements than can be counted.
 bool is_c_contiguous(const DLTensor& tensor, std::int64_t& numel) {
   numel = 1;
   bool dense = true;
   for (int a = tensor.ndim; a-- > 0;) {
     dense = dense && (!tensor.strides || tensor.strides[a] == numel || tensor.shape[a] == 1);
-    numel *= tensor.shape[a];
+    if (__builtin_mul_overflow(numel, tensor.shape[a], &numel)) return false;
   }
   return dense || numel == 0;
+}
+
+}  // namespace
+
+bool is_plain_torch(PyObject* object) {
+  const Torch* const known = torch();
+  return known && is_plain(*known, object);
+}
+
+bool read_torch(PyObject* object, const EntryName& name, const Place& place, Entry& entry) {
+  DLTensor tensor;
+  if (!borrow(object, tensor)) return false;
+  read_tensor(tensor, name, place, entry);
+  return true;
 }
 
 bool read_plain_torch(PyObject* object, const Place& place, Span& span) {
   DLTensor tensor;
   std::int64_t numel = 0;
-  if (!borrow_torch_tensor(object, tensor) || !is_at(tensor.device, place) ||
-      !is_c_contiguous(tensor, numel))
+  if (!borrow(object, tensor) || !is_at(tensor.device, place) || !is_c_contiguous(tensor, numel))
     return false;
   const std::optional<DType> dtype = find_dtype(tensor.dtype);
   if (!dtype || (!tensor.data && numel != 0)) return false;

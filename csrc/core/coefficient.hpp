@@ -18,9 +18,7 @@ GRADCLIP_INLINE double clip_coefficient(double norm, double max_norm, double eps
   norm += epsilon;
   return norm > max_norm ? max_norm / norm : 1.0;
 }
-// With an epsilon a threshold of 0 has a meaning: everything is multiplied by 0.
-GRADCLIP_INLINE bool is_threshold(double max_norm, double epsilon) {
-  return max_norm > 0.0 || (max_norm == 0.0 && epsilon > 0.0);
-}
+// A threshold of 0 makes everything 0.
+GRADCLIP_INLINE bool is_threshold(double max_norm) { return max_norm >= 0.0; }
 
 }  // namespace gradclip

@@ -39,4 +39,22 @@ GRADCLIP_INLINE std::uint64_t pattern_below(DType dtype, double limit) {
   return half;
 }
 
+// The pattern of the limit rounded to nearest: to float32 first, as PyTorch's clamp rounds it.
+GRADCLIP_INLINE std::uint64_t pattern_nearest(DType dtype, double limit) {
+  if (real_of(dtype) == DType::float64) return bit_copy<std::uint64_t>(limit);
+  const float nearest = static_cast<float>(limit);
+  if (real_of(dtype) == DType::float32) return bit_copy<std::uint32_t>(nearest);
+  return real_of(dtype) == DType::float16 ? to_float16(nearest).bits : to_bfloat16(nearest).bits;
+}
+
+// What a clip by value clips to: a number that is not negative, rounded to the type of each tensor.
+struct ValueLimit {
+  double value;
+  bool to_nearest = false;  // else towards zero: no element is beyond the number afterwards
+
+  GRADCLIP_INLINE std::uint64_t pattern(DType dtype) const {
+    return to_nearest ? pattern_nearest(dtype, value) : pattern_below(dtype, value);
+  }
+};
+
 }  // namespace gradclip

@@ -12,7 +12,7 @@ namespace {
 // writing; large enough that taking a task (one atomic increment) costs nothing.
 constexpr std::int64_t kTasksWanted = 64;
 constexpr std::int64_t kSmallestTask = 4 * static_cast<std::int64_t>(order::kTileBytes);
-constexpr std::int64_t kLargestTask = 64 * static_cast<std::int64_t>(order::kTileBytes);
+constexpr std::int64_t kLargestTask = kTilesPerChunk * static_cast<std::int64_t>(order::kTileBytes);
 
 }  // namespace
 

@@ -18,6 +18,7 @@ struct Chunk {
   std::uint32_t partial;  // where a part of a tensor leaves its sum; kWholeTensor: the tensor's own
 };
 inline constexpr std::uint32_t kWholeTensor = 0xffffffffu;
+inline constexpr std::int64_t kTilesPerChunk = 64;  // at most
 
 struct Plan {
   Table<Chunk> chunks;  // tensor by tensor, in order

@@ -15,6 +15,7 @@ namespace gradclip {
 struct StridedLayout {
   struct Axis {
     std::int64_t size, stride;
+    bool operator==(const Axis&) const = default;
   };
   static constexpr std::size_t kMaxAxes = 64;  // as NumPy and torch have
   std::vector<Axis> axes;

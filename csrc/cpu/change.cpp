@@ -1,4 +1,5 @@
 // What writes: scale, zero, value clip. And what is told of gradients that are not finite.
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 
@@ -32,27 +33,66 @@ void set_to_zero(std::span<const Span> spans, const Plan& plan) {
   });
 }
 
-ValueClip clip_by_value(std::span<const Span> spans, const Plan& plan, double limit) {
-  std::atomic<bool> clipped{false};
-  const auto clip_chunk = [&](const Chunk& chunk) {
+namespace {
+
+// Whether a tile holds a number (no NaN) whose pattern is above `top`.
+bool has_beyond(DType dtype, const std::byte* tile, std::size_t bytes, std::uint64_t top) {
+  const double limit = value_of_pattern(dtype, top);
+  bool found = false;
+  visit_magnitudes(dtype, tile, bytes, 1.0, [&](double m) { found = found || m > limit; });
+  return found;
+}
+
+// Which of a plan's chunks a chunk of it is.
+std::size_t index_of(const Chunk& chunk, const Plan& plan) {
+  return static_cast<std::size_t>(&chunk - plan.chunks.data());
+}
+
+}  // namespace
+
+ValueClip measure_values(std::span<const Span> spans, const Plan& plan, const ValueLimit& limit) {
+  ValueClip found;
+  found.tiles.resize(plan.chunks.size());
+  const auto measure_chunk = [&](const Chunk& chunk) {
     const Span& span = spans[chunk.tensor];
-    const TypeKernels& type = kernels().of(span.dtype);
-    const std::uint64_t top = pattern_below(span.dtype, limit);
+    const auto largest_of = kernels().of(span.dtype).largest;
+    const std::uint64_t top = limit.pattern(span.dtype);
     double largest = 0.0;
-    change_each_tile(span, chunk, [&](std::byte* tile, std::size_t bytes) {
-      const std::uint64_t here = type.largest(tile, bytes);
-      largest = larger(value_of_pattern(span.dtype, here), largest);
-      if (here <= top || !type.clamp(tile, bytes, top)) return false;
-      clipped.store(true, std::memory_order_relaxed);
-      return true;
+    std::uint64_t tiles = 0, tile_bit = 1;
+    for_each_tile(span, chunk, [&](const std::byte* tile, std::size_t bytes) {
+      const std::uint64_t here = largest_of(tile, bytes);
+      const double value = value_of_pattern(span.dtype, here);
+      largest = larger(value, largest);
+      // A NaN, whose pattern is above all others, stays; it may hide what is beyond.
+      if (here > top && (!is_nan(value) || has_beyond(span.dtype, tile, bytes, top)))
+        tiles |= tile_bit;
+      tile_bit <<= 1;
     });
+    found.tiles[index_of(chunk, plan)] = tiles;
     return largest;
   };
-  ValueClip result;
-  for (const double m : largest_by_tensor(spans.size(), plan, clip_chunk))
-    result.largest.push_back({m, 0, 0.0});
-  result.clipped = clipped;
-  return result;
+  const Table<double> largest = largest_by_tensor(spans.size(), plan, measure_chunk);
+  found.largest.reserve(largest.size());
+  for (const double m : largest) found.largest.push_back({m, 0, 0.0});
+  found.clipped = std::ranges::any_of(found.tiles, [](std::uint64_t tiles) { return tiles != 0; });
+  return found;
+}
+
+void clip_by_value(std::span<const Span> spans, const Plan& plan, const ValueLimit& limit,
+                   std::span<const std::uint64_t> tiles) {
+  // Backward, as of scale.
+  for_each_chunk(plan, Pass::backward, [&](const Chunk& chunk) {
+    std::uint64_t left = tiles[index_of(chunk, plan)];
+    if (left == 0) return;
+    const Span& span = spans[chunk.tensor];
+    const auto clamp = kernels().of(span.dtype).clamp;
+    const std::uint64_t top = limit.pattern(span.dtype);
+    change_each_tile(span, chunk, [&](std::byte* tile, std::size_t bytes) {
+      const bool is_beyond = left & 1;
+      left >>= 1;
+      return is_beyond && clamp(tile, bytes, top);
+    });
+  });
 }
 
 NonFiniteCounts count_nonfinite(const Span& span) {

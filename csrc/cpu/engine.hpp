@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <span>
 
+#include "core/element.hpp"
 #include "core/norm.hpp"
 #include "core/plan.hpp"
 #include "core/span.hpp"
@@ -22,13 +23,18 @@ void scale(std::span<const Span> spans, const Plan& plan, std::span<const double
 // Set every element to +0, also where it was not finite.
 void set_to_zero(std::span<const Span> spans, const Plan& plan);
 
-// Clip every element of real tensors into [-limit, limit], limit being rounded towards zero to the
-// type of each tensor. Returns the largest magnitudes before, and whether any was beyond.
+// What a clip of real tensors by value finds before it writes: the largest magnitudes, and the tiles with
+// an element beyond `limit`.
 struct ValueClip {
   Table<NormSum> largest;
-  bool clipped;
+  Table<std::uint64_t> tiles;  // of each chunk of the plan, a bit for each tile
+  bool clipped = false;        // whether there is any
 };
-ValueClip clip_by_value(std::span<const Span> spans, const Plan& plan, double limit);
+ValueClip measure_values(std::span<const Span> spans, const Plan& plan, const ValueLimit& limit);
+
+// Clip every element into [-limit, limit]; only `tiles` are touched.
+void clip_by_value(std::span<const Span> spans, const Plan& plan, const ValueLimit& limit,
+                   std::span<const std::uint64_t> tiles);
 
 // Elements of one tensor that are NaN or infinite; a complex element counts once.
 NonFiniteCounts count_nonfinite(const Span& span);

@@ -14,31 +14,38 @@ namespace gradclip::cpu {
 class DefaultFloatEnvironment {
  public:
 #if defined(__SSE2__)
-  DefaultFloatEnvironment() : saved_(_mm_getcsr()) {
+  using State = unsigned;
+  static State enter() {
+    const State saved = _mm_getcsr();
     // Exception flags aside. Writing costs more than reading: only where it differs.
-    if ((saved_ & ~kFlags) != kDefault) _mm_setcsr(kDefault);
+    if ((saved & ~kFlags) != kDefault) _mm_setcsr(kDefault);
+    return saved;
   }
-  ~DefaultFloatEnvironment() {
-    if ((saved_ & ~kFlags) != kDefault) _mm_setcsr(saved_);
+  static void leave(const State& saved) {
+    if ((saved & ~kFlags) != kDefault) _mm_setcsr(saved);
   }
 
  private:
   static constexpr unsigned kFlags = 0x3f, kDefault = 0x1f80;
-  unsigned saved_;
 #else
-  DefaultFloatEnvironment() {
-    std::fegetenv(&saved_);
+  using State = std::fenv_t;
+  static State enter() {
+    State saved;
+    std::fegetenv(&saved);
     std::fesetenv(FE_DFL_ENV);
+    return saved;
   }
-  ~DefaultFloatEnvironment() { std::fesetenv(&saved_); }
-
- private:
-  std::fenv_t saved_;
+  static void leave(const State& saved) { std::fesetenv(&saved); }
 #endif
 
  public:
+  DefaultFloatEnvironment() : saved_(enter()) {}
+  ~DefaultFloatEnvironment() { leave(saved_); }
   DefaultFloatEnvironment(const DefaultFloatEnvironment&) = delete;
   DefaultFloatEnvironment& operator=(const DefaultFloatEnvironment&) = delete;
+
+ private:
+  State saved_;
 };
 
 }  // namespace gradclip::cpu

@@ -19,6 +19,7 @@
 #include <thread>
 #include <vector>
 
+#include "cpu/environment.hpp"
 #include "cpu/float_environment.hpp"
 
 namespace gradclip::cpu {
@@ -129,8 +130,8 @@ class Team {
       helpers_.emplace_back([this] { help(); });
       helpers_.back().detach();  // they sleep until the process ends
       return true;
-    } catch (const std::system_error&) {
-      return false;  // no thread to be had: fewer help
+    } catch (const std::exception&) {
+      return false;  // no thread, or no memory for one: fewer help
     }
   }
 
@@ -216,23 +217,24 @@ int allowed_processors() {
 
 // A thread count in `text`, or 0 if it is none. OpenMP allows a list, one count per nesting level:
 // the first one counts.
-int parse_threads(const char* text, bool may_be_list) {
+int parse_threads(const std::string& text, bool may_be_list) {
   char* end = nullptr;
-  const long n = std::strtol(text, &end, 10);
-  if (end == text || n < 1 || n > kMaxThreads) return 0;
+  const long n = std::strtol(text.c_str(), &end, 10);
+  if (end == text.c_str() || n < 1 || n > kMaxThreads) return 0;
+  while (may_be_list && *end == ' ') ++end;
   return *end == '\0' || (may_be_list && *end == ',') ? static_cast<int>(n) : 0;
 }
 
 int threads_from_environment() {
-  if (const char* own = std::getenv("GRADCLIP_NUM_THREADS")) {
-    const int n = parse_threads(own, false);
+  if (const auto own = from_environment("GRADCLIP_NUM_THREADS")) {
+    const int n = parse_threads(*own, false);
     if (n == 0)
       throw std::invalid_argument("GRADCLIP_NUM_THREADS: expected a number from 1 to 1024, got '" +
-                                  std::string(own) + "'");
+                                  *own + "'");
     return n;
   }
-  if (const char* openmp = std::getenv("OMP_NUM_THREADS"))
-    if (const int n = parse_threads(openmp, true)) return n;
+  if (const auto openmp = from_environment("OMP_NUM_THREADS"))
+    if (const int n = parse_threads(*openmp, true)) return n;
   return allowed_processors();
 }
 

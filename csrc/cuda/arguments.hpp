@@ -80,7 +80,7 @@ struct ValueClipArguments {
   TableView table;
   Scratch scratch;
   ResultPointers result;
-  double limit;
+  ValueLimit limit;
 };
 
 struct CountArguments {

@@ -151,7 +151,7 @@ inline constexpr std::uint64_t kHasNonFinite = 1, kWasClipped = 2;
 // One tile: its largest magnitude is taken, and what is beyond the limit is changed.
 template <class T>
 __device__ __forceinline__ Largest clip_tile(const TensorEntry& entry, const TableView& table,
-                                             std::uint32_t index, double limit) {
+                                             std::uint32_t index, const ValueLimit& limit) {
   using Word = typename FloatBits<T>::Word;
   const TileBytes tile = bytes_of_tile(entry, index);
   std::uint64_t largest = 0;
@@ -162,7 +162,7 @@ __device__ __forceinline__ Largest clip_tile(const TensorEntry& entry, const Tab
     largest = largest_of_tile<1>(element_memory<T>(entry, table), tile.first, tile.bytes, T{});
   const double value = value_of_pattern(entry.dtype, largest);
   std::uint64_t flags = is_finite(value) ? 0 : kHasNonFinite;
-  const auto top = static_cast<Word>(pattern_below(entry.dtype, limit));
+  const auto top = static_cast<Word>(limit.pattern(entry.dtype));
   if (largest > top) {
     int clipped = 0;
     change_tiles<T>(

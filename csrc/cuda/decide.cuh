@@ -68,7 +68,7 @@ __device__ __noinline__ void decide_from_norms(const MeasureArguments& arguments
   int odd_norm = 0, odd_threshold = 0;
   for (std::uint32_t g = threadIdx.x; g < groups; g += kThreads) {
     odd_norm |= !is_finite(result.group_norms[g]);
-    odd_threshold |= !is_threshold(read_threshold(request.max_norm, g), request.epsilon);
+    odd_threshold |= !is_threshold(read_threshold(request.max_norm, g));
   }
   const bool nonfinite = __syncthreads_or(odd_norm);
   const bool bad_threshold = __syncthreads_or(odd_threshold);

@@ -252,7 +252,7 @@ void List::scale(double factor, Stream stream) {
                       ChangeArguments{state_->table, nullptr, nullptr, 1.0, factor}, stream);
 }
 
-void List::clip_by_value(double limit, std::byte* result, Stream stream) {
+void List::clip_by_value(const ValueLimit& limit, std::byte* result, Stream stream) {
   State& s = *state_;
   const ValueClipArguments arguments{s.table, s.scratch, ResultPointers(layout(), result), limit};
   s.in_turn(stream, [&] {

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "core/clip.hpp"
+#include "core/element.hpp"
 #include "core/norm.hpp"
 #include "core/span.hpp"
 
@@ -48,7 +49,7 @@ struct ResultLayout {
 struct ResultFlags {
   std::uint8_t clipped;         // 0 or 1
   std::uint8_t nonfinite_norm;  // some norm is not finite
-  std::uint8_t bad_threshold;   // a device threshold that is not positive: nothing is written
+  std::uint8_t bad_threshold;   // a device threshold that is negative or NaN: nothing is written
   std::uint8_t action;          // ClipDecision::Action
 };
 
@@ -90,7 +91,7 @@ class List {
 
   void scale(double factor, Stream stream);
   // Real tensors alone. norms, total_norm and flags.clipped and nonfinite of `result` are set.
-  void clip_by_value(double limit, std::byte* result, Stream stream);
+  void clip_by_value(const ValueLimit& limit, std::byte* result, Stream stream);
   // NaN and infinity counts of every tensor: counts[2 i], counts[2 i + 1] in device memory.
   void count_nonfinite(std::int64_t* counts, Stream stream);
 

@@ -3,6 +3,7 @@
 See https://arxiv.org/abs/1211.5063 for what clipping is, ``docs/`` for how this is done.
 """
 
+from gradclip import _interpreter  # isort: skip  # noqa: F401
 from gradclip import _core
 from gradclip._api import (
     clip_by_global_norm_,

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from gradclip import _core
 from gradclip._dispatch import engine_of
-from gradclip._result import ClipResult, finish
+from gradclip._result import ClipResult
 
 __all__ = [
     "clip_by_global_norm_",
@@ -26,9 +26,18 @@ __all__ = [
 
 # Any array that an engine can read in place: NumPy, CuPy, or anything with __dlpack__.
 Gradients: TypeAlias = Mapping[str, Any] | Iterable[Any]
-# One for all groups, or one for each of several.
-Thresholds: TypeAlias = SupportsFloat | Sequence[float] | npt.NDArray[np.floating[Any]]
-Groups: TypeAlias = Literal["tensor"] | Sequence[int] | npt.NDArray[np.integer[Any]] | None
+# One for all groups, or one for each of several: in their order, or by their names.
+Thresholds: TypeAlias = (
+    SupportsFloat | Sequence[float | None] | Mapping[str, float | None] | npt.NDArray[np.floating[Any]]
+)
+Groups: TypeAlias = (
+    Sequence[int]
+    | Sequence[str]
+    | Mapping[str, int]
+    | Mapping[str, str]
+    | npt.NDArray[np.integer[Any]]
+    | None
+)
 NonFinite: TypeAlias = Literal["raise", "skip", "zero", "propagate"]
 Reduce: TypeAlias = Callable[[npt.NDArray[np.float64]], npt.ArrayLike]
 
@@ -76,7 +85,9 @@ def global_norm(grads: Gradients, ord: float = 2) -> float:
         ord: As for :func:`tensor_norms`.
 
     Returns:
-        The norm. It depends neither on the order of ``grads`` nor on threads or machine. Of arrays on a
+        The norm. It depends neither on the order of ``grads`` nor on threads or machine. An array that is
+        given twice counts twice. (:func:`gradclip.torch.get_total_norm` counts a tensor once: there the same
+        parameter comes up under several names.) Of arrays on a
         GPU, a 0-d float64 array there.
 
     Raises:
@@ -109,13 +120,16 @@ def clip_by_global_norm_(
 
     Args:
         grads: As for :func:`tensor_norms`, but writable, and no two entries may share memory.
-        max_norm: The threshold, positive; ``inf`` measures and never clips. Unless ``groups`` is
-            ``None``, also a sequence of thresholds, one per group. For gradients on a GPU a number, or
-            a 0-d array there or one of shape ``(groups,)``: an adaptive threshold waits for nothing.
+        max_norm: The threshold, not negative: 0 makes everything 0, ``inf`` measures and never clips.
+            Unless ``groups`` is ``None``, also one per group: a sequence, or a mapping by the names of
+            the groups; ``None`` leaves a group alone. For gradients on a GPU a number, or a 0-d array
+            there or one of shape ``(groups,)``: an adaptive threshold waits for nothing.
         ord: Which norm, as for :func:`tensor_norms`.
         groups: Gradients that share one norm. ``None``: all of them (global clipping, Pascanu et al.
-            2013, arXiv:1211.5063). ``"tensor"``: each its own. A sequence of integer labels, one per
-            entry of ``grads``, each from 0 to ``len(grads) - 1``: equal labels share a norm.
+            2013, arXiv:1211.5063). ``"tensor"``: each its own. A label for each entry of ``grads``, in
+            a sequence or in a mapping by the names of the gradients: equal labels share a norm. Labels are
+            names, numbered in the order in which they first appear, or integers from 0 to
+            ``len(grads) - 1``.
         grad_scale: The gradients hold ``grad_scale * g`` (loss scaling of mixed precision). Norms are
             those of ``g`` and memory becomes ``coefficient * g``: unscaling and clipping in one.
         nonfinite: What to do when a norm is infinite or NaN. ``"raise"``: raise, nothing is written.
@@ -124,7 +138,9 @@ def clip_by_global_norm_(
             coefficient 0, a NaN norm gives NaN; ``max_norm=inf`` still writes nothing).
         reduce: For gradients spread over processes: called once with this process's float64 sums, one
             per group (of squares; of magnitudes for ``ord=1``; of p-th powers; largest magnitudes for
-            ``inf``), returns the sums over all processes in the same shape.
+            ``inf``), returns the sums over all processes in the same shape. What it raises is raised here.
+            One that has an attribute ``ord`` (those of :mod:`gradclip.distributed`) is refused under
+            another ``ord``.
 
     Returns:
         What was measured and done. With ``reduce``, ``total_norm`` and ``group_norms`` are over all
@@ -135,9 +151,13 @@ def clip_by_global_norm_(
         TypeError: As for :func:`tensor_norms`; any other argument is of the wrong kind; an entry is
             immutable (``jax.Array``).
         ValueError: As for :func:`tensor_norms`; an entry is read-only, overlaps itself or shares memory
-            with another; ``max_norm``, ``ord`` or ``grad_scale`` is not positive; ``groups`` does not
-            have one label per entry; ``nonfinite`` is not one of the four.
+            with another; ``max_norm`` is negative or NaN, ``ord`` or ``grad_scale`` not positive;
+            ``groups`` does not have one label per entry; ``nonfinite`` is not one of the four; a tensor
+            was given other memory while ``reduce`` ran.
         NonFiniteGradientError: A gradient holds an infinity or a NaN and ``nonfinite="raise"``.
+
+    Warns:
+        UserWarning: There is no gradient: an iterator that was used up, or a clip before ``backward()``.
 
     Example:
         >>> import numpy as np, gradclip
@@ -150,7 +170,7 @@ def clip_by_global_norm_(
         (array([1.5, 2. ]), array([6.]))
     """
     engine, grads = engine_of(grads)
-    return finish(engine.clip(grads, max_norm, ord, groups, grad_scale, nonfinite, reduce))
+    return engine.clip(grads, max_norm, ord, groups, grad_scale, nonfinite, reduce)
 
 
 def clip_by_norm_(
@@ -165,7 +185,7 @@ def clip_by_norm_(
 
     Args:
         grads: As for :func:`clip_by_global_norm_`.
-        max_norm: As for :func:`clip_by_global_norm_`.
+        max_norm: As for :func:`clip_by_global_norm_`; of a mapping of gradients, also by their names.
         ord: As for :func:`clip_by_global_norm_`.
         grad_scale: As for :func:`clip_by_global_norm_`.
         nonfinite: As for :func:`clip_by_global_norm_`.
@@ -186,7 +206,7 @@ def clip_by_norm_(
         array([0.2, 1. ])
     """
     engine, grads = engine_of(grads)
-    return finish(engine.clip(grads, max_norm, ord, "tensor", grad_scale, nonfinite, reduce))
+    return engine.clip(grads, max_norm, ord, "tensor", grad_scale, nonfinite, reduce)
 
 
 def clip_by_value_(grads: Gradients, limit: SupportsFloat) -> ClipResult:
@@ -194,11 +214,12 @@ def clip_by_value_(grads: Gradients, limit: SupportsFloat) -> ClipResult:
 
     Only tiles of 16 KB that hold an element beyond the limit are written. Infinities become the limit,
     NaN stays NaN, and ``nonfinite`` of the result says where they were. The limit is rounded towards
-    zero to the dtype of each array, so that no element is beyond it afterwards.
+    zero to the dtype of each array, so that no element is beyond it afterwards. (PyTorch rounds it to
+    nearest; :func:`gradclip.torch.clip_grad_value_` gives its bits.)
 
     Args:
         grads: As for :func:`clip_by_global_norm_`, of real dtype.
-        limit: Positive; ``inf`` measures and never clips.
+        limit: Not negative; ``inf`` measures and never clips.
 
     Returns:
         What was measured and done. The norms are maximum norms (largest magnitudes) before clipping.
@@ -206,7 +227,7 @@ def clip_by_value_(grads: Gradients, limit: SupportsFloat) -> ClipResult:
 
     Raises:
         TypeError: As for :func:`clip_by_global_norm_`; an entry is complex (it has no order).
-        ValueError: As for :func:`clip_by_global_norm_`; ``limit`` is not positive.
+        ValueError: As for :func:`clip_by_global_norm_`; ``limit`` is negative or NaN.
 
     Example:
         >>> import numpy as np, gradclip
@@ -217,7 +238,7 @@ def clip_by_value_(grads: Gradients, limit: SupportsFloat) -> ClipResult:
         [array([ 0.1, -0.5,  0.5])]
     """
     engine, grads = engine_of(grads)
-    return finish(engine.clip_by_value(grads, limit))
+    return engine.clip_by_value(grads, limit)
 
 
 def scale_(grads: Gradients, factor: SupportsFloat) -> None:

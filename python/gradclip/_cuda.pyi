@@ -5,7 +5,7 @@ pointers are addresses. Nothing waits for the device except where it says so.
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 class _Memory(Protocol):
     """Memory of the device, and arrays in it."""
@@ -14,22 +14,13 @@ class _Memory(Protocol):
     def float64(self, offset: int, count: int) -> object: ...
 
 class Gradients:
-    """Gradients that have been read; `is_kept`: for many calls. `leader` is "cupy" or "torch": whose
-    current stream `stream` is."""
+    """Gradients that have been read."""
 
-    def __init__(
-        self,
-        grads: object,
-        device: int,
-        stream: int,
-        leader: str,
-        allocate: Callable[[int], _Memory],
-        is_kept: bool,
-    ) -> None: ...
     # Results are memory from `allocate`, laid out as `result_layout` says.
     def norms(self, ord: object, stream: int) -> _Memory: ...
-    # (memory, groups, whether groups is None, and if asked to raise: per gradient that is not finite
-    # (index, NaN count, infinity count)). nonfinite="raise" waits.
+    # `make` is called with memory, the number of groups, whether groups is None, and the names of groups
+    # or None, before anything is written. Returns what it made and, if asked to raise, per gradient that is
+    # not finite (index, NaN count, infinity count). nonfinite="raise" waits.
     def clip(
         self,
         max_norm: object,
@@ -40,9 +31,12 @@ class Gradients:
         reduce: object,
         stream: int,
         epsilon: float,
-    ) -> tuple[_Memory, int, bool, list[tuple[int, int, int]] | None]: ...
+        make: Callable[..., Any],
+    ) -> tuple[Any, list[tuple[int, int, int]] | None]: ...
     def clip_with_norm(self, norm: object, max_norm: object, stream: int, epsilon: float) -> None: ...
-    def clip_by_value(self, limit: object, stream: int) -> _Memory: ...
+    def clip_by_value(
+        self, limit: object, to_nearest: bool, stream: int, make: Callable[..., Any]
+    ) -> Any: ...
     def scale(self, factor: object, stream: int) -> None: ...
     def require_writable(self) -> None: ...
     # Read, or read and write, dense arrays as fast as the device can.
@@ -54,11 +48,25 @@ class Gradients:
     @property
     def has_float64(self) -> bool: ...
     @property
+    def is_nothing(self) -> bool: ...
+    @property
+    def missing(self) -> list[int]: ...
+    @property
     def device(self) -> int: ...
     @property
     def nbytes(self) -> int: ...
     @property
     def num_elements(self) -> int: ...
+
+# `is_kept`: for many calls. `leader` is "cupy" or "torch": whose current stream `stream` is.
+def read(
+    grads: object,
+    device: int,
+    stream: int,
+    leader: str,
+    allocate: Callable[[int], _Memory],
+    is_kept: bool,
+) -> Gradients: ...
 
 # Offsets in bytes: total_norm, coefficients, group_norms, norms (float64), clipped (bool), nonfinite (a
 # bool for each tensor), and the size of all.

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -164,6 +166,7 @@ class DeviceClipResult(ClipResult):
         stream: tuple[int, object],
         groups: int = 1,
         is_global: bool = True,
+        group_names: tuple[str, ...] | None = None,
     ) -> None:
         keep = partial(object.__setattr__, self)  # the base class is frozen
         keep("_cuda", gradients.cuda)
@@ -172,7 +175,8 @@ class DeviceClipResult(ClipResult):
         keep("_stream", stream)
         keep("_shape", (len(gradients), groups))
         keep("_is_global", is_global)
-        keep("group_names", None)
+        keep("group_names", group_names)
+        keep("missing", named(gradients.missing, gradients.names))
         keep("_names", gradients.names)
         keep("_at", _Layout(*gradients.cuda.result_layout(*self._shape)))
 
@@ -226,10 +230,20 @@ class DeviceClipResult(ClipResult):
             float(coefficients[0]) if self._is_global else coefficients,
             copy[at.clipped] != 0,
             named(marked, self._names),
+            self.missing,
             self._names,
             float64(at.group_norms, groups),
             self.group_names,
         )
+
+    def as_dict(self) -> dict[str, float | int | bool]:
+        """As of :class:`ClipResult`. Waits."""
+        return self.to_host().as_dict()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # What crosses a process is a copy on the host. Waits.
+        host = self.to_host()
+        return ClipResult, tuple(getattr(host, field.name) for field in fields(ClipResult))
 
     def named_norms(self) -> dict[str, float]:
         """As of :class:`ClipResult`. Waits."""
@@ -268,7 +282,7 @@ class DeviceGradients:
         self._framework = framework
         self._device = device = framework.device_of(first, cuda)
         memory = framework.memory
-        self._gradients = cuda.Gradients(
+        self._gradients = cuda.read(
             grads,
             device,
             framework.stream(device)[0],
@@ -280,6 +294,14 @@ class DeviceGradients:
     @property
     def names(self) -> tuple[str, ...] | None:
         return self._gradients.names  # type: ignore[no-any-return]
+
+    @property
+    def is_nothing(self) -> bool:
+        return self._gradients.is_nothing  # type: ignore[no-any-return]
+
+    @property
+    def missing(self) -> tuple[int, ...]:
+        return tuple(self._gradients.missing)
 
     @property
     def has_float64(self) -> bool:
@@ -322,10 +344,10 @@ class DeviceGradients:
     ) -> DeviceClipResult:
         """``epsilon`` is added to norms: PyTorch's formula."""
         stream = self._framework.stream(self._device)
-        memory, count, is_global, counts = self._gradients.clip(
-            max_norm, ord, groups, grad_scale, nonfinite, reduce, stream[0], epsilon
+        result: DeviceClipResult
+        result, counts = self._gradients.clip(
+            max_norm, ord, groups, grad_scale, nonfinite, reduce, stream[0], epsilon, self._maker(stream)
         )
-        result = DeviceClipResult(self, memory, stream, count, is_global)
         if counts is not None:
             raise nonfinite_error(counts, self.names, result.to_host().norms)
         return result
@@ -335,9 +357,16 @@ class DeviceGradients:
         stream = self._framework.stream(self._device)
         self._gradients.clip_with_norm(norm, max_norm, stream[0], epsilon)
 
-    def clip_by_value(self, limit: object) -> DeviceClipResult:
+    def clip_by_value(self, limit: object, to_nearest: bool = False) -> DeviceClipResult:
         stream = self._framework.stream(self._device)
-        return DeviceClipResult(self, self._gradients.clip_by_value(limit, stream[0]), stream)
+        result: DeviceClipResult = self._gradients.clip_by_value(
+            limit, to_nearest, stream[0], self._maker(stream)
+        )
+        return result
+
+    def _maker(self, stream: tuple[int, object]) -> Callable[..., DeviceClipResult]:
+        """What the module calls with memory for a result before it writes, so that nothing can fail after."""
+        return lambda memory, *of_groups: DeviceClipResult(self, memory, stream, *of_groups)
 
     def scale(self, factor: object) -> None:
         self._gradients.scale(factor, self._framework.stream(self._device)[0])

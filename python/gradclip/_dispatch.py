@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from gradclip._device import DeviceEngine
+    from gradclip._result import ClipResult
 
-__all__ = ["Engine", "PlannedGradients", "cuda_module", "engine_of", "why_no_gpu"]
+__all__ = ["Engine", "PlannedGradients", "cuda_module", "engine_of", "mark_written", "why_no_gpu"]
 
 _CUDA, _CUDA_MANAGED = 2, 13  # of DLPack's device types
 
@@ -36,12 +37,14 @@ class PlannedGradients(Protocol):
         nonfinite: object,
         reduce: object,
         epsilon: float = ...,  # added to norms
-    ) -> Any: ...
+    ) -> ClipResult: ...
     def clip_with_norm(self, norm: Any, max_norm: object, epsilon: float) -> None: ...
-    def clip_by_value(self, limit: object) -> Any: ...
+    def clip_by_value(self, limit: object, to_nearest: bool = ...) -> ClipResult: ...
     def scale(self, factor: object) -> None: ...
     def require_writable(self) -> None: ...
     def __len__(self) -> int: ...
+    @property
+    def is_nothing(self) -> bool: ...
     @property
     def has_float64(self) -> bool: ...
     @property
@@ -66,8 +69,8 @@ class Engine(Protocol):
         grad_scale: object,
         nonfinite: object,
         reduce: object,
-    ) -> Any: ...
-    def clip_by_value(self, grads: object, limit: object) -> Any: ...
+    ) -> ClipResult: ...
+    def clip_by_value(self, grads: object, limit: object) -> ClipResult: ...
     def scale(self, grads: object, factor: object) -> None: ...
     def read(self, grads: object) -> PlannedGradients: ...  # for one call
     def Plan(self, grads: object) -> PlannedGradients: ...
@@ -91,6 +94,15 @@ def engine_of(grads: Any) -> tuple[Engine, Any]:
     return _engine_for(_first(grads)), grads
 
 
+def mark_written(tensors: list[Any]) -> None:
+    """Tell autograd that torch tensors change in place, so that whoever saved one finds out."""
+    increment_version = sys.modules["torch"].autograd.graph.increment_version
+    try:
+        increment_version(tensors)
+    except RuntimeError:  # inference tensors have no versions
+        increment_version([tensor for tensor in tensors if not tensor.is_inference()])
+
+
 def why_no_gpu() -> str:
     """What is missing to run on a GPU; empty if nothing is."""
     try:
@@ -101,7 +113,10 @@ def why_no_gpu() -> str:
 
 
 def _first(arrays: Iterable[Any]) -> Any:
-    return next((array for array in arrays if array is not None), None)
+    for array in arrays:
+        if array is not None:
+            return array
+    return None
 
 
 def _engine_for(array: Any) -> Engine:
@@ -119,11 +134,11 @@ def is_on_cuda(array: Any) -> bool:
     torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
     if torch is not None and type(array) is getattr(torch, "Tensor", None):
         return bool(array.is_cuda)  # a tenth of the time of what follows
-    if cupy is not None and isinstance(array, cupy.ndarray):
-        return True
-    if not hasattr(array, "__dlpack_device__"):
-        return not isinstance(array, type) and hasattr(array, "__cuda_array_interface__")
     try:
+        if cupy is not None and isinstance(array, cupy.ndarray):
+            return True
+        if not hasattr(array, "__dlpack_device__"):
+            return not isinstance(array, type) and hasattr(array, "__cuda_array_interface__")
         return array.__dlpack_device__()[0] in (_CUDA, _CUDA_MANAGED)
     except Exception:  # its own trouble, which _core reports with the name of the entry
         return False

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import SupportsFloat
+from typing import NoReturn, SupportsFloat
 
 import numpy as np
 import numpy.typing as npt
 
 from gradclip._api import Gradients, Groups, NonFinite, Reduce, Thresholds
 from gradclip._dispatch import engine_of
-from gradclip._result import ClipResult, finish
+from gradclip._result import ClipResult, count_of, warn_of_nothing
 
 __all__ = ["Plan"]
 
@@ -18,18 +18,19 @@ class Plan:
     """Gradients that stay where they are, read and checked once and clipped many times.
 
     The methods do what the functions of the same name do, without reading and checking every array
-    again. The plan keeps the arrays alive. It sees whatever their memory holds at each call; an array
-    that is replaced by another (instead of being written in place) needs a new plan. The memory must
-    not go away under it: no ``resize_`` of a tensor or of its storage, no ``ndarray.resize`` with
-    ``refcheck=False``. On a GPU a CUDA graph that captured calls of a plan uses the plan's memory whenever it
-    runs: keep the plan, and let no other call or graph of it run at the same time.
+    again. The plan keeps the arrays and the memory alive that it was made of. It sees whatever that memory
+    holds at each call; an array that is replaced by another (instead of being written in place) needs a new
+    plan. A tensor or array that has been given other memory since (``model.double()``, ``tensor.data = …``,
+    ``set_``, ``resize_``, ``ndarray.resize``) is noticed at each use, before memory is touched: to clip what
+    nobody reads any more would do nothing. On a GPU a CUDA graph that captured calls of a plan uses the
+    plan's memory whenever it runs: keep the plan, and let no other call or graph of it run at the same time.
 
     Args:
         grads: As for :func:`tensor_norms`.
 
     Raises:
-        TypeError: As for :func:`tensor_norms`.
-        ValueError: As for :func:`tensor_norms`.
+        TypeError: As for :func:`tensor_norms`. A plan is of this process: it is not copied or pickled.
+        ValueError: As for :func:`tensor_norms`. At each use: an array has been given other memory.
 
     Example:
         >>> import numpy as np, gradclip
@@ -48,6 +49,11 @@ class Plan:
     def __init__(self, grads: Gradients) -> None:
         engine, grads = engine_of(grads)
         self._plan = engine.Plan(grads)
+        if self._plan.is_nothing:
+            warn_of_nothing()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("Plan: expected no copy and no pickle of it, for it holds memory of this process")
 
     @property
     def names(self) -> tuple[str, ...] | None:
@@ -63,7 +69,8 @@ class Plan:
         return len(self._plan)
 
     def __repr__(self) -> str:
-        return f"Plan({len(self)} gradients, {self._plan.num_elements} elements, {self.nbytes} bytes)"
+        sizes = ((len(self), "gradient"), (self._plan.num_elements, "element"), (self.nbytes, "byte"))
+        return f"Plan({', '.join(count_of(*size) for size in sizes)})"
 
     def tensor_norms(self, ord: float = 2) -> npt.NDArray[np.float64]:
         """As :func:`gradclip.tensor_norms`."""
@@ -83,7 +90,7 @@ class Plan:
         reduce: Reduce | None = None,
     ) -> ClipResult:
         """As :func:`gradclip.clip_by_global_norm_`."""
-        return finish(self._plan.clip(max_norm, ord, groups, grad_scale, nonfinite, reduce))
+        return self._plan.clip(max_norm, ord, groups, grad_scale, nonfinite, reduce)
 
     def clip_by_norm_(
         self,
@@ -94,11 +101,11 @@ class Plan:
         reduce: Reduce | None = None,
     ) -> ClipResult:
         """As :func:`gradclip.clip_by_norm_`."""
-        return finish(self._plan.clip(max_norm, ord, "tensor", grad_scale, nonfinite, reduce))
+        return self._plan.clip(max_norm, ord, "tensor", grad_scale, nonfinite, reduce)
 
     def clip_by_value_(self, limit: SupportsFloat) -> ClipResult:
         """As :func:`gradclip.clip_by_value_`."""
-        return finish(self._plan.clip_by_value(limit))
+        return self._plan.clip_by_value(limit)
 
     def scale_(self, factor: SupportsFloat) -> None:
         """As :func:`gradclip.scale_`."""

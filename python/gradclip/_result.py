@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +13,10 @@ import numpy.typing as npt
 __all__ = ["ClipResult", "NonFiniteGradientError"]
 
 _ROWS_IN_REPR = 5
+_NOTHING = (
+    "grads: expected gradients, got none, so nothing is clipped (an iterator that was used up? a clip before "
+    "backward(), or after zero_grad()?)"
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -27,10 +33,12 @@ class ClipResult:
         clipped: Whether any norm was above its threshold.
         nonfinite: The gradients that hold an infinity or a NaN: their indices, or their names when the
             call was given a mapping.
+        missing: The gradients that were ``None``, as in ``nonfinite``. Their norm is 0, as is that of a
+            gradient that has vanished.
         names: The keys of the mapping that the call was given; ``None`` for a sequence.
         group_norms: One norm per group, float64, before clipping and divided by ``grad_scale``; over
             all processes when the call was given ``reduce``.
-        group_names: What the groups are called, where the call named them (``gradclip.torch`` does).
+        group_names: What the groups are called, where the call named them.
 
     Example:
         >>> import numpy as np, gradclip
@@ -47,6 +55,7 @@ class ClipResult:
     coefficient: float | npt.NDArray[np.float64]
     clipped: bool
     nonfinite: tuple[int, ...] | tuple[str, ...]
+    missing: tuple[int, ...] | tuple[str, ...]
     names: tuple[str, ...] | None
     group_norms: npt.NDArray[np.float64]
     group_names: tuple[str, ...] | None = None
@@ -70,6 +79,40 @@ class ClipResult:
         names = self.group_names if self.group_names is not None else map(str, range(len(self.group_norms)))
         return dict(zip(names, self.group_norms.tolist(), strict=True))
 
+    def as_dict(self) -> dict[str, float | int | bool]:
+        """Everything as plain numbers under flat names, as loggers (TensorBoard, W&B, MLflow) take them.
+
+        Returns:
+            ``total_norm``; ``coefficient``, the lowest of all groups; ``clipped``; the numbers of
+            ``gradients``, of those ``missing`` and ``nonfinite``; a ``norms/<name>`` for each gradient, and
+            of several groups a ``group_norms/<name>`` and ``coefficients/<name>`` for each.
+
+        Example:
+            >>> import numpy as np, gradclip
+            >>> grads = {"w": np.array([3.0, 4.0]), "b": None}
+            >>> numbers = gradclip.clip_by_global_norm_(grads, max_norm=2.5).as_dict()
+            >>> numbers["coefficient"], numbers["missing"], numbers["norms/w"]
+            (0.5, 1, 5.0)
+        """
+        coefficients = np.atleast_1d(self.coefficient)
+        numbers: dict[str, float | int | bool] = {
+            "total_norm": float(self.total_norm),
+            "coefficient": float(coefficients.min(initial=1.0)),
+            "clipped": bool(self.clipped),
+            "gradients": len(self.norms),
+            "missing": len(self.missing),
+            "nonfinite": len(self.nonfinite),
+        }
+        numbers |= {f"norms/{name}": norm for name, norm in self.named_norms().items()}
+        if isinstance(self.coefficient, np.ndarray):
+            groups = self.named_group_norms()
+            numbers |= {f"group_norms/{name}": norm for name, norm in groups.items()}
+            numbers |= {
+                f"coefficients/{name}": value
+                for name, value in zip(groups, coefficients.tolist(), strict=True)
+            }
+        return numbers
+
     def to_host(self) -> ClipResult:
         """The same result as Python numbers and NumPy arrays: of a CPU, itself.
 
@@ -80,26 +123,43 @@ class ClipResult:
     def __repr__(self) -> str:
         coefficient = self.coefficient
         if isinstance(coefficient, np.ndarray):
-            low = f", lowest {coefficient.min():.6g}" if coefficient.size else ""
-            coefficient_text = f"{len(coefficient)} coefficients{low}"
+            low = f", lowest {coefficient.min():.6g}" if coefficient.size > 1 else ""
+            coefficient_text = count_of(coefficient.size, "coefficient") + low
+            if coefficient.size == 1:
+                coefficient_text = f"coefficient {coefficient[0]:.6g}"
         else:
             coefficient_text = f"coefficient {coefficient:.6g}"
         state = "clipped" if self.clipped else "not clipped"
+        missing = f", {len(self.missing)} missing" if self.missing else ""
         lines = [
             f"ClipResult({state}: total norm {self.total_norm:.6g}, {coefficient_text}, "
-            f"{len(self.norms)} gradients"
+            f"{count_of(len(self.norms), 'gradient')}{missing}"
         ]
         if self.nonfinite:
             shown = ", ".join(map(repr, self.nonfinite[:_ROWS_IN_REPR]))
             more = ", ..." if len(self.nonfinite) > _ROWS_IN_REPR else ""
             lines.append(f"  not finite: {shown}{more}")
-        named = self.named_norms()
-        # NaN and infinity first: they are what a reader of this text is looking for.
-        largest = sorted(named, key=lambda name: (named[name] != named[name], named[name]), reverse=True)
-        lines += [f"  {named[name]:12.6g}  {name}" for name in largest[:_ROWS_IN_REPR]]
-        if len(largest) > _ROWS_IN_REPR:
-            lines.append(f"  {'...':>12}  {len(largest) - _ROWS_IN_REPR} more")
+        for i in _largest(self.norms, _ROWS_IN_REPR):
+            lines.append(f"  {self.norms[i]:12.6g}  {i if self.names is None else self.names[i]}")
+        if len(self.norms) > _ROWS_IN_REPR:
+            lines.append(f"  {'...':>12}  {len(self.norms) - _ROWS_IN_REPR} more")
         return "\n".join(lines) + ")"
+
+
+def count_of(number: int, what: str) -> str:
+    """``"1 gradient"``, ``"2 gradients"``."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def _largest(norms: npt.NDArray[np.float64], count: int) -> list[int]:
+    """The positions of the largest norms. NaN come first, then infinities: what a reader is looking for."""
+    ranks = np.where(np.isnan(norms), np.inf, norms)
+    if len(norms) > count:
+        candidates = np.flatnonzero(ranks >= np.partition(ranks, -count)[-count])
+    else:
+        candidates = np.arange(len(norms))
+    order = np.lexsort((candidates, -ranks[candidates], ~np.isnan(norms[candidates])))
+    return [int(i) for i in candidates[order[:count]]]
 
 
 class NonFiniteGradientError(FloatingPointError):
@@ -130,29 +190,54 @@ class NonFiniteGradientError(FloatingPointError):
         self.entries = entries
         self.norms = norms
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # An exception is made again of its args, and these are not all of them.
+        return type(self), (*self.args, self.entries, self.norms), self.__dict__
+
 
 # Where people find and import it; also what a traceback prints.
 NonFiniteGradientError.__module__ = "gradclip"
 ClipResult.__module__ = "gradclip"
 
 
-def finish(told: Any) -> ClipResult:
-    """Make the public result from what an engine returns; raise if ``_core`` reports counts.
-
-    The engine of a GPU has made its result already.
-    """
-    if type(told) is not tuple:
-        return told  # type: ignore[no-any-return]
-    total_norm, norms, coefficient, clipped, nonfinite, names, group_norms, counts = told
+def make_result(
+    total_norm: float,
+    norms: npt.NDArray[np.float64],
+    coefficient: float | npt.NDArray[np.float64],
+    clipped: bool,
+    nonfinite: tuple[int, ...],
+    missing: tuple[int, ...],
+    names: tuple[str, ...] | None,
+    group_norms: npt.NDArray[np.float64],
+    group_names: tuple[str, ...] | None,
+    counts: list[tuple[int, int, int]] | None,
+) -> ClipResult:
+    """What ``_core`` calls before it writes, so that nothing can fail after. Raises for ``counts``."""
     if counts is not None:
         raise nonfinite_error(counts, names, norms)
-    return ClipResult(total_norm, norms, coefficient, clipped, named(nonfinite, names), names, group_norms)
+    return ClipResult(
+        total_norm,
+        norms,
+        coefficient,
+        clipped,
+        named(nonfinite, names),
+        named(missing, names),
+        names,
+        group_norms,
+        group_names,
+    )
 
 
-def with_group_names(result: ClipResult, names: tuple[str, ...] | None) -> ClipResult:
-    """The same result; of a GPU, the same object."""
-    object.__setattr__(result, "group_names", names)  # frozen for everybody else
-    return result
+def warn_of_nothing(text: str = _NOTHING) -> None:
+    """Warn the caller of gradclip (or of PyTorch, rerouted) that there was no gradient to write to."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and _is_inside(frame.f_globals.get("__name__", "")):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, stacklevel=level)
+
+
+def _is_inside(module: str) -> bool:
+    return module.partition(".")[0] in ("gradclip", "torch", "contextlib")
 
 
 def named(indices: tuple[int, ...], names: tuple[str, ...] | None) -> tuple[int, ...] | tuple[str, ...]:
@@ -173,7 +258,7 @@ def nonfinite_error(
         for entry, nan, inf in entries[:_ROWS_IN_REPR]
     ]
     if len(entries) > _ROWS_IN_REPR:
-        shown.append(f"and {len(entries) - _ROWS_IN_REPR} more gradients")
+        shown.append(f"and {count_of(len(entries) - _ROWS_IN_REPR, 'more gradient')}")
     if not entries:
         shown.append(
             "grads: expected a finite norm, got an infinite one or NaN, though every gradient of this "

@@ -11,19 +11,51 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import numpy as np
+
+from gradclip import _core
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["mpi", "process_group"]
+__all__ = ["Reduction", "mpi", "process_group"]
 
 _Reduce: TypeAlias = Callable[[Any], Any]
 
 
-def process_group(group: ProcessGroup | None = None, ord: float = 2) -> _Reduce:
+class Reduction:
+    """What joins sums of one order; the clipping functions refuse it for another.
+
+    Attributes:
+        ord: The order that it was made for.
+    """
+
+    __slots__ = ("_join", "ord")
+
+    def __init__(self, join: _Reduce, ord: float) -> None:
+        self._join = join
+        self.ord = ord
+
+    def __call__(self, sums: Any) -> Any:
+        """The sums of all processes."""
+        saved = _core.enter_float_environment()
+        try:
+            return self._join(sums)
+        finally:
+            _core.leave_float_environment(saved)
+
+    def __repr__(self) -> str:
+        return f"Reduction(ord={self.ord:g})"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "Reduction: expected no copy and no pickle of it: its processes are those it was made with"
+        )
+
+
+def process_group(group: ProcessGroup | None = None, ord: float = 2) -> Reduction:
     """Join sums over a process group of ``torch.distributed``: one all-reduce of float64 numbers.
 
     The sums of a GPU are reduced there, without the host, if the group has a backend for it (NCCL has).
@@ -32,7 +64,8 @@ def process_group(group: ProcessGroup | None = None, ord: float = 2) -> _Reduce:
 
     Args:
         group: A process group with this rank in it; ``None``: the default one at the time of the call.
-        ord: The ``ord`` of the call that this is for: for ``inf`` the greatest is taken, else the sum.
+        ord: The ``ord`` of the call that this is for, which refuses another: for ``inf`` the greatest is
+            taken, else the sum.
 
     Returns:
         What the clipping functions take as ``reduce``. It takes NumPy arrays and returns such; of arrays
@@ -52,12 +85,12 @@ def process_group(group: ProcessGroup | None = None, ord: float = 2) -> _Reduce:
         array([5.])
         >>> dist.destroy_process_group()
     """
-    import torch  # noqa: PLC0415 (optional)
-    from torch.utils.dlpack import from_dlpack  # noqa: PLC0415
-
-    from gradclip.torch._collective import device_for, open_group, reduced  # noqa: PLC0415
+    from gradclip.torch._collective import device_for, open_group, reduced  # noqa: PLC0415 (optional)
 
     order = _order(ord)
+    import torch  # noqa: PLC0415
+    from torch.utils.dlpack import from_dlpack  # noqa: PLC0415
+
     if group is not None:
         open_group(group)
 
@@ -70,10 +103,10 @@ def process_group(group: ProcessGroup | None = None, ord: float = 2) -> _Reduce:
         total = reduced(values, order, joined).to(home)
         return total.numpy() if on_host else total
 
-    return reduce
+    return Reduction(reduce, order)
 
 
-def mpi(comm: Any, ord: float = 2) -> _Reduce:
+def mpi(comm: Any, ord: float = 2) -> Reduction:
     """Join sums over an MPI communicator of mpi4py: one ``Allreduce`` of float64 numbers.
 
     The sums of a GPU go through the host, whatever the MPI library can do: that waits for the device.
@@ -98,7 +131,14 @@ def mpi(comm: Any, ord: float = 2) -> _Reduce:
             reduce = gradclip.distributed.mpi(MPI.COMM_WORLD)
             gradclip.clip_by_global_norm_(grads, 1.0, reduce=reduce)
     """
-    from mpi4py import MPI  # noqa: PLC0415 (optional, and importing it starts MPI)
+    try:
+        from mpi4py import MPI  # noqa: PLC0415 (optional, and importing it starts MPI)
+    except ModuleNotFoundError as error:
+        if error.name != "mpi4py":
+            raise
+        raise ModuleNotFoundError(
+            "gradclip.distributed.mpi: expected mpi4py to be installed: pip install mpi4py", name="mpi4py"
+        ) from None
 
     order = _order(ord)
     if not isinstance(comm, MPI.Intracomm):
@@ -122,7 +162,7 @@ def mpi(comm: Any, ord: float = 2) -> _Reduce:
         return _where(sums, np.where(message[1] > 0, math.nan, message[0]))
 
     check_open()
-    return reduce
+    return Reduction(reduce, order)
 
 
 def _on_host(sums: Any) -> Any:

@@ -91,11 +91,13 @@ TEST_CASE("clip by value") {
                      largest = std::max(largest, std::fabs(x));
                      x = std::clamp(x, -20.0f, 20.0f);
                    });
-                   const cpu::ValueClip nothing = cpu::clip_by_value(spans, plan, largest);
+                   const cpu::ValueClip nothing = cpu::measure_values(spans, plan, {largest});
                    CHECK_FALSE(nothing.clipped);
+                   cpu::clip_by_value(spans, plan, {largest}, nothing.tiles);
                    CHECK(same_bits(matrix.memory, before));
-                   const cpu::ValueClip result = cpu::clip_by_value(spans, plan, 20.0);
+                   const cpu::ValueClip result = cpu::measure_values(spans, plan, {20.0});
                    CHECK(result.clipped);
+                   cpu::clip_by_value(spans, plan, {20.0}, result.tiles);
                    CHECK(result.largest[0].value == largest);
                    CHECK(same_bits(matrix.memory, clamped));
                  });

@@ -297,7 +297,9 @@ TEST_CASE("no gradients at all") {
 TEST_CASE("value clip and scale") {
   set(kSettings[2]);
   for (const DType dtype : {DType::float16, DType::bfloat16, DType::float32, DType::float64})
-    for (const double limit : {0.5, 1e-9, 1e9, 1.0 / 3.0}) {
+    for (const ValueLimit limit :
+         {ValueLimit{0.0}, ValueLimit{0.5}, ValueLimit{1e-9}, ValueLimit{1e9},
+          ValueLimit{1.0 / 3.0}, ValueLimit{1.0 / 3.0, true}}) {
       List list;
       list.emplace_back(dtype, 3 * elements_of_tile(dtype) + 5, 1);
       list.emplace_back(dtype, 40);
@@ -306,9 +308,10 @@ TEST_CASE("value clip and scale") {
       const auto before = bytes_of(list);
       const std::vector<Span> spans = spans_of(list);
       const Plan plan = plan_of(spans);
-      const cpu::ValueClip expected = cpu::clip_by_value(spans, plan, limit);
+      const cpu::ValueClip expected = cpu::measure_values(spans, plan, limit);
+      cpu::clip_by_value(spans, plan, limit, expected.tiles);
       const auto clipped = bytes_of(list);
-      const Table<double> factors(list.size(), limit);
+      const Table<double> factors(list.size(), limit.value);
       restore(list, before);
       list[1].set(3, 1.0);
       const auto finite = bytes_of(list);
@@ -331,7 +334,7 @@ TEST_CASE("value clip and scale") {
       gpu.count_nonfinite(counts.data(), nullptr);
       CHECK(counts == std::vector<std::int64_t>{0, 0, 1, 0});
       restore(list, finite);
-      gpu.scale(limit, nullptr);
+      gpu.scale(limit.value, nullptr);
       CHECK(bytes_of(list) == scaled);
     }
 }
@@ -376,7 +379,7 @@ TEST_CASE("a threshold on the device that is not positive writes nothing and say
   list.emplace_back(DType::float32, 100);
   list[0].fill(1, 1.0);
   const auto before = bytes_of(list);
-  for (const float bad : {-1.0f, 0.0f, NAN})
+  for (const float bad : {-1.0f, -INFINITY, NAN})
     for (const bool per_group : {false, true}) {
       const float one_bad[] = {1.0f, bad};
       const Groups groups = per_group ? Groups{Groups::labels, {0}, 2} : Groups{};
@@ -445,7 +448,7 @@ TEST_CASE("calls of a kept list take turns on the device, whatever their streams
   gpu.measure({}, result, first);
   gpu.change(1.0, result, first);
   CHECK(waits.empty());
-  gpu.clip_by_value(1.0, result, second);
+  gpu.clip_by_value({1.0}, result, second);
   CHECK(waits == Waits{{second, first}});
   gpu.measure({.order = {NormOrder::other, 3.0}}, result, first);
   CHECK(waits == Waits{{second, first}, {first, second}});

@@ -127,10 +127,15 @@ TEST_CASE("the environment gives the number of threads") {
   CHECK(threads_for("3", "5") == 3);
   CHECK(threads_for(nullptr, "5") == 5);
   CHECK(threads_for(nullptr, "4,2") == 4);
+  CHECK(threads_for(nullptr, " 4 , 2") == 4);
+  // Set to nothing is as good as unset, and blanks do not count.
+  CHECK(threads_for("", "5") == 5);
+  CHECK(threads_for(" \t", "5") == 5);
+  CHECK(threads_for(" 3\n", "5") == 3);
   const int processors = threads_for(nullptr, nullptr);
   CHECK(processors >= 1);
   CHECK(threads_for(nullptr, "many") == processors);
-  for (const char* wrong : {"0", "-2", "four", "", "3,2", "2000"}) {
+  for (const char* wrong : {"0", "-2", "four", "3,2", "2000"}) {
     CAPTURE(wrong);
     CHECK_THROWS_AS(threads_for(wrong, nullptr), std::invalid_argument);
   }

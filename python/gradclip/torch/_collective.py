@@ -35,7 +35,7 @@ def open_group(group: object, name: str = "group") -> ProcessGroup:
         raise ValueError(f"{expected}, got one without rank {dist.get_rank()}")
     try:
         dist.get_backend(group)
-    except ValueError:
+    except (TypeError, ValueError):
         raise ValueError(f"{expected}, got one that was destroyed") from None
     return group
 

@@ -4,6 +4,7 @@ them, which is there for mixed precision."""
 from __future__ import annotations
 
 import math
+from inspect import getattr_static
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -12,13 +13,21 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.utils.hooks import RemovableHandle
 
-from gradclip.torch._amp import begin_unscaling, measured, parameters_of
-from gradclip.torch._gradients import PARAMETERS, as_threshold, untraced
+from gradclip.torch._amp import begin_unscaling, check_scaler, measured, parameters_of
+from gradclip.torch._gradients import (
+    PARAMETERS,
+    as_threshold,
+    in_float_environment,
+    untraced,
+    warn_if_nothing,
+)
 from gradclip.torch._local import EPSILON, total_norm_of
+from gradclip.torch._optimizer import unwrapped
 
 __all__ = ["defer_clip_"]
 
 
+@in_float_environment
 def defer_clip_(
     optimizer: torch.optim.Optimizer,
     max_norm: float,
@@ -39,8 +48,9 @@ def defer_clip_(
     without, use that.
 
     Args:
-        optimizer: One of PyTorch's own with ``fused=True`` (Adam, AdamW, SGD, Adagrad); all gradients on one
-            device.
+        optimizer: One of PyTorch's own with ``fused=True`` (Adam, AdamW, SGD; Adagrad
+            from PyTorch 2.12 on), which Lightning or
+            Accelerate may have wrapped; all gradients on one device.
         max_norm: Positive.
         norm_type: As for :func:`clip_grad_norm_`.
         scaler: That of mixed precision: unscaling is deferred too, and ``scaler.step(optimizer)`` is to
@@ -53,7 +63,7 @@ def defer_clip_(
     Raises:
         ValueError: The optimizer is not fused; ``max_norm`` is not positive; gradients are on several
             devices; a scale that somebody else has set waits for the step.
-        TypeError: As for :func:`clip_grad_norm_`.
+        TypeError: As for :func:`clip_grad_norm_`; ``optimizer`` is none, or in another wrapper.
         RuntimeError: As for :func:`unscale_and_clip_`, with a scaler.
 
     Example:
@@ -75,10 +85,14 @@ def defer_clip_(
 def _defer_clip_(
     optimizer: torch.optim.Optimizer, max_norm: float, norm_type: float, scaler: GradScaler | None
 ) -> Tensor:
+    if scaler is not None:
+        check_scaler(scaler)
+    given, optimizer = optimizer, unwrapped(optimizer)
     limit = as_threshold(max_norm, "max_norm")
     if limit == 0:
         raise ValueError(f"max_norm: expected a positive number, got {max_norm!r}")
-    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+    # Of the optimizer itself: a wrapper that hands reads on would step without the scale.
+    if not getattr_static(optimizer, "_step_supports_amp_scaling", False):
         raise ValueError(
             "optimizer: expected one of PyTorch's with fused=True, whose step takes a scale, got "
             f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
@@ -93,35 +107,32 @@ def _defer_clip_(
     if len(devices) > 1:
         raise ValueError(f"optimizer: expected gradients on one device, got {sorted(map(str, devices))}")
     enabled = scaler is not None and scaler.is_enabled()
-    state = begin_unscaling(scaler, optimizer, "defer_clip_") if scaler is not None and enabled else None
+    state = begin_unscaling(scaler, given, "defer_clip_") if scaler is not None and enabled else None
     total, dtype = total_norm_of(grads, norm_type, False, PARAMETERS)
     scale = scaler.get_scale() if scaler is not None and enabled else 1.0
     total = total / scale
     divisor = torch.full_like(total, scale)
     if math.isfinite(limit):
         divisor *= ((total + EPSILON) / limit).clamp(min=1.0)  # which lets a NaN through
-    if state is not None:
-        _put(optimizer, divisor)  # scaler.step takes it away
-        return measured(state, grads, total, dtype is torch.float64)
-    if divisor.is_cuda or divisor.item() != 1.0:
-        _put(
-            optimizer, divisor, optimizer.register_step_post_hook(lambda optimizer, *_: _take_away(optimizer))
-        )
-    return total.to(dtype)
+    if state is not None or divisor.is_cuda or divisor.item() != 1.0:
+        _put(optimizer, divisor)
+    warn_if_nothing(grads)
+    return total.to(dtype) if state is None else measured(state, grads, total, dtype is torch.float64)
 
 
 class _Waiting(NamedTuple):
     """What was set here for the next step and is not taken away yet."""
 
     scale: Tensor
-    hook: RemovableHandle | None
+    hook: RemovableHandle
 
 
 _waiting: WeakKeyDictionary[torch.optim.Optimizer, _Waiting] = WeakKeyDictionary()
 
 
-def _put(optimizer: Any, divisor: Tensor, hook: RemovableHandle | None = None) -> None:
+def _put(optimizer: Any, divisor: Tensor) -> None:
     optimizer.grad_scale = divisor.to(torch.float32)
+    hook = optimizer.register_step_post_hook(lambda optimizer, *_: _take_away(optimizer))
     _waiting[optimizer] = _Waiting(optimizer.grad_scale, hook)
 
 
@@ -129,7 +140,6 @@ def _take_away(optimizer: Any) -> None:
     waiting = _waiting.pop(optimizer, None)
     if waiting is None:
         return
-    if waiting.hook is not None:
-        waiting.hook.remove()
+    waiting.hook.remove()
     if getattr(optimizer, "grad_scale", None) is waiting.scale:
-        del optimizer.grad_scale
+        optimizer.grad_scale = None  # not deleted, which scaler.step does

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
-from gradclip.torch._gradients import Gradients, Names, Unsupported, name_of, refuse_graphs
+from gradclip.torch._gradients import Gradients, Names, UnsupportedGradientError, name_of, refuse_graphs
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -67,14 +67,16 @@ def without_partial(tensor: Any, name: str) -> Any:
     """A copy with sums in the place of partial ones.
 
     Raises:
-        Unsupported: Partial values that are no sums.
+        UnsupportedGradientError: Partial values that are no sums.
     """
     from torch.distributed.tensor import Partial, Replicate  # noqa: PLC0415 (a DTensor: it is imported)
 
     for placement in tensor.placements:
         is_sum = type(placement) is Partial and placement.reduce_op in ("sum", "avg")
         if placement.is_partial() and not is_sum:
-            raise Unsupported(f"{name}: expected partial sums or averages, got the placement {placement}")
+            raise UnsupportedGradientError(
+                f"{name}: expected partial sums or averages, got the placement {placement}"
+            )
     placements = [Replicate() if p.is_partial() else p for p in tensor.placements]
     return tensor.detach().redistribute(placements=placements)
 
@@ -88,8 +90,8 @@ def writable_parts(grads: Gradients, names: Names, each_element: bool = False) -
         each_element: What is done to them is not linear.
 
     Raises:
-        Unsupported: A DTensor requires grad. With ``each_element``: or it holds partial sums, for what is
-            done to their elements is not done to the sum.
+        UnsupportedGradientError: A DTensor requires grad. With ``each_element``: or it holds partial sums, as
+            what is done to their elements is not done to the sum.
     """
     parts = list(grads)
     for i, grad in enumerate(grads):
@@ -99,5 +101,7 @@ def writable_parts(grads: Gradients, names: Names, each_element: bool = False) -
         refuse_graphs([grad], [name_of(names, i)])
         placements = cast("DTensor", grad).placements
         if each_element and any(placement.is_partial() for placement in placements):
-            raise Unsupported(f"{name_of(names, i)}: expected no partial sums, got placements {placements}")
+            raise UnsupportedGradientError(
+                f"{name_of(names, i)}: expected no partial sums, got placements {placements}"
+            )
     return parts

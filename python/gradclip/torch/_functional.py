@@ -18,13 +18,17 @@ from gradclip.torch._gradients import (
     PARAMETERS,
     TENSORS,
     Gradients,
-    Unsupported,
+    UnsupportedGradientError,
     as_limit,
     as_list,
     as_threshold,
+    carried,
+    carry,
     gradients_of,
+    in_float_environment,
     mark_written,
     untraced,
+    warn_if_nothing,
 )
 from gradclip.torch._local import clip_gradients_, clip_values_, scale_by_norm_, total_norm_of
 
@@ -34,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "get_total_norm"]
 
 
+@in_float_environment
 def clip_grad_norm_(
     parameters: Tensor | Iterable[Tensor],
     max_norm: float | Tensor,
@@ -67,6 +72,10 @@ def clip_grad_norm_(
         gradients are clipped by what it is). A DTensor, replicated, if DTensors are among the gradients.
         The same bits on every rank.
 
+    Warns:
+        UserWarning: No parameter has a gradient: an iterator that was used up, or a clip before
+            ``backward()``.
+
     Raises:
         TypeError: An entry is not a tensor, or its gradient is of a kind that cannot be clipped (integer,
             quantised, meta, requiring grad). It is named.
@@ -86,16 +95,20 @@ def clip_grad_norm_(
         >>> weight.grad
         tensor([0.6000, 0.8000])
     """
-    listed = as_list(parameters, warn_at=2)
+    listed = as_list(parameters)
     # Of gradients one rank may have none that another has; and then both would take part, or wait.
     if group is not None or any_dtensor(listed):
         norm: Tensor = _spread().clip_grad_norm_(listed, max_norm, norm_type, error_if_nonfinite, group)
         return norm
     if torch.compiler.is_compiling():
         return _compile.clip_grad_norm_(gradients_of(listed), max_norm, norm_type, error_if_nonfinite)
-    return clip_gradients_(gradients_of(listed), max_norm, norm_type, error_if_nonfinite)
+    grads = gradients_of(listed)
+    total = clip_gradients_(grads, max_norm, norm_type, error_if_nonfinite)
+    warn_if_nothing(grads, parameters)
+    return total
 
 
+@in_float_environment
 def get_total_norm(
     tensors: Tensor | Iterable[Tensor],
     norm_type: float = 2.0,
@@ -121,6 +134,9 @@ def get_total_norm(
         ValueError: As for :func:`clip_grad_norm_`, of process groups.
         RuntimeError: As for :func:`clip_grad_norm_`.
 
+    Note:
+        A tensor that is given twice counts once. (:func:`gradclip.global_norm` counts it twice.)
+
     Example:
         >>> import torch, gradclip.torch
         >>> gradclip.torch.get_total_norm([torch.full((4,), 1e-25), torch.zeros(3)])
@@ -133,9 +149,10 @@ def get_total_norm(
     if torch.compiler.is_compiling():
         return _compile.get_total_norm(listed, norm_type, error_if_nonfinite)
     total, dtype = total_norm_of(listed, norm_type, error_if_nonfinite, TENSORS)
-    return total.to(dtype)
+    return carry(total.to(dtype), total)
 
 
+@in_float_environment
 def clip_grads_with_norm_(
     parameters: Tensor | Iterable[Tensor],
     max_norm: float | Tensor,
@@ -147,8 +164,9 @@ def clip_grads_with_norm_(
     Args:
         parameters: As for :func:`clip_grad_norm_`.
         max_norm: Not negative; on a GPU also a 0-d tensor there.
-        total_norm: A 0-d tensor or DTensor, as :func:`get_total_norm` returns it. On a GPU, nothing waits
-            for either.
+        total_norm: A 0-d tensor or DTensor, as :func:`get_total_norm` returns it. That very tensor, unless
+            it was changed, carries its norm in float64: so a norm above 3.4e38 clips as it should. On a GPU,
+            nothing waits for either.
         foreach: Accepted and ignored.
 
     Raises:
@@ -168,14 +186,17 @@ def clip_grads_with_norm_(
         _compile.clip_grads_with_norm_(grads, max_norm, total_norm)
         return
     _scale_by_norm_(grads, as_limit(max_norm), total_norm)
+    warn_if_nothing(grads, parameters)
 
 
+@in_float_environment
 def clip_grad_value_(
     parameters: Tensor | Iterable[Tensor], clip_value: float, foreach: bool | None = None
 ) -> None:
     """Clip every element of the gradients into ``[-clip_value, clip_value]``: PyTorch's function.
 
-    Only where an element is beyond are bytes written, by the tile of 16 KB. NaN stays NaN.
+    Only where an element is beyond are bytes written, by the tile of 16 KB. NaN stays NaN. The limit is
+    rounded to nearest in the dtype of each gradient, as PyTorch's ``clamp`` does: the same bits.
 
     Args:
         parameters: As for :func:`clip_grad_norm_`, with real gradients.
@@ -200,14 +221,16 @@ def clip_grad_value_(
         _compile.clip_grad_value_(grads, limit)
         return
     _clip_values_(grads, limit)
+    warn_if_nothing(grads, parameters)
 
 
 @untraced
 def _scale_by_norm_(grads: Gradients, limit: float | Tensor, total_norm: Tensor) -> None:
-    total = whole(total_norm)
+    wide = carried(total_norm) if isinstance(total_norm, Tensor) else None
+    total = whole(total_norm) if wide is None else wide
     try:
         scale_by_norm_(grads, limit, total, PARAMETERS)
-    except Unsupported:
+    except UnsupportedGradientError:
         if not any_dtensor(grads):
             raise
         scale_by_norm_(writable_parts(grads, PARAMETERS), limit, total, PARAMETERS)
@@ -218,7 +241,7 @@ def _scale_by_norm_(grads: Gradients, limit: float | Tensor, total_norm: Tensor)
 def _clip_values_(grads: Gradients, limit: float) -> None:
     try:
         clip_values_(grads, limit)
-    except Unsupported:
+    except UnsupportedGradientError:
         if not any_dtensor(grads):
             raise
         clip_values_(writable_parts(grads, PARAMETERS, each_element=True), limit)

@@ -6,7 +6,6 @@ import functools
 import math
 import re
 import types
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ParamSpec, SupportsFloat, TypeAlias, TypeVar
@@ -14,23 +13,27 @@ from typing import Any, ParamSpec, SupportsFloat, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from gradclip import _core
+from gradclip import _core, _dispatch
 from gradclip._dispatch import PlannedGradients, engine_of, why_no_gpu
+from gradclip._result import warn_of_nothing
 
 __all__ = [
     "PARAMETERS",
     "TENSORS",
     "Gradients",
     "Names",
-    "Unsupported",
+    "UnsupportedGradientError",
     "as_limit",
     "as_list",
     "as_norm",
     "as_number",
     "as_threshold",
     "by_device",
+    "carried",
+    "carry",
     "combine",
     "gradients_of",
+    "in_float_environment",
     "mark_written",
     "name_of",
     "naming",
@@ -40,6 +43,7 @@ __all__ = [
     "readable",
     "refuse_graphs",
     "untraced",
+    "warn_if_nothing",
     "writable",
     "written",
 ]
@@ -55,10 +59,14 @@ _T = TypeVar("_T")
 _COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
 _WIDE = (torch.float64, torch.complex128)
+_LARGEST_FLOAT32 = torch.finfo(torch.float32).max
 
 
-class Unsupported(TypeError):
+class UnsupportedGradientError(TypeError):
     """A gradient of a kind that only PyTorch itself can clip, if anybody can."""
+
+
+UnsupportedGradientError.__module__ = "gradclip.torch"
 
 
 def as_number(value: SupportsFloat | str, name: str) -> float:
@@ -107,16 +115,31 @@ def as_norm(value: Tensor) -> Tensor:
     return value.detach().to(torch.float64).reshape(())
 
 
-def as_list(tensors: Tensor | Iterable[Tensor], warn_at: int = 0) -> list[Tensor]:
-    """The tensors; ``warn_at`` a level of the stack, of a generator that yields nothing, as PyTorch does."""
-    if isinstance(tensors, Tensor):
-        return [tensors]
-    found = list(tensors)
-    if warn_at and not found and isinstance(tensors, types.GeneratorType):
-        warnings.warn(
-            "`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=warn_at + 1
-        )
-    return found
+def as_list(tensors: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    return [tensors] if isinstance(tensors, Tensor) else list(tensors)
+
+
+def warn_if_nothing(grads: Gradients, parameters: object = None) -> None:
+    """Warn the caller once where there is no gradient; of an empty generator in PyTorch's words."""
+    if any(grad is not None for grad in grads):
+        return
+    if isinstance(parameters, types.GeneratorType) and not grads:
+        warn_of_nothing("`parameters` is an empty generator, no gradient clipping will occur.")
+    else:
+        warn_of_nothing()
+
+
+def carry(norm: Tensor, wide: Tensor) -> Tensor:
+    """The norm as PyTorch returns it, with what it is in float64, where a float32 may not hold that."""
+    if norm.dtype is not torch.float64 and (wide.is_cuda or wide.item() > _LARGEST_FLOAT32):
+        norm._gradclip_wide = wide, norm._version  # type: ignore[attr-defined]
+    return norm
+
+
+def carried(norm: Tensor) -> Tensor | None:
+    """The float64 norm that comes with a norm, unless somebody has changed that in between."""
+    wide, version = getattr(norm, "_gradclip_wide", (None, None))
+    return wide if version is not None and version == norm._version else None
 
 
 def gradients_of(parameters: Sequence[Tensor]) -> list[Tensor | None]:
@@ -173,7 +196,7 @@ def readable(grads: Gradients, names: Names) -> list[Tensor | None]:
     Of sparse gradients the (coalesced) values; of the same tensor twice the first.
 
     Raises:
-        Unsupported: A tensor that no engine reads. It is named.
+        UnsupportedGradientError: A tensor that no engine reads. It is named.
     """
     first: set[int] = set()  # a sparse tensor that is not coalesced has no memory to be known again by
     read: list[Tensor | None] = []
@@ -190,7 +213,7 @@ def writable(grads: Gradients, names: Names) -> list[Tensor | None]:
     """As :func:`readable`, of what may be written to.
 
     Raises:
-        Unsupported: As :func:`readable`; besides, a gradient that requires grad.
+        UnsupportedGradientError: As :func:`readable`; besides, a gradient that requires grad.
     """
     found = readable(grads, names)
     refuse_graphs(grads, names)
@@ -210,17 +233,25 @@ def written(grads: Gradients, names: Names) -> Iterator[list[Tensor | None]]:
         if isinstance(grad, Tensor) and grad.layout is torch.sparse_coo and not grad.is_coalesced()
     }
     refuse_graphs(grads, names)
-    yield readable([coalesced[id(grad)][1] if id(grad) in coalesced else grad for grad in grads], names)
+    plain = readable([coalesced[id(grad)][1] if id(grad) in coalesced else grad for grad in grads], names)
+    # An engine tells autograd of the values that it writes to, which the sparse tensor does not see.
+    versions = [
+        (grad, values, values._version)
+        for grad, values in zip(grads, plain, strict=True)
+        if grad is not None and values is not None and grad.layout is not torch.strided
+    ]
+    yield plain
     with torch.no_grad():
         for grad, copy in coalesced.values():
             grad.copy_(copy)
+    mark_written([grad for grad, values, version in versions if values._version != version])
 
 
 def refuse_graphs(grads: Gradients, names: Names) -> None:
-    """Raise :class:`Unsupported` if a gradient requires grad."""
+    """Raise :class:`UnsupportedGradientError` if a gradient requires grad."""
     for i, grad in enumerate(grads):
         if isinstance(grad, Tensor) and grad.requires_grad:
-            raise Unsupported(
+            raise UnsupportedGradientError(
                 f"{name_of(names, i)}: expected a gradient that does not require grad, got one that does "
                 "(of create_graph=True): writing into it would falsify its graph"
             )
@@ -229,8 +260,8 @@ def refuse_graphs(grads: Gradients, names: Names) -> None:
 def _read(grad: Tensor, name: str) -> Tensor:
     _check_tensor(grad, name)
 
-    def refuse(expected: str, got: str) -> Unsupported:
-        return Unsupported(f"{name}: expected {expected}, got {got}")
+    def refuse(expected: str, got: str) -> UnsupportedGradientError:
+        return UnsupportedGradientError(f"{name}: expected {expected}, got {got}")
 
     if type(grad) is not Tensor and type(grad) is not torch.nn.Parameter:
         raise refuse("a plain torch.Tensor", f"a {type(grad).__module__}.{type(grad).__qualname__}")
@@ -331,10 +362,22 @@ def untraced(function: Callable[_P, _T]) -> Callable[_P, _T]:
     return call
 
 
+def in_float_environment(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """The function, whose own arithmetic and PyTorch's are done as if nobody flushed denormals to zero."""
+
+    @functools.wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        saved = _core.enter_float_environment()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _core.leave_float_environment(saved)
+
+    return call
+
+
 def mark_written(grads: Gradients) -> None:
     """Tell autograd that the gradients were changed in place, so that whoever saved one finds out."""
-    written = [grad for grad in grads if grad is not None]
-    try:
-        torch.autograd.graph.increment_version(written)
-    except RuntimeError:  # inference tensors have no versions
-        torch.autograd.graph.increment_version([grad for grad in written if not grad.is_inference()])
+    _dispatch.mark_written([grad for grad in grads if grad is not None])

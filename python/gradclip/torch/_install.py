@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import CellType
+from types import CellType, FrameType
 from typing import Any
 
 import torch
 from torch.nn.utils import clip_grad
 
+from gradclip._result import NonFiniteGradientError
 from gradclip.torch._functional import clip_grad_value_, clip_grads_with_norm_, get_total_norm
-from gradclip.torch._gradients import Unsupported
+from gradclip.torch._gradients import PARAMETERS, UnsupportedGradientError
 
 __all__ = ["Stats", "install", "patched", "stats", "uninstall"]
 
@@ -51,10 +54,20 @@ _WRAPPERS: dict[str, Any] = {
     "clip_grads_with_norm_": clip_grad._clip_grads_with_norm_,
     "clip_grad_value_": clip_grad.clip_grad_value_,
 }
-_stats = Stats()
-_theirs: dict[str, Callable[..., Any]] = {}  # while ours are installed
-_lock = threading.RLock()
-_blocks: list[object] = []  # those of patched() that hold the reroute, of any thread
+_CLIP_GRAD_NORM: Any = clip_grad.clip_grad_norm_  # the wrapper, with the function proper in it
+
+
+@dataclass(frozen=True)
+class _State:
+    stats: Stats = field(default_factory=Stats)
+    theirs: dict[str, Callable[..., Any]] = field(default_factory=dict)  # while ours are installed
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    blocks: list[object] = field(default_factory=list)  # of patched(), that hold the reroute, of any thread
+
+
+# It outlives a reload of this module, for it is all that knows PyTorch's own functions.
+_state: _State = globals().get("_state") or _State()
+_stats, _theirs, _lock, _blocks = _state.stats, _state.theirs, _state.lock, _state.blocks
 
 
 def install() -> None:
@@ -140,7 +153,7 @@ def _cell_of(name: str) -> CellType:
     names = getattr(getattr(function, "__code__", None), "co_freevars", ())
     if "func" not in names:
         raise RuntimeError(
-            f"torch.nn.utils.{name}: expected a function wrapped by _no_grad, as of PyTorch 2.13, "
+            f"torch.nn.utils.{name}: expected a function wrapped by _no_grad, as of PyTorch 2.10 to 2.15, "
             f"got another one in {torch.__version__}"
         )
     cell: CellType = function.__closure__[names.index("func")]
@@ -157,13 +170,47 @@ def _rerouted(name: str, ours: Callable[..., Any], theirs: Callable[..., Any]) -
         tensors, args = (args[0], args[1:]) if args else (kwargs.pop(first), ())
         if not isinstance(tensors, torch.Tensor):
             tensors = list(tensors)  # which two may have to go through
+        caller = sys._getframe(2)  # behind the wrapper
+        if name == "clip_grads_with_norm_" and _is_empty_generator(caller):
+            return theirs(tensors, *args, **kwargs)  # PyTorch has warned of it
         try:
             result = ours(tensors, *args, **kwargs)
-        except Unsupported as reason:
+        except UnsupportedGradientError as reason:
             _stats.passed_on[name] += 1
-            _stats.reasons[str(reason)] += 1
+            _stats.reasons[str(_of_parameters(reason, caller))] += 1
             return theirs(tensors, *args, **kwargs)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise _of_parameters(error, caller) from error.__cause__
         _stats.taken[name] += 1
         return result
 
     return call
+
+
+def _is_clip_grad_norm(caller: FrameType) -> bool:
+    """Whether it is PyTorch's own, which has the parameters."""
+    return caller.f_code is _CLIP_GRAD_NORM.__wrapped__.__code__
+
+
+def _is_empty_generator(caller: FrameType) -> bool:
+    return (
+        _is_clip_grad_norm(caller)
+        and caller.f_locals.get("is_generator", False)
+        and not caller.f_locals["parameters"]
+    )
+
+
+def _of_parameters(error: Exception, caller: FrameType) -> Exception:
+    """With ``parameters[2].grad`` for ``tensors[0]``, where PyTorch handed on what has a gradient."""
+    if not _is_clip_grad_norm(caller):
+        return error
+    parameters = caller.f_locals["parameters"]
+    names = [PARAMETERS.format(i) for i, parameter in enumerate(parameters) if parameter.grad is not None]
+
+    def named(text: Any) -> Any:
+        return re.sub(r"\btensors\[(\d+)\]", lambda match: names[int(match[1])], text)
+
+    if isinstance(error, NonFiniteGradientError):
+        entries = [(named(entry), nan, inf) for entry, nan, inf in error.entries]
+        return type(error)(named(str(error)), entries, error.norms)
+    return type(error)(named(str(error)))

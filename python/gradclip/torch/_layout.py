@@ -66,7 +66,7 @@ class Layout:
 
         Raises:
             ValueError: A process group is not open; DTensors and a ``group``.
-            Unsupported: Partial values that are no sums.
+            UnsupportedGradientError: Partial values that are no sums.
         """
         kind = names.partition("[")[0] if isinstance(names, str) else "gradients"
         parts = list(grads)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gradclip._dispatch import PlannedGradients, engine_of
-from gradclip._result import NonFiniteGradientError, finish
+from gradclip._result import NonFiniteGradientError
 from gradclip.torch._gradients import (
     PARAMETERS,
     Gradients,
@@ -23,7 +23,6 @@ from gradclip.torch._gradients import (
     as_number,
     by_device,
     combine,
-    mark_written,
     name_of,
     naming,
     norm_dtype,
@@ -53,18 +52,18 @@ def clip_gradients_(
     """:func:`gradclip.torch.clip_grad_norm_` for a list of gradients."""
     order, limit = as_number(norm_type, "norm_type"), as_limit(max_norm)
 
-    def at_once(read: PlannedGradients, grads: Gradients) -> Tensor:
-        return _clip_at_once(read, grads, limit, order, error_if_nonfinite, names)
+    def at_once(read: PlannedGradients) -> Tensor:
+        return _clip_at_once(read, limit, order, error_if_nonfinite, names)
 
     if order > 0:
         try:
-            return at_once(read_as_they_are(grads), grads)
+            return at_once(read_as_they_are(grads))
         except (TypeError, ValueError):
             pass  # Something among them needs a second look, which also says what is wrong.
     with written(grads, names) as plain:
         if order > 0 and len(by_device(plain)) <= 1:
             with naming(names):
-                return at_once(engine_of(plain)[0].read(plain), plain)
+                return at_once(engine_of(plain)[0].read(plain))
         total, dtype = total_norm_of(plain, order, error_if_nonfinite, names)
         scale_by_norm_(plain, limit, total, names)
     return total.to(dtype)
@@ -72,7 +71,6 @@ def clip_gradients_(
 
 def _clip_at_once(
     read: PlannedGradients,
-    grads: Gradients,
     limit: float | Tensor,
     order: float,
     error_if_nonfinite: bool,
@@ -81,16 +79,13 @@ def _clip_at_once(
     """Of gradients on one device, in one call of its engine."""
     policy = "raise" if error_if_nonfinite else "propagate"
     try:
-        result = finish(read.clip(limit, order, None, 1.0, policy, None, EPSILON))
+        result = read.clip(limit, order, None, 1.0, policy, None, EPSILON)
     except NonFiniteGradientError as error:
         raise nonfinite_error(order, error.entries, error.norms, names) from None
     total: Any = result.total_norm
     dtype = torch.float64 if read.has_float64 else torch.float32
     if isinstance(total, Tensor):
-        mark_written(grads)  # for all that is known here
         return total.to(dtype)
-    if result.clipped:
-        mark_written(grads)
     # A float32 holds no norm above 3.4e38, and scalar_tensor would raise of it.
     return torch.scalar_tensor(
         total if total <= _LARGEST[dtype] else total * math.inf, dtype=dtype, device=_CPU
@@ -137,9 +132,6 @@ def scale_by_norm_(grads: Gradients, limit: float | Tensor, total: Tensor, names
             read.clip_with_norm(wide.item(), float(limit), EPSILON)
 
     _on_every_device(grads, names, written, scale)
-    on_device = wide.is_cuda or isinstance(limit, Tensor)
-    if on_device or not limit >= wide.item() + EPSILON:
-        mark_written(grads)
 
 
 @contextmanager
@@ -155,26 +147,10 @@ def _written_real(grads: Gradients, names: Names) -> Iterator[Gradients]:
         yield plain
 
 
-def _zero(grads: Gradients) -> None:
-    """All that is not NaN; engines take a limit of 0 for a mistake."""
-    with _written_real(grads, PARAMETERS) as plain:
-        with naming(PARAMETERS):
-            for each in by_device(plain).values():
-                engine_of(each)[0].read(each).require_writable()
-        for grad in plain:
-            if grad is not None:
-                grad.clamp_(0, 0)
-
-
 def clip_values_(grads: Gradients, limit: float) -> None:
-    if limit == 0:
-        _zero(grads)
-        return
-    results = _on_every_device(
-        grads, PARAMETERS, _written_real, lambda read, _: finish(read.clip_by_value(limit))
+    _on_every_device(
+        grads, PARAMETERS, _written_real, lambda read, _: read.clip_by_value(limit, to_nearest=True)
     )
-    if not all(result.clipped is False for result in results):  # which a GPU does not know yet
-        mark_written(grads)
 
 
 def _on_every_device(

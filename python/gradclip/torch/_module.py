@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence, Sized
 from typing import Any, Literal, SupportsFloat, TypeAlias
 
@@ -10,14 +11,23 @@ from torch import Tensor
 
 from gradclip._api import NonFinite, Reduce
 from gradclip._dispatch import engine_of
-from gradclip._result import ClipResult, finish, with_group_names
-from gradclip.torch._gradients import mark_written, untraced, written
+from gradclip._result import ClipResult
+from gradclip.torch._dtensor import is_dtensor
+from gradclip.torch._gradients import (
+    UnsupportedGradientError,
+    in_float_environment,
+    untraced,
+    warn_if_nothing,
+    written,
+)
+from gradclip.torch._optimizer import param_groups_of
 
-__all__ = ["clip_module_", "clip_param_groups_"]
+__all__ = ["ModuleGroups", "by_name", "clip_module_", "clip_named_", "clip_param_groups_", "groups_of"]
 
 ModuleGroups: TypeAlias = Literal["tensor", "module"] | int | Sequence[str] | None
 
 
+@in_float_environment
 def clip_module_(
     module: torch.nn.Module | Iterable[tuple[str, Tensor]],
     max_norm: SupportsFloat | Sequence[float],
@@ -36,14 +46,17 @@ def clip_module_(
 
     Args:
         module: A module, or what its ``named_parameters()`` yields. All gradients on one device.
-        max_norm: The threshold, positive; with ``groups``, also one per group, in the order in which the
-            groups first appear. On a GPU also a tensor there.
+        max_norm: The threshold, not negative; with ``groups``, also one per group, in the order in which the
+            groups first appear or by their names; ``None`` leaves a group alone. On a GPU also a tensor
+            there.
         ord: As for :func:`gradclip.tensor_norms`.
         groups: Parameters that share one norm. ``None``: all. ``"tensor"``: each its own. ``"module"``:
             those of one submodule, ``h.0.attn.weight`` and ``h.0.attn.bias``. A depth: those whose names
             begin with the same so many parts; at 2, ``h.0.attn.weight`` and ``h.0.mlp.bias``. Or a name of
             a group for each parameter.
-        grad_scale: As for :func:`gradclip.clip_by_global_norm_`.
+        grad_scale: As for :func:`gradclip.clip_by_global_norm_`. The gradients are unscaled then, which a
+            ``GradScaler`` does not know: not with ``scaler.get_scale()`` before ``scaler.step(optimizer)``,
+            which would unscale them again. For that there is :func:`unscale_and_clip_` with ``module=``.
         nonfinite: As for :func:`gradclip.clip_by_global_norm_`.
         reduce: As for :func:`gradclip.clip_by_global_norm_`.
 
@@ -70,13 +83,16 @@ def clip_module_(
         >>> [parameter.grad.item() for parameter in model.parameters()]
         [3.0, 4.0, 6.0, 0.0]
     """
-    parameters = _by_name(module)
-    return _clip(parameters, _groups(groups, list(parameters)), max_norm, ord, grad_scale, nonfinite, reduce)
+    parameters = by_name(module)
+    return clip_named_(
+        parameters, groups_of(groups, list(parameters)), max_norm, ord, grad_scale, nonfinite, reduce
+    )
 
 
+@in_float_environment
 def clip_param_groups_(
     optimizer: torch.optim.Optimizer,
-    max_norms: Sequence[float] | None = None,
+    max_norms: Sequence[float | None] | None = None,
     *,
     ord: float = 2,
     grad_scale: float = 1.0,
@@ -87,11 +103,12 @@ def clip_param_groups_(
     One pass over all of them: if one group cannot be clipped, none is written.
 
     Args:
-        optimizer: Its ``param_groups`` are the groups; all gradients on one device.
-        max_norms: One threshold per parameter group, ``inf`` to leave one alone. ``None``: the option
-            ``"max_norm"`` of each parameter group; those without it are left alone.
+        optimizer: Its ``param_groups`` are the groups, of norm 0 if they are empty; all gradients on one
+            device. It may be wrapped (by Lightning, Accelerate).
+        max_norms: One threshold per parameter group, ``None`` to leave one alone. ``None`` for all: the
+            option ``"max_norm"`` of each parameter group; those without it are left alone.
         ord: As for :func:`gradclip.tensor_norms`.
-        grad_scale: As for :func:`gradclip.clip_by_global_norm_`.
+        grad_scale: As for :func:`clip_module_`.
         nonfinite: As for :func:`gradclip.clip_by_global_norm_`.
 
     Returns:
@@ -100,7 +117,8 @@ def clip_param_groups_(
 
     Raises:
         TypeError: As for :func:`clip_module_`; ``max_norms`` is a number.
-        ValueError: As for :func:`clip_module_`; there is not one threshold for each group.
+        ValueError: As for :func:`clip_module_`; there is not one threshold for each group; no group has the
+            option ``"max_norm"``.
         NonFiniteGradientError: As for :func:`clip_module_`.
 
     Example:
@@ -112,25 +130,39 @@ def clip_param_groups_(
         >>> gradclip.torch.clip_param_groups_(optimizer).coefficient
         array([0.25, 1.  ])
     """
-    groups = optimizer.param_groups
+    groups = param_groups_of(optimizer)
     everything = [(g, i, p) for g, options in enumerate(groups) for i, p in enumerate(options["params"])]
     names = [name for options in groups for name in options.get("param_names", ())]
     if len(set(names)) != len(everything):
         names = [f"param_groups[{g}].params[{i}]" for g, i, _ in everything]
     parameters = {name: p for name, (_, _, p) in zip(names, everything, strict=True)}
-    group_of = [str(g) for g, _, _ in everything]
+    labels = Labels([g for g, _, _ in everything], [str(g) for g in range(len(groups))])
     if max_norms is None:
-        max_norms = [options.get("max_norm", float("inf")) for options in groups]
+        if not any("max_norm" in options for options in groups):
+            options = sorted({str(option) for group in groups for option in group} - {"params"})
+            raise ValueError(
+                'optimizer: expected the option "max_norm" in a parameter group, or max_norms, got groups '
+                f"with {', '.join(options)}"
+            )
+        max_norms = [options.get("max_norm") for options in groups]
     elif not isinstance(max_norms, Sized):
         raise TypeError(f"max_norms: expected one for each parameter group, got {max_norms!r}")
     elif len(max_norms) != len(groups):
         raise ValueError(
             f"max_norms: expected one for each of the {len(groups)} parameter groups, got {len(max_norms)}"
         )
-    return _clip(parameters, group_of, max_norms, ord, grad_scale, nonfinite, None)
+    return clip_named_(parameters, labels, max_norms, ord, grad_scale, nonfinite, None)
 
 
-def _by_name(module: object) -> dict[str, Tensor]:
+class Labels(list[int]):
+    """The group of each gradient by number, and the names of all groups, also of those without any."""
+
+    def __init__(self, numbers: Iterable[int], group_names: Iterable[str]) -> None:
+        super().__init__(numbers)
+        self.group_names = tuple(group_names)
+
+
+def by_name(module: object) -> dict[str, Tensor]:
     named = module.named_parameters() if isinstance(module, torch.nn.Module) else module
     expected = "module: expected a torch.nn.Module or pairs of a name and a parameter"
     if not isinstance(named, Iterable):
@@ -150,7 +182,7 @@ def _by_name(module: object) -> dict[str, Tensor]:
     return parameters
 
 
-def _groups(groups: ModuleGroups, names: Sequence[str]) -> Sequence[str] | None:
+def groups_of(groups: ModuleGroups, names: Sequence[str]) -> Sequence[str] | None:
     """The name of every parameter's group; ``None`` where all share one."""
     if groups is None:
         return None
@@ -174,44 +206,47 @@ def _groups(groups: ModuleGroups, names: Sequence[str]) -> Sequence[str] | None:
 
 
 @untraced
-def _clip(
+def clip_named_(
     parameters: dict[str, Tensor],
-    group_of: Sequence[str] | None,
+    group_of: Sequence[str] | Labels | None,
     max_norm: Any,
     ord: float,
     grad_scale: float,
     nonfinite: NonFinite,
     reduce: Reduce | None,
+    epsilon: float = 0.0,
 ) -> ClipResult:
+    """Clip the gradients of parameters with names. ``epsilon`` is added to norms."""
     names = list(parameters)
     grads = [_grad(parameter, name) for name, parameter in parameters.items()]
-    group_names = None if group_of is None else tuple(dict.fromkeys(group_of))
-    labels = None
-    if group_of is not None and group_names is not None:
-        label = {group: i for i, group in enumerate(group_names)}
-        labels = [label[group] for group in group_of]
     device = next((grad.device for grad in grads if grad is not None), None)
     if device is not None and device.type == "cuda" and isinstance(max_norm, Sequence):
-        on_host = torch.tensor(max_norm, dtype=torch.float64, device="cpu")
+        limits = [math.inf if limit is None else limit for limit in max_norm]
+        on_host = torch.tensor(limits, dtype=torch.float64, device="cpu")
         max_norm = on_host.to(device, non_blocking=True)  # which is staged: nobody waits
 
     def clip(grads: Sequence[Tensor | None]) -> ClipResult:
         named = dict(zip(names, grads, strict=True))
-        arguments = (named, max_norm, ord, labels, grad_scale, nonfinite, reduce)
-        return finish(engine_of(named)[0].clip(*arguments))
+        read = engine_of(named)[0].read(named)
+        return read.clip(max_norm, ord, group_of, grad_scale, nonfinite, reduce, epsilon)
 
     try:
         result = clip(grads)
     except (TypeError, ValueError):  # something among them needs a second look
         with written(grads, [f"{name}.grad" for name in names]) as plain:
             result = clip(plain)
-    if result.clipped is not False or grad_scale != 1:  # a GPU does not tell
-        mark_written(grads)
-    return with_group_names(result, group_names)
+    if reduce is None:
+        warn_if_nothing(grads)
+    return result
 
 
 def _grad(parameter: object, name: str) -> Tensor | None:
     if not isinstance(parameter, Tensor):
         got = f"{type(parameter).__module__}.{type(parameter).__qualname__}"
         raise TypeError(f"{name}: expected a torch.Tensor, got {got}")
+    if is_dtensor(parameter.grad):
+        raise UnsupportedGradientError(
+            f"{name}.grad: expected a plain torch.Tensor, got a DTensor, whose norm is over all ranks: "
+            "clip_grad_norm_ takes it"
+        )
     return parameter.grad

@@ -27,10 +27,11 @@ from gradclip.torch._gradients import (
     TENSORS,
     Gradients,
     Names,
-    Unsupported,
+    UnsupportedGradientError,
     as_number,
     as_threshold,
     by_device,
+    carry,
     gradients_of,
     mark_written,
     naming,
@@ -69,7 +70,7 @@ def get_total_norm(
     """The drop-in, for tensors that are spread over ranks."""
     layout = Layout.of(tensors, (), group, TENSORS)
     total, _ = _total_norm(layout, norm_type, error_if_nonfinite, TENSORS, lambda: None, readable)
-    return layout.as_returned(total)
+    return carry(layout.as_returned(total), total)
 
 
 def _clip(
@@ -118,7 +119,9 @@ def _total_norm(
     """
     order = as_number(norm_type, "norm_type")
     if not order > 0:
-        raise Unsupported(f"norm_type: expected a positive order for what many ranks hold, got {order}")
+        raise UnsupportedGradientError(
+            f"norm_type: expected a positive order for what many ranks hold, got {order}"
+        )
     own = _Report(len(layout.parts))
     local = _Local(_zeros(layout), [], None)
     error: Exception | None = None
@@ -206,7 +209,7 @@ class _Report(NamedTuple):
 
 # Errors that another rank can raise as well; of several the first that fits.
 _KINDS: dict[str, type[Exception]] = {
-    kind.__name__: kind for kind in (Unsupported, TypeError, ValueError, RuntimeError)
+    kind.__name__: kind for kind in (UnsupportedGradientError, TypeError, ValueError, RuntimeError)
 }
 
 
