@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import importlib
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +16,7 @@ import pytest
 import torch
 
 import gradclip
+from gradclip import _core
 from matrices import Array
 from processes import output_of
 
@@ -225,3 +229,40 @@ def test_an_integer_beyond_float64() -> None:
         with pytest.raises((OverflowError, ValueError)):
             call([array], 10**400)
     assert array.tolist() == [3.0, 4.0]
+
+
+def test_objects_that_nobody_has_made() -> None:
+    """A class of the engines called, or its __new__: memory that nobody has written to."""
+    emulated = importlib.import_module("gradclip._cuda_emulated")
+    for kind in (_core.Gradients, emulated.Gradients):
+        derived = type("Derived", (kind,), {})
+        for make in (kind, derived, partial(kind.__new__, kind), partial(object.__new__, kind)):
+            with pytest.raises(TypeError):
+                make()
+    with pytest.raises(TypeError):
+        copy.copy(_core.read([np.ones(3)]))
+    plan, result = object.__new__(gradclip.Plan), object.__new__(gradclip.ClipResult)
+    for call in (plan.global_norm, partial(plan.scale_, 2.0), partial(len, plan), result.as_dict):
+        with pytest.raises(AttributeError):
+            call()
+    error = gradclip.NonFiniteGradientError.__new__(gradclip.NonFiniteGradientError)
+    assert str(error) == ""
+
+
+@pytest.mark.parametrize("first", ["", "import gradclip"])
+def test_a_subinterpreter_is_refused(first: str) -> None:
+    """In one the engines would hang for ever."""
+    code = f"""
+    {first}
+    import sys
+    name = "_interpreters" if sys.version_info >= (3, 13) else "_xxsubinterpreters"
+    interpreters = __import__(name)
+    other = interpreters.create()
+    run = interpreters.exec if sys.version_info >= (3, 13) else interpreters.run_string
+    try:
+        found = run(other, "import gradclip")
+    except Exception as error:
+        found = error
+    print(getattr(found, "formatted", found))
+    """
+    assert "gradclip: expected the main interpreter of the process" in output_of(code, timeout=30)
