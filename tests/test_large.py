@@ -57,7 +57,7 @@ def test_a_value_clip_and_its_report(huge: Array) -> None:
 def test_a_plan_counts_elements_and_bytes(huge: Array) -> None:
     plan = gradclip.Plan([huge])
     assert plan.nbytes == 2**32 + 18
-    assert repr(plan) == "Plan(1 gradients, 2147483657 elements, 4294967314 bytes)"
+    assert repr(plan) == "Plan(1 gradient, 2147483657 elements, 4294967314 bytes)"
 
 
 def test_twenty_thousand_tensors() -> None:

@@ -158,6 +158,7 @@ void DeviceReader::read_cupy(py::handle array, const EntryName& name, Entry& ent
 // https://numba.readthedocs.io/en/stable/cuda/cuda_array_interface.html, version 3
 void DeviceReader::read_cuda_interface(py::handle object, const EntryName& name, Entry& entry) {
   const py::object interface = object.attr("__cuda_array_interface__");
+  entry.owner = interface;  // made by code that may have done anything to earlier entries
   const auto field = [&](const char* key) -> py::object {
     if (!PyDict_Check(interface.ptr()) || !interface.contains(key))
       name.problem(Problem::type_error, "a __cuda_array_interface__",
