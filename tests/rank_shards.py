@@ -219,7 +219,8 @@ def where_nothing_may_wait_the_others_get_nan() -> None:
 def sparse_and_repeated_gradients() -> None:
     whole = values(6, 4, seed=5)
     rows = torch.tensor([2 * rank(), 2 * rank() + 1, 2 * rank()])  # one twice
-    with torch.sparse.check_sparse_tensor_invariants():  # of which PyTorch 2.11 warns else
+    invariants: Any = torch.sparse.check_sparse_tensor_invariants  # without which PyTorch 2.11 warns
+    with invariants():
         grad = torch.sparse_coo_tensor(rows[None], whole[rows], (6, 4))
     dense = grad.to_dense()
     wholes: list[Any] = [None] * dist.get_world_size()
