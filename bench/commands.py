@@ -33,7 +33,9 @@ def execute(arguments: argparse.Namespace, out: Console, err: Console, directory
         return 0
     if arguments.against and not arguments.compare:
         raise BenchError("--against: expected --compare FILE with it, the older result")
-    old = load(arguments.compare) if arguments.compare else None  # a wrong name is told now, not in the end
+    old = (
+        load(arguments.compare) if arguments.compare else None
+    )  # a wrong name is reported now, not in the end
     existing = arguments.against or arguments.report
     if existing:
         if arguments.report:

@@ -71,7 +71,7 @@ list where there are many small arrays.)
 
 `pip install '.[bench]' && python -m bench` measures it again and writes a report to look at;
 [the run of this table]({path.as_posix()}) holds every sample.
-[Where gradclip is not first](docs/performance.md#where-gradclip-is-not-first) is told there.
+[Where gradclip is not first](docs/performance.md#where-gradclip-is-not-first) is said there.
 
 """
 

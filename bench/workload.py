@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -57,8 +56,8 @@ class Place:
     def rooflines(self, grads: Sequence[Any]) -> dict[str, tuple[Callable[[], Any], Clock]]:
         """The machine's own speed over the same bytes, timed in C++, with the same threads."""
         return {
-            READ: (partial(_core.probe_read, grads), own_clock),
-            READ_WRITE: (partial(_core.probe_read_write, grads), own_clock),
+            READ: (_core.read(grads).probe_read, own_clock),
+            READ_WRITE: (_core.read(grads).probe_read_write, own_clock),
         }
 
 

@@ -14,8 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import gradclip.torch as gt
+from gradclip.distributed._collective import reduced
 from gradclip.torch import _sharded
-from gradclip.torch._collective import reduced
 from gradclip.torch._layout import Layout
 from rank_support import (
     ORDERS,

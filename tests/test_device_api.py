@@ -149,27 +149,29 @@ def test_a_threshold_for_each_group(device: Device) -> None:
 def test_clip_by_a_norm_that_was_measured(device: Device) -> None:
     host = [values("float32", n, seed=n) for n in (10, 3000)]
     grads = [device.array(array) for array in host]
-    plan = _dispatch.engine_of(grads)[0].Plan(grads)
+    plan = _dispatch.read(grads, is_kept=True)
     for norm in (0.5, 0.9, 8.0, math.inf, math.nan):
-        plan.clip_with_norm(device.array(np.array(norm)), 1.0, 0.1)
-        _core.read(host).clip_with_norm(norm, 1.0, 0.1)
+        plan.with_norm(device.array(np.array(norm))).clip(1.0, "propagate", 0.1)
+        _core.read(host).with_norm(norm).clip(1.0, "propagate", 0.1)
         for array, expected in zip(grads, host, strict=True):
             np.testing.assert_array_equal(device.host(array), expected)
     with pytest.raises(ValueError, match="norm: expected one float64 number, got 2 of float64"):
-        plan.clip_with_norm(device.array(np.ones(2)), 1.0, 0.1)
+        plan.with_norm(device.array(np.ones(2))).clip(1.0, "propagate", 0.1)
     with pytest.raises(ValueError, match="max_norm: expected a number that is not negative, got -1"):
-        plan.clip_with_norm(device.array(np.array(1.0)), -1.0, 0.1)
+        plan.with_norm(device.array(np.array(1.0))).clip(-1.0, "propagate", 0.1)
     host = [values("float32", n, seed=n) for n in (10, 3000)]  # the others are NaN by now
     grads = [device.array(array) for array in host]
-    plan = _dispatch.engine_of(grads)[0].Plan(grads)
+    plan = _dispatch.read(grads, is_kept=True)
     threshold = device.array(np.array(0.25, np.float32))  # which CuPy cannot make a number of here
-    plan.clip_with_norm(device.array(np.array(8.0)), threshold, 0.1)
-    _core.read(host).clip_with_norm(8.0, 0.25, 0.1)
-    plan.clip_with_norm(device.array(np.array(8.0)), device.array(np.array(-1.0)), 0.1)  # writes nothing
+    plan.with_norm(device.array(np.array(8.0))).clip(threshold, "propagate", 0.1)
+    _core.read(host).with_norm(8.0).clip(0.25, "propagate", 0.1)
+    plan.with_norm(device.array(np.array(8.0))).clip(
+        device.array(np.array(-1.0)), "propagate", 0.1
+    )  # writes nothing
     for array, expected in zip(grads, host, strict=True):
         np.testing.assert_array_equal(device.host(array), expected)
     with pytest.raises(ValueError, match=r"^max_norm: expected a number or a 0-d array, got .* \(2,\)"):
-        plan.clip_with_norm(device.array(np.array(1.0)), device.array(np.ones(2)), 0.1)
+        plan.with_norm(device.array(np.array(1.0))).clip(device.array(np.ones(2)), "propagate", 0.1)
 
 
 @pytest.mark.parametrize("ord", [2, 1, math.inf, 3])

@@ -215,6 +215,8 @@ WRITES: dict[str, Callable[[list[Any]], Any]] = {
     "clip_by_value_": lambda grads: gradclip.clip_by_value_(grads, 0.5),
     "zero": lambda grads: gradclip.clip_by_norm_([*grads, np.array([math.nan])], 0.5, nonfinite="zero"),
     "grad_scale": lambda grads: gradclip.clip_by_norm_(grads, 1e9, grad_scale=2.0),
+    "measure, clip_": lambda grads: gradclip.measure(grads).clip_(0.5),
+    "measure, scale_": lambda grads: gradclip.measure(grads).scale_(0.5),
     "Plan.scale_": lambda grads: gradclip.Plan(grads).scale_(0.5),
     "Plan.clip_by_value_": lambda grads: gradclip.Plan(grads).clip_by_value_(0.5),
     "Plan.clip_by_global_norm_": lambda grads: gradclip.Plan(grads).clip_by_global_norm_(0.5),
@@ -284,6 +286,7 @@ COPIED: dict[str, Callable[[], Any]] = {
     "UnsupportedGradientError": lambda: gradclip.torch.UnsupportedGradientError("grads[0]: no"),
 }
 REFUSED: dict[str, Callable[[], Any]] = {
+    "Measured": lambda: gradclip.measure([np.ones(3)]),
     "Plan": lambda: gradclip.Plan([np.ones(3)]),
     "Reduction": lambda: gradclip.distributed.Reduction(lambda sums: sums, 2.0),
 }

@@ -147,6 +147,11 @@ CORE: dict[str, Any] = {
     ],
     "clip_by_norm_": _over(_THRESHOLDS, gradclip.clip_by_norm_),
     "clip_by_value_": _over(_THRESHOLDS, gradclip.clip_by_value_, True),
+    "measure": [
+        *_over(_THRESHOLDS, lambda g, limit: gradclip.measure(g, ord=3, groups="tensor").clip_(limit)),
+        _each(lambda g: gradclip.measure(g, grad_scale=3e-308).scale_(1e-309)),
+        _each(lambda g: gradclip.measure(g, reduce=_sums).group_norms),
+    ],
     "scale_": _over((*_THRESHOLDS, 1 / 3), gradclip.scale_),
     "Plan": [
         _each(lambda g: gradclip.Plan(g).global_norm()),
@@ -155,7 +160,14 @@ CORE: dict[str, Any] = {
         _each(lambda g: gradclip.Plan(g).scale_(1 / 3)),
     ],
 }
-_NO_ARITHMETIC = {"ClipResult", "NonFiniteGradientError", "__version__", "get_num_threads", "set_num_threads"}
+_NO_ARITHMETIC = {
+    "ClipResult",
+    "Measured",
+    "NonFiniteGradientError",
+    "__version__",
+    "get_num_threads",
+    "set_num_threads",
+}
 _NO_ARITHMETIC |= {"show_config", "NonFiniteNormError", "Stats", "UnsupportedGradientError", "stats"}
 
 

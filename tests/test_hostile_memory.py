@@ -11,7 +11,6 @@ from processes import run_python
 
 _SOURCE = Path(__file__).parent / "failing_malloc.c"
 
-# Not the making of a Plan: pybind11 does not look whether it could allocate the 60 bytes of the object.
 # What is called, on `grads` that `make` makes anew for each allocation that fails.
 CALLS = {
     "tensor_norms": "gradclip.tensor_norms(grads)",
@@ -25,6 +24,10 @@ CALLS = {
     "zero": "gradclip.clip_by_norm_([*grads, nan], 0.5, nonfinite='zero')",
     "clip_by_value_": "gradclip.clip_by_value_(grads, 0.5)",
     "scale_": "gradclip.scale_(grads, 2.0)",
+    "Plan": "gradclip.Plan(grads)",
+    "measure": "gradclip.measure(named, groups='tensor').clip_([0.5] * 7)",
+    "measure, scale_": "gradclip.measure(grads).scale_(0.5)",
+    "policy": "gradclip.clip_by_global_norm_(grads, policy)",
     "Plan.clip_by_norm_": "plan.clip_by_norm_(0.5)",
     "Plan.clip_by_value_": "plan.clip_by_value_(0.5)",
     "Plan.scale_": "plan.scale_(2.0)",
@@ -42,6 +45,12 @@ call_with_failure.restype = ctypes.py_object
 call_with_failure.argtypes = (ctypes.py_object, ctypes.c_long, ctypes.POINTER(ctypes.c_int))
 failed = ctypes.c_int()
 same, inf = (lambda sums: sums), math.inf
+
+
+class policy:
+    thresholds = staticmethod(lambda measured: measured.total_norm * 0.5)
+
+
 gradclip.set_num_threads(2)
 
 def make():

@@ -14,8 +14,8 @@ from torch import Tensor
 
 import gradclip.torch
 from exact import exact_norm, relative_error
-from gradclip._dispatch import engine_of
-from gradclip.torch import _gradients, _local
+from gradclip._dispatch import ReadGradients, read
+from gradclip.torch import _gradients
 from gradclip.torch._gradients import Gradients, by_device, combine, gradients_of
 from torch_lists import SPARSE_WARNINGS, array_of, bits, grad_of, parameter, random_tensor
 
@@ -100,25 +100,23 @@ def _alternating(grads: Gradients) -> dict[torch.device, list[Tensor | None]]:
 class _Unreadable:
     """An engine that reads no list with both: what the engines say of tensors on several devices."""
 
-    def __init__(self, engine_of: Callable[..., tuple[object, object]]) -> None:
-        self.engine_of = engine_of
+    def __init__(self) -> None:
         self.parts = 0
 
-    def __call__(self, grads: list[Tensor | None]) -> tuple[object, object]:
+    def __call__(self, grads: list[Tensor | None]) -> ReadGradients:
         on = {i % 2 for i, grad in enumerate(grads) if grad is not None}
         if len(on) > 1:
             raise ValueError("grads[1]: expected an array on the CPU, got one on another device")
         self.parts += bool(on)
-        return self.engine_of(grads)
+        return read(grads)
 
 
 @pytest.fixture
 def two_devices(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Unreadable]:
     """Every list with gradients at odd and at even positions is split in two."""
-    engines = _Unreadable(engine_of)
-    for module in (_gradients, _local):
-        monkeypatch.setattr(module, "engine_of", engines)
-    monkeypatch.setattr(_local, "by_device", _alternating)
+    engines = _Unreadable()
+    monkeypatch.setattr(_gradients, "read", engines)
+    monkeypatch.setattr(_gradients, "by_device", _alternating)
     yield engines
     assert engines.parts > 1
 
@@ -137,9 +135,8 @@ def _leaves() -> tuple[list[Tensor], list[Tensor]]:
 def test_as_on_one_device(two_devices: _Unreadable, order: float, share: float) -> None:
     split, whole = _leaves()
     with pytest.MonkeyPatch.context() as one_device:
-        for module in (_gradients, _local):
-            one_device.setattr(module, "engine_of", two_devices.engine_of)
-        one_device.setattr(_local, "by_device", by_device)
+        one_device.setattr(_gradients, "read", read)
+        one_device.setattr(_gradients, "by_device", by_device)
         max_norm = share * gradclip.torch.get_total_norm([grad_of(p) for p in whole], order).item()
         expected = gradclip.torch.clip_grad_norm_(whole, max_norm, order)
     versions = [grad_of(p)._version for p in split if not grad_of(p).is_sparse]

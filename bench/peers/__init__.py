@@ -9,6 +9,7 @@ from bench.peers.ours import (
     Gradclip,
     GradclipGpu,
     GradclipGpuPlan,
+    GradclipMeasured,
     GradclipPlan,
     GradclipTorch,
     GradclipTorchCuda,
@@ -24,9 +25,9 @@ __all__ = ["CPU", "GPU", "OURS", "PEERS", "Peer", "missing", "present"]
 PEERS: Mapping[str, type[Peer]] = {
     peer.key: peer
     for peer in (
-        Gradclip, GradclipPlan, GradclipTorch, NumpyDot, NumpySquares, Numba, Torch, TorchLoop, OptaxDonated,
-        Optax, GradclipGpu, GradclipGpuPlan, GradclipTorchCuda, CupyNrm2, CupySquares, TorchCuda,
-        TorchCudaLoop, OptaxCuda, Apex, TransformerEngine,
+        Gradclip, GradclipPlan, GradclipMeasured, GradclipTorch, NumpyDot, NumpySquares, Numba, Torch,
+        TorchLoop, OptaxDonated, Optax, GradclipGpu, GradclipGpuPlan, GradclipTorchCuda, CupyNrm2,
+        CupySquares, TorchCuda, TorchCudaLoop, OptaxCuda, Apex, TransformerEngine,
     )
 }  # fmt: skip
 # What the others are compared with, by place.

@@ -17,6 +17,7 @@ __all__ = [
     "Gradclip",
     "GradclipGpu",
     "GradclipGpuPlan",
+    "GradclipMeasured",
     "GradclipPlan",
     "GradclipTorch",
     "GradclipTorchCuda",
@@ -74,6 +75,20 @@ class GradclipPlan(Gradclip):
 
     def undo(self, answer: Any, factor: float) -> None:
         self._plan.scale_(factor)
+
+
+class GradclipMeasured(Gradclip):
+    """Somebody decides between measuring and clipping: an adaptive threshold."""
+
+    key, title = "gradclip-measured", "gradclip, measure and clip"
+
+    def clip(self, max_norm: float) -> Any:
+        measured = gradclip.measure(self.grads)
+        return measured.clip_(min(max_norm, 2 * measured.total_norm))
+
+    def unscale_and_clip(self, max_norm: float, scale: float) -> Any:
+        measured = gradclip.measure(self.grads, grad_scale=scale)
+        return measured.clip_(min(max_norm, 2 * measured.total_norm))
 
 
 def on_host(answer: Any) -> Any:

@@ -17,6 +17,7 @@ OURS, PLAN = "#D55E00", "#E69F00"
 LOOKS: dict[str, tuple[str, str, str]] = {
     "gradclip": (OURS, "o", "-"),
     "gradclip-plan": (PLAN, "o", "-"),
+    "gradclip-measured": (OURS, "d", ":"),
     "gradclip-torch": (OURS, "X", "--"),
     "numpy-dot": ("#0072B2", "s", "-"),
     "numpy-sum": ("#0072B2", "D", "--"),

@@ -66,7 +66,7 @@ double positive_number(const py::object& value, const char* name, bool may_be_in
 double nonnegative_number(const py::object& value, const char* name) {
   const double number = real_number(value, name);
   const cpu::DefaultFloatEnvironment environment;
-  if (!is_threshold(number))
+  if (!is_usable({}, number))
     throw py::value_error(std::string(name) + ": expected a number that is not negative, got " +
                           repr_text(value));
   return number;
@@ -110,30 +110,34 @@ py::list values_by_name(const py::object& mapping, const py::object& names, cons
 
 }  // namespace
 
-Table<double> threshold_numbers(const py::object& max_norm, const NamedGroups& groups,
-                                std::size_t tensors) {
-  const bool by_name = is_mapping(max_norm);
-  if (!by_name && (groups.groups.kind == Groups::all || !is_sequence_of_numbers(max_norm)))
-    return {nonnegative_number(max_norm, "max_norm")};
-  const auto values = by_name ? values_by_name(max_norm, groups.names, "max_norm", "groups")
-                              : py::reinterpret_steal<py::object>(PySequence_List(max_norm.ptr()));
+Table<double> limits_of_groups(const py::object& value, const NamedGroups& groups,
+                               std::size_t tensors, bool are_coefficients) {
+  const std::string argument = are_coefficients ? "coefficients" : "max_norm";
+  const auto number = [&](const py::object& one, const std::string& name) {
+    return are_coefficients ? finite_number(one, name.c_str())
+                            : nonnegative_number(one, name.c_str());
+  };
+  const bool by_name = is_mapping(value);
+  if (!by_name && (groups.groups.kind == Groups::all || !is_sequence_of_numbers(value)))
+    return {number(value, argument)};
+  const auto values = by_name ? values_by_name(value, groups.names, argument.c_str(), "groups")
+                              : py::reinterpret_steal<py::object>(PySequence_List(value.ptr()));
   if (!values) throw py::error_already_set();
   const auto count = static_cast<std::size_t>(PyList_GET_SIZE(values.ptr()));
   const std::size_t expected = groups.groups.count(tensors);
   if (count != expected)
-    throw py::value_error("max_norm: expected a number or one for each of the " +
+    throw py::value_error(argument + ": expected a number or one for each of the " +
                           std::to_string(expected) + " groups, got " + std::to_string(count));
   Table<double> numbers;
   for (std::size_t g = 0; g < count; ++g) {
-    const auto value = py::reinterpret_borrow<py::object>(
+    const auto one = py::reinterpret_borrow<py::object>(
         PyList_GET_ITEM(values.ptr(), static_cast<Py_ssize_t>(g)));
-    if (value.is_none()) {  // left alone
-      numbers.push_back(infinity());
+    if (one.is_none()) {  // left alone
+      numbers.push_back(are_coefficients ? 1.0 : infinity());
       continue;
     }
-    const std::string name =
-        "max_norm[" + (by_name ? repr_text(groups.names[py::int_(g)]) : std::to_string(g)) + "]";
-    numbers.push_back(nonnegative_number(value, name.c_str()));
+    const std::string place = by_name ? repr_text(groups.names[py::int_(g)]) : std::to_string(g);
+    numbers.push_back(number(one, std::string(argument).append("[").append(place).append("]")));
   }
   return numbers;
 }
@@ -184,16 +188,25 @@ NormOrder norm_order(const py::object& ord) {
 
 NonFinite nonfinite_policy(const py::object& policy) {
   if (PyUnicode_Check(policy.ptr())) {
-    const std::string text = str_text(policy);
-    if (text == "raise") return NonFinite::raise;
-    if (text == "skip") return NonFinite::skip;
-    if (text == "zero") return NonFinite::zero;
-    if (text == "propagate") return NonFinite::propagate;
+    const auto is = [&](const char* text) {
+      return PyUnicode_CompareWithASCIIString(policy.ptr(), text) == 0;
+    };
+    if (is("raise")) return NonFinite::raise;
+    if (is("skip")) return NonFinite::skip;
+    if (is("zero")) return NonFinite::zero;
+    if (is("propagate")) return NonFinite::propagate;
     throw py::value_error("nonfinite: expected 'raise', 'skip', 'zero' or 'propagate', got " +
                           repr_text(policy));
   }
   throw py::type_error("nonfinite: expected 'raise', 'skip', 'zero' or 'propagate', got " +
                        type_name(policy));
+}
+
+void refuse_second_use() {
+  throw py::value_error(
+      "measured: expected gradients as they were measured, got ones that this has clipped or "
+      "scaled "
+      "before; measure again");
 }
 
 namespace {

@@ -25,10 +25,11 @@ struct NamedGroups {
   py::object names = py::none();
 };
 
-// What norms are clipped to, not negative, infinity allowed: a number; or, unless all share a group, one for
-// each group, in a sequence or by the names of the groups. None leaves a group alone.
-Table<double> threshold_numbers(const py::object& max_norm, const NamedGroups& groups,
-                                std::size_t tensors);
+// What groups are clipped to (max_norm: not negative, infinity allowed) or multiplied by (coefficients: finite):
+// a number; or, unless all share a group, one for each, in a sequence or by the names of the groups. None
+// leaves a group alone.
+Table<double> limits_of_groups(const py::object& value, const NamedGroups& groups,
+                               std::size_t tensors, bool are_coefficients);
 double finite_number(const py::object& value, const char* name);
 // Positive, and with a finite reciprocal.
 double grad_scale_number(const py::object& grad_scale);
@@ -39,5 +40,25 @@ NormOrder norm_order(const py::object& ord);
 NonFinite nonfinite_policy(const py::object& policy);
 // Labels, of which equal ones share a group: integers or names, in a sequence or by the names of gradients.
 NamedGroups group_labels(const py::object& groups, const Gradients& grads);
+
+// What was measured is for gradients as they were: it has been used.
+[[noreturn]] void refuse_second_use();
+
+// What says how gradients are measured.
+struct MeasureArguments {
+  NormOrder order;
+  NamedGroups groups;
+  double grad_scale;
+  py::object reduce;
+
+  MeasureArguments(const Gradients& grads, const py::object& ord, const py::object& group_of,
+                   const py::object& scale, py::object reduce_with)
+      : order(norm_order(ord)),
+        groups(group_labels(group_of, grads)),
+        grad_scale(grad_scale_number(scale)),
+        reduce(std::move(reduce_with)) {
+    check_reduce(reduce, order);
+  }
+};
 
 }  // namespace gradclip::bindings

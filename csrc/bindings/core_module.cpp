@@ -9,6 +9,8 @@
 
 #include "bindings/calls.hpp"
 #include "bindings/closed_class.hpp"
+#include "bindings/convert.hpp"
+#include "bindings/measured.hpp"
 #include "cpu/environment.hpp"
 #include "cpu/float_environment.hpp"
 #include "cpu/isa.hpp"
@@ -17,24 +19,22 @@
 namespace py = pybind11;
 namespace gb = gradclip::bindings;
 using gb::Gradients;
+using gb::Measured;
+using gb::method;
+using SharedGradients = gb::Shared<Gradients>;
 
 namespace {
 
-Gradients readable(const py::object& grads) {
+SharedGradients read_gradients(const py::object& grads, bool is_kept) {
   gradclip::cpu::expect_call();
-  return Gradients(grads, gb::HostReader{});
+  return {std::make_shared<Gradients>(grads, gb::HostReader{is_kept})};
 }
 
-Gradients writable(const py::object& grads, bool is_kept = false) {
-  gradclip::cpu::expect_call();
-  Gradients read(grads, gb::HostReader{is_kept});
-  read.find_overlaps();
-  return read;
-}
-
-// A list without any gradient is likely a mistake: the call has done nothing.
-void warn_of_nothing(const Gradients& grads) {
-  if (grads.is_nothing()) py::module_::import("gradclip._result").attr("warn_of_nothing")();
+Measured measure(const std::shared_ptr<const Gradients>& grads, const py::object& ord,
+                 const py::object& groups, const py::object& grad_scale, const py::object& reduce) {
+  const gb::MeasureArguments arguments(*grads, ord, groups, grad_scale, reduce);
+  grads->recheck(gb::HostReader{}, ord, groups, grad_scale);
+  return {grads, arguments};
 }
 
 int checked_thread_count(const py::object& n) {
@@ -53,78 +53,66 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   gb::init_numpy();
   m.doc() = "gradclip's CPU engine; gradclip._api is the public face of it.";
 
-  m.def(
-      "tensor_norms",
-      [](const py::object& grads, const py::object& ord) {
-        return gb::tensor_norms(readable(grads), ord);
-      },
-      py::arg("grads"), py::arg("ord"));
-  m.def(
-      "global_norm",
-      [](const py::object& grads, const py::object& ord) {
-        return gb::global_norm(readable(grads), ord);
-      },
-      py::arg("grads"), py::arg("ord"));
-  m.def(
-      "clip",
-      [](const py::object& grads, const py::object& max_norm, const py::object& ord,
-         const py::object& groups, const py::object& grad_scale, const py::object& nonfinite,
-         const py::object& reduce) {
-        const Gradients read = writable(grads);
-        py::object result =
-            gb::clip(read, max_norm, ord, groups, grad_scale, nonfinite, reduce, 0.0);
-        if (reduce.is_none()) warn_of_nothing(read);  // else other processes may have some
-        return result;
-      },
-      py::arg("grads"), py::arg("max_norm"), py::arg("ord"), py::arg("groups"),
-      py::arg("grad_scale"), py::arg("nonfinite"), py::arg("reduce"));
-  m.def(
-      "clip_by_value",
-      [](const py::object& grads, const py::object& limit) {
-        const Gradients read = writable(grads);
-        py::object result = gb::clip_by_value(read, limit, false);
-        warn_of_nothing(read);
-        return result;
-      },
-      py::arg("grads"), py::arg("limit"));
-  m.def(
-      "scale",
-      [](const py::object& grads, const py::object& factor) {
-        const Gradients read = writable(grads);
-        gb::scale(read, factor);
-        warn_of_nothing(read);
-      },
-      py::arg("grads"), py::arg("factor"));
-  m.def(
-      "probe_read", [](const py::object& grads) { return gb::probe_read(readable(grads)); },
-      py::arg("grads"));
-  m.def(
-      "probe_read_write",
-      [](const py::object& grads) { return gb::probe_read_write(writable(grads)); },
-      py::arg("grads"));
-
-  py::class_<Gradients> gradients(m, "Gradients");
+  py::class_<SharedGradients> gradients(m, "Gradients");
   gb::close_class(gradients);
-  gradients.def("tensor_norms", &gb::tensor_norms, py::arg("ord"))
-      .def("global_norm", &gb::global_norm, py::arg("ord"))
-      .def("clip", &gb::clip, py::arg("max_norm"), py::arg("ord"), py::arg("groups"),
+  gradients.def("tensor_norms", method(&gb::tensor_norms), py::arg("ord"))
+      .def("global_norm", method(&gb::global_norm), py::arg("ord"))
+      .def("measure", method(&measure), py::arg("ord"), py::arg("groups"), py::arg("grad_scale"),
+           py::arg("reduce"))
+      .def(
+          "with_norm",
+          [](const SharedGradients& grads, double norm) { return Measured(grads.object, norm); },
+          py::arg("norm"))
+      .def("clip", method(&Measured::clip), py::arg("max_norm"), py::arg("ord"), py::arg("groups"),
            py::arg("grad_scale"), py::arg("nonfinite"), py::arg("reduce"), py::arg("epsilon") = 0.0)
-      .def("clip_with_norm", &gb::clip_with_norm, py::arg("norm"), py::arg("max_norm"),
-           py::arg("epsilon"))
-      .def("clip_by_value", &gb::clip_by_value, py::arg("limit"), py::arg("to_nearest") = false)
-      .def("scale", &gb::scale, py::arg("factor"))
-      .def("require_writable", &Gradients::require_writable)
-      .def("__len__", [](const Gradients& grads) { return grads.spans().size(); })
-      .def_property_readonly("names", &Gradients::names)
-      .def_property_readonly("is_nothing", &Gradients::is_nothing)
-      .def_property_readonly("has_float64", &Gradients::has_float64)
-      .def_property_readonly("nbytes",
-                             [](const Gradients& grads) { return grads.plan().total_bytes; })
-      .def_property_readonly("num_elements", &Gradients::elements);
+      .def("clip_by_value", method(&gb::clip_by_value), py::arg("limit"),
+           py::arg("to_nearest") = false)
+      .def("scale", method(&gb::scale), py::arg("factor"))
+      .def("probe_read", method(&gb::probe_read))
+      .def("probe_read_write", method(&gb::probe_read_write))
+      .def("require_writable", method(&Gradients::require_writable))
+      .def("__len__", [](const SharedGradients& grads) { return grads.object->spans().size(); })
+      .def_property_readonly("names", method(&Gradients::names))
+      .def_property_readonly("is_nothing", method(&Gradients::is_nothing))
+      .def_property_readonly("has_float64", method(&Gradients::has_float64))
+      .def_property_readonly(
+          "nbytes", [](const SharedGradients& grads) { return grads.object->plan().total_bytes; })
+      .def_property_readonly("num_elements", method(&Gradients::elements));
 
-  m.def("Plan", [](const py::object& grads) { return writable(grads, true); }, py::arg("grads"));
-  // For one call: torch tensors are borrowed.
-  m.def("read", [](const py::object& grads) { return writable(grads); }, py::arg("grads"));
+  py::class_<Measured> measured_class(m, "Measured");
+  gb::close_class(measured_class);
+  measured_class
+      .def("clip", &Measured::clip_measured, py::arg("max_norm"), py::arg("nonfinite"),
+           py::arg("epsilon") = 0.0)
+      .def("scale", &Measured::scale_measured, py::arg("coefficients"))
+      .def_property_readonly("total_norm",
+                             [](const Measured& measured) { return measured.norms().total; })
+      .def_property_readonly(
+          "norms", [](const Measured& measured) { return gb::to_array(measured.norms().tensors); })
+      .def_property_readonly(
+          "group_norms",
+          [](const Measured& measured) { return gb::to_array(measured.norms().groups); })
+      .def_property_readonly(
+          "group_sums",
+          [](const Measured& measured) { return gb::to_array(measured.group_sums()); })
+      .def_property_readonly("nonfinite",
+                             [](const Measured& measured) {
+                               return gb::to_named(measured.nonfinite(),
+                                                   measured.gradients().names());
+                             })
+      .def_property_readonly("missing",
+                             [](const Measured& measured) {
+                               const Gradients& grads = measured.gradients();
+                               return gb::to_named(grads.missing(), grads.names());
+                             })
+      .def_property_readonly("names",
+                             [](const Measured& measured) { return measured.gradients().names(); })
+      .def_property_readonly("group_names", &Measured::group_names)
+      .def_property_readonly("is_global", &Measured::is_global);
+
+  // `is_kept`: for many calls. For one, torch tensors are borrowed: no other thread may give a tensor other
+  // memory while it runs.
+  m.def("read", &read_gradients, py::arg("grads"), py::arg("is_kept") = false);
 
   m.def(
       "set_num_threads",

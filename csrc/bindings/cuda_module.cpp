@@ -3,10 +3,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bindings/address.hpp"
 #include "bindings/closed_class.hpp"
-#include "bindings/device_gradients.hpp"
+#include "bindings/device_guard.hpp"
+#include "bindings/device_measured.hpp"
 #include "bindings/gil.hpp"
-#include "bindings/on_device.hpp"
 
 #if defined(GRADCLIP_EMULATED)
 #include "emulated_module.hpp"
@@ -19,52 +20,87 @@ namespace py = pybind11;
 namespace gb = gradclip::bindings;
 namespace cuda = gradclip::cuda;
 using gb::DeviceGradients;
+using gb::DeviceMeasured;
+using gb::Gradients;
+using gb::method;
+using SharedGradients = gb::Shared<DeviceGradients>;
+
+namespace {
+
+DeviceMeasured measure(const std::shared_ptr<DeviceGradients>& grads, const py::object& ord,
+                       const py::object& groups, const py::object& grad_scale,
+                       const py::object& reduce, std::uintptr_t stream) {
+  const gb::MeasureArguments arguments(grads->gradients(), ord, groups, grad_scale, reduce);
+  grads->gradients().recheck(grads->reader(), ord, groups, grad_scale);
+  return {grads, arguments, stream};
+}
+
+DeviceMeasured with_norm(const std::shared_ptr<DeviceGradients>& grads, const py::object& norm,
+                         std::uintptr_t stream) {
+  return {grads, norm, stream};
+}
+
+// What the list tells of itself, as a property.
+template <class Result>
+auto of_list(Result (Gradients::*function)() const) {
+  return [function](const SharedGradients& grads) -> Result {
+    return (grads.object->gradients().*function)();
+  };
+}
+
+}  // namespace
 
 PYBIND11_MODULE(GRADCLIP_MODULE, m, py::mod_gil_not_used()) {
   gb::init_numpy();
   m.doc() = "gradclip's CUDA engine; gradclip._device is the way to it.";
 
-  py::class_<DeviceGradients> gradients(m, "Gradients", py::module_local());
+  py::class_<SharedGradients> gradients(m, "Gradients", py::module_local());
   gb::close_class(gradients);
-  gradients.def("norms", &DeviceGradients::norms, py::arg("ord"), py::arg("stream"))
-      .def("clip", &DeviceGradients::clip, py::arg("max_norm"), py::arg("ord"), py::arg("groups"),
-           py::arg("grad_scale"), py::arg("nonfinite"), py::arg("reduce"), py::arg("stream"),
-           py::arg("epsilon"), py::arg("make"))
-      .def("clip_with_norm", &DeviceGradients::clip_with_norm, py::arg("norm"), py::arg("max_norm"),
-           py::arg("stream"), py::arg("epsilon"))
-      .def("clip_by_value", &DeviceGradients::clip_by_value, py::arg("limit"),
+  gradients.def("norms", method(&DeviceGradients::norms), py::arg("ord"), py::arg("stream"))
+      .def("measure", method(&measure), py::arg("ord"), py::arg("groups"), py::arg("grad_scale"),
+           py::arg("reduce"), py::arg("stream"))
+      .def("with_norm", method(&with_norm), py::arg("norm"), py::arg("stream"))
+      .def("clip", method(&DeviceMeasured::clip), py::arg("max_norm"), py::arg("ord"),
+           py::arg("groups"), py::arg("grad_scale"), py::arg("nonfinite"), py::arg("reduce"),
+           py::arg("stream"), py::arg("epsilon"), py::arg("make"))
+      .def("clip_by_value", method(&DeviceGradients::clip_by_value), py::arg("limit"),
            py::arg("to_nearest"), py::arg("stream"), py::arg("make"))
-      .def("scale", &DeviceGradients::scale, py::arg("factor"), py::arg("stream"))
-      .def("require_writable",
-           [](const DeviceGradients& grads) { grads.gradients().require_writable(); })
-      .def("probe_read", &DeviceGradients::probe_read, py::arg("stream"))
-      .def("probe_read_write", &DeviceGradients::probe_read_write, py::arg("stream"))
-      .def("__len__", [](const DeviceGradients& grads) { return grads.gradients().spans().size(); })
-      .def_property_readonly("names",
-                             [](const DeviceGradients& grads) { return grads.gradients().names(); })
-      .def_property_readonly(
-          "has_float64",
-          [](const DeviceGradients& grads) { return grads.gradients().has_float64(); })
-      .def_property_readonly(
-          "is_nothing", [](const DeviceGradients& grads) { return grads.gradients().is_nothing(); })
-      .def_property_readonly(
-          "missing", [](const DeviceGradients& grads) { return grads.gradients().missing(); })
-      .def_property_readonly("device", &DeviceGradients::device)
+      .def("scale", method(&DeviceGradients::scale), py::arg("factor"), py::arg("stream"))
+      .def("require_writable", of_list(&Gradients::require_writable))
+      .def("probe_read", method(&DeviceGradients::probe_read), py::arg("stream"))
+      .def("probe_read_write", method(&DeviceGradients::probe_read_write), py::arg("stream"))
+      .def("__len__",
+           [](const SharedGradients& grads) { return grads.object->gradients().spans().size(); })
+      .def_property_readonly("names", of_list(&Gradients::names))
+      .def_property_readonly("has_float64", of_list(&Gradients::has_float64))
+      .def_property_readonly("is_nothing", of_list(&Gradients::is_nothing))
+      .def_property_readonly("missing", of_list(&Gradients::missing))
+      .def_property_readonly("device", method(&DeviceGradients::device))
       .def_property_readonly(
           "nbytes",
-          [](const DeviceGradients& grads) { return grads.gradients().plan().total_bytes; })
-      .def_property_readonly("num_elements", [](const DeviceGradients& grads) {
-        return grads.gradients().elements();
-      });
+          [](const SharedGradients& grads) { return grads.object->gradients().plan().total_bytes; })
+      .def_property_readonly("num_elements", of_list(&Gradients::elements));
+
+  py::class_<DeviceMeasured> measured(m, "Measured", py::module_local());
+  gb::close_class(measured);
+  measured
+      .def("clip", &DeviceMeasured::clip_measured, py::arg("max_norm"), py::arg("nonfinite"),
+           py::arg("stream"), py::arg("epsilon"), py::arg("make"))
+      .def("scale", &DeviceMeasured::scale_measured, py::arg("coefficients"), py::arg("stream"),
+           py::arg("make"))
+      .def_property_readonly("memory", &DeviceMeasured::memory)
+      .def_property_readonly("groups", &DeviceMeasured::groups)
+      .def_property_readonly("is_global", &DeviceMeasured::is_global)
+      .def_property_readonly("group_names", &DeviceMeasured::group_names);
 
   m.def(
       "read",
-      [](const py::object& grads, int device, std::uintptr_t stream, const std::string& leader,
+      [](const py::object& grads, int device, std::uintptr_t stream, const std::string& framework,
          py::object allocate, bool is_kept) {
-        return std::make_unique<DeviceGradients>(grads, device, stream, leader, std::move(allocate),
-                                                 is_kept);
+        return SharedGradients{std::make_shared<DeviceGradients>(grads, device, stream, framework,
+                                                                 std::move(allocate), is_kept)};
       },
-      py::arg("grads"), py::arg("device"), py::arg("stream"), py::arg("leader"),
+      py::arg("grads"), py::arg("device"), py::arg("stream"), py::arg("framework"),
       py::arg("allocate"), py::arg("is_kept"));
 
   // Where the parts of a result lie, in bytes.
@@ -72,8 +108,8 @@ PYBIND11_MODULE(GRADCLIP_MODULE, m, py::mod_gil_not_used()) {
       "result_layout",
       [](std::size_t tensors, std::size_t groups) {
         const cuda::ResultLayout at{tensors, groups};
-        return py::make_tuple(at.total_norm(), at.coefficients(), at.group_norms(), at.norms(),
-                              at.flags(), at.nonfinite(), at.bytes());
+        return py::make_tuple(at.total_norm(), at.coefficients(), at.group_norms(), at.group_sums(),
+                              at.norms(), at.flags(), at.nonfinite(), at.bytes());
       },
       py::arg("tensors"), py::arg("groups"));
   m.def(
@@ -81,10 +117,10 @@ PYBIND11_MODULE(GRADCLIP_MODULE, m, py::mod_gil_not_used()) {
       [](std::uintptr_t pointer, std::size_t bytes, int device, std::uintptr_t stream) {
         std::string host(bytes, '\0');
         {
-          const gb::OnDevice on_device(device);  // whose default stream it may be
+          const gb::DeviceGuard guard(device);  // whose default stream it may be
           const gb::GilRelease release;
-          cuda::copy_to_host(host.data(), reinterpret_cast<const void*>(pointer), bytes,
-                             reinterpret_cast<cuda::Stream>(stream));
+          cuda::copy_to_host(host.data(), gb::pointer_at<void>(pointer), bytes,
+                             gb::pointer_at<CUstream_st>(stream));
         }
         return py::bytes(host);
       },
@@ -92,7 +128,7 @@ PYBIND11_MODULE(GRADCLIP_MODULE, m, py::mod_gil_not_used()) {
   m.def(
       "device_of",
       [](std::uintptr_t pointer) {
-        return cuda::pointer_info(reinterpret_cast<const void*>(pointer)).device;
+        return cuda::pointer_info(gb::pointer_at<void>(pointer)).device;
       },
       py::arg("pointer"));
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "bindings/address.hpp"
 #include "bindings/gil.hpp"
 #include "bindings/modules.hpp"
 
@@ -82,14 +83,14 @@ bool is_aligned(const Span& span) {
 
 }  // namespace
 
-DeviceReader::Leader DeviceReader::leader_named(const std::string& name) {
+DeviceReader::Framework DeviceReader::framework_named(const std::string& name) {
   return name == "torch" ? torch : cupy;
 }
 
-DeviceReader::DeviceReader(int device, cuda::Stream stream, Leader leader, bool is_kept)
-    : is_kept(is_kept),
+DeviceReader::DeviceReader(int device, cuda::Stream stream, Framework framework, bool kept)
+    : is_kept(kept),
       place_{device, reinterpret_cast<std::uintptr_t>(stream)},
-      leader_(leader),
+      framework_(framework),
       cupy_array_(imported("cupy", "ndarray")) {}
 
 bool DeviceReader::is_cupy_array(PyObject* object) const {
@@ -102,15 +103,15 @@ bool DeviceReader::is_device_array(py::handle object) const {
   return is_cupy_array(object.ptr()) || find_attribute(object, "__cuda_array_interface__");
 }
 
-bool DeviceReader::is_leaders(py::handle object) const {
-  return leader_ == cupy ? is_cupy_array(object.ptr()) : is_torch_tensor(object);
+bool DeviceReader::is_of_framework(py::handle object) const {
+  return framework_ == cupy ? is_cupy_array(object.ptr()) : is_torch_tensor(object);
 }
 
 bool DeviceReader::read_plain(PyObject* object, Span& span) {
-  if (leader_ == torch)
+  if (framework_ == torch)
     return !is_kept && read_plain_torch(object, place_, span) &&
            (span.numel == 0 || is_device_memory(span.data));
-  if (leader_ != cupy || !is_cupy_array(object)) return false;
+  if (framework_ != cupy || !is_cupy_array(object)) return false;
   static const Attribute dtype("dtype"), size("size"), is_dense("_c_contiguous");
   if (is_dense.of(object).ptr() != Py_True) return false;
   const std::optional<DType> type = find_dtype(dtype.of(object).ptr());
@@ -126,12 +127,12 @@ void DeviceReader::read(PyObject* object, const EntryName& name, Entry& entry) {
     name.problem(Problem::value_error, "memory on CUDA device " + std::to_string(place_.device),
                  "a NumPy array (on the CPU)")
         .raise();
-  if (leader_ == cupy && is_cupy_array(object)) {
+  if (framework_ == cupy && is_cupy_array(object)) {
     read_cupy(object, name, entry);
   } else if (is_torch_tensor(object)) {
     read_dlpack(object, name, place_, entry);
     // Ordered with the call's stream by the export; back again, torch has to be asked.
-    if (leader_ != torch) {
+    if (framework_ != torch) {
       const py::object stream = imported("torch.cuda", "current_stream")(place_.device);
       add_stream(reinterpret_cast<cuda::Stream>(address_of(stream.attr("cuda_stream"))));
     }
@@ -185,7 +186,7 @@ void DeviceReader::read_cuda_interface(py::handle object, const EntryName& name,
     name.problem(Problem::value_error, "a stream (1 is the legacy default one)", "stream 0")
         .raise();
   add_stream(reinterpret_cast<cuda::Stream>(address_of(stream)));
-  cuda::wait_for(reinterpret_cast<cuda::Stream>(place_.stream), streams_.back());
+  cuda::wait_for(pointer_at<CUstream_st>(place_.stream), streams_.back());
 }
 
 void DeviceReader::add_stream(cuda::Stream stream) {

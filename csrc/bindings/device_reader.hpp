@@ -13,19 +13,19 @@ namespace gradclip::bindings {
 class DeviceReader {
  public:
   // Whose arrays lie on the call's stream, because it is their current one.
-  enum Leader { cupy, torch };
-  static Leader leader_named(const std::string& name);
+  enum Framework { cupy, torch };
+  static Framework framework_named(const std::string& name);
 
   // `stream` waits for what the producers of the arrays have enqueued until they are read.
-  // `is_kept` as of HostReader.
-  DeviceReader(int device, cuda::Stream stream, Leader leader, bool is_kept);
+  // `kept`: is_kept, as of HostReader.
+  DeviceReader(int device, cuda::Stream stream, Framework framework, bool kept);
 
   const bool is_kept;
 
   // A CuPy array, or one with __cuda_array_interface__.
   bool is_device_array(py::handle object) const;
   // One that lies on the call's stream.
-  bool is_leaders(py::handle object) const;
+  bool is_of_framework(py::handle object) const;
   static void prefetch(PyObject* object) { __builtin_prefetch(object); }
   // A dense cupy.ndarray. False if it is anything else.
   bool read_plain(PyObject* object, Span& span);
@@ -53,7 +53,7 @@ class DeviceReader {
   void check_memory(const Span& span, const EntryName& name);
 
   Place place_;
-  Leader leader_;
+  Framework framework_;
   py::object cupy_array_;  // the type; None if nobody has imported CuPy
   // Granules of memory whose kind has been asked for.
   static constexpr std::size_t kGranules = 64;

@@ -199,7 +199,7 @@ bool Gradients::has_float64() const {
       spans_, [](const Span& span) { return real_of(span.dtype) == DType::float64; });
 }
 
-void Gradients::find_overlaps() {
+void Gradients::find_overlaps() const {
   if (unwritable_) return;
   for (std::size_t i = 0; i < spans_.size(); ++i) {
     if (!overlaps_itself(spans_[i])) continue;
@@ -216,6 +216,7 @@ void Gradients::find_overlaps() {
 }
 
 void Gradients::require_writable() const {
+  std::call_once(overlaps_, [this] { find_overlaps(); });
   if (unwritable_) unwritable_->raise();
 }
 

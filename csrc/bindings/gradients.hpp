@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include <deque>
+#include <mutex>
 #include <optional>
 #include <span>
 #include <string>
@@ -167,7 +168,6 @@ class Gradients {
     make_plan_of_spans();
   }
   // The layouts of spans point into the object.
-  Gradients(Gradients&&) = default;
   Gradients(const Gradients&) = delete;
 
   // To be called before memory is touched: between calls of a plan, and where arguments are converted, it
@@ -193,9 +193,7 @@ class Gradients {
     }
   }
 
-  // Look for entries that overlap themselves or one another; require_writable tells what is found.
-  void find_overlaps();
-  // Throws if some entry must not be written: read-only, immutable, overlapping.
+  // Throws if some entry must not be written: read-only, immutable, overlapping itself or another one.
   void require_writable() const;
   // Throws if some entry is complex.
   void require_real() const;
@@ -225,6 +223,7 @@ class Gradients {
   void take_arrays(const py::object& grads);
   void add(Entry&& entry);
   void make_plan_of_spans();
+  void find_overlaps() const;
 
   bool is_kept_;
   Table<Span> spans_;
@@ -233,7 +232,8 @@ class Gradients {
   py::tuple arrays_;
   std::vector<py::object> owners_;
   py::object names_ = py::none();
-  std::optional<Problem> unwritable_;  // the first one
+  mutable std::optional<Problem> unwritable_;  // the first one
+  mutable std::once_flag overlaps_;            // looked for when somebody wants to write
 };
 
 }  // namespace gradclip::bindings

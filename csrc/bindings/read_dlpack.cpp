@@ -1,5 +1,6 @@
 // Anything else with __dlpack__: torch tensors, jax arrays, whatever follows the protocol.
 // https://dmlc.github.io/dlpack/latest/python_spec.html
+#include "bindings/address.hpp"
 #include "bindings/dlpack.hpp"
 #include "bindings/modules.hpp"
 
@@ -102,8 +103,7 @@ DType dtype_of(const DLDataType& type, const EntryName& name) {
                           : code - codes < std::size(kNames)
                               ? kNames[code - codes]
                               : "number " + std::to_string(code) + " of " + bits + " bits";
-  name.problem(Problem::type_error,
-               "dtype float16, bfloat16, float32, float64, complex64 or complex128",
+  name.problem(Problem::type_error, (std::string("dtype ") + kDTypeNames).c_str(),
                "dtype " + got + (type.lanes == 1 ? "" : "x" + std::to_string(type.lanes)))
       .raise();
 }
@@ -136,7 +136,7 @@ void read_tensor(const DLTensor& tensor, const EntryName& name, const Place& pla
                  "an offset of " + std::to_string(tensor.byte_offset) + " bytes")
         .raise();
   // DLPack counts strides in elements.
-  set_layout(entry, reinterpret_cast<std::byte*>(address),
+  set_layout(entry, pointer_at<std::byte>(address),
              {tensor.ndim, tensor.shape, tensor.strides, entry.span.itemsize()}, name);
 }
 
@@ -150,9 +150,9 @@ bool is_jax_array(py::handle object) {
   return !array.is_none() && py::isinstance(object, array);
 }
 
-// Why an object without an export is none, as far as it can be told.
+// Why an object without an export is none, as far as it can be said.
 std::string not_an_array(py::handle object) {
-  const std::string type = full_type_name(object);
+  std::string type = full_type_name(object);
   if (is_jax_array(object))
     return "a " + type + " that is being traced (call it outside of jax.jit and jax.grad)";
   if (PyDict_Check(object.ptr()) || PyList_Check(object.ptr()) || PyTuple_Check(object.ptr()))

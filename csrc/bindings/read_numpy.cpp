@@ -43,8 +43,6 @@ std::optional<DType> find(const py::detail::PyArrayDescr1_Proxy& descr) {
   return std::nullopt;
 }
 
-constexpr char kDTypes[] =
-    "dtype float16, bfloat16, float32, float64, complex64 or complex128 in native byte order";
 constexpr int kDense = npy_api::NPY_ARRAY_C_CONTIGUOUS_ | npy_api::NPY_ARRAY_F_CONTIGUOUS_;
 
 std::int64_t numel_of(const py::detail::PyArray_Proxy& proxy) {
@@ -64,7 +62,10 @@ std::optional<DType> find_dtype(PyObject* numpy_dtype) {
 DType dtype_of(PyObject* numpy_dtype, const EntryName& name) {
   const std::optional<DType> dtype = find_dtype(numpy_dtype);
   if (dtype) return *dtype;
-  name.problem(Problem::type_error, kDTypes, "dtype " + str_text(numpy_dtype)).raise();
+  name.problem(Problem::type_error,
+               (std::string("dtype ") + kDTypeNames + " in native byte order").c_str(),
+               "dtype " + str_text(numpy_dtype))
+      .raise();
 }
 
 bool is_numpy_array(PyObject* object) {

@@ -1,11 +1,11 @@
-// The decision of a clip: from the sums of tensors to what every tensor is multiplied by.
+// What was measured of a list of gradients, and what a clip decides from that.
 #pragma once
 
 #include <cstddef>
 #include <span>
 #include <vector>
 
-#include "core/coefficient.hpp"
+#include "core/decide.hpp"
 #include "core/norm.hpp"
 
 namespace gradclip {
@@ -23,29 +23,37 @@ struct Groups {
   std::size_t of(std::size_t i) const { return kind == all ? 0 : kind == tensor ? i : label[i]; }
 };
 
-struct ClipDecision {
-  double total_norm = 0.0;  // over all groups
-  Table<double> norms;      // of this process's tensors
-  Table<double> group_norms;
-  Table<double> coefficients;          // one per group
-  std::vector<std::size_t> nonfinite;  // tensors that hold an infinity or a NaN
-  bool nonfinite_norm = false;         // some norm is not finite
-  enum Action { nothing, scale, zero } action = nothing;
-  Table<double> factors;  // of every tensor: coefficient / grad_scale
-  bool clipped = false;
-};
-
 inline Table<NormSum> sums_of_groups(const NormOrder& order, std::span<const NormSum> tensors,
                                      const Groups& groups) {
   if (groups.kind == Groups::tensor) return {tensors.begin(), tensors.end()};
   return group_sums(order, tensors, groups.label, groups.count(tensors.size()));
 }
 
-// `group` holds the sums over all processes if `reduced`, else those of `tensors`. `max_norms` has one
-// threshold for each group, or one for all.
-ClipDecision decide_clip(const NormOrder& order, std::span<const NormSum> tensors,
-                         const Groups& groups, std::span<const NormSum> group, bool reduced,
-                         std::span<const double> max_norms, double grad_scale, NonFinite policy,
-                         double epsilon = 0.0);
+// Norms are divided by the scale of the gradients.
+struct Norms {
+  double total = 0.0;            // over all groups
+  Table<double> tensors;         // of this process
+  Table<double> groups;          // over all processes
+  std::vector<std::size_t> odd;  // tensors whose sum is infinite or NaN
+};
+
+// `group`: the sums of groups of these tensors.
+Norms norms_of(const NormOrder& order, std::span<const NormSum> tensors, const Groups& groups,
+               std::span<const NormSum> group, double grad_scale);
+// Instead of this process's, the sums of groups over all processes.
+void take_sums(Norms& norms, const NormOrder& order, std::span<const NormSum> group,
+               double grad_scale);
+
+struct ClipDecision {
+  Table<double> coefficients;  // one per group
+  bool any_nonfinite = false;  // whether some norm is not finite
+  bool clipped = false;
+  Action action = Action::nothing;
+  Table<double> factors;  // of every tensor, to `scale`: coefficient / grad_scale
+};
+
+// `limits` are thresholds or coefficients, one for each group, or one for all.
+ClipDecision decide_clip(const Norms& norms, const Groups& groups, std::span<const double> limits,
+                         const ClipOptions& options);
 
 }  // namespace gradclip

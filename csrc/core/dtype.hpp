@@ -4,9 +4,13 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/platform.hpp"
+
 namespace gradclip {
 
+// The real types come first.
 enum class DType : std::uint8_t { float16, bfloat16, float32, float64, complex64, complex128 };
+inline constexpr std::size_t kRealTypes = static_cast<std::size_t>(DType::float64) + 1;
 
 // The real type that a complex element is two of; itself for real types.
 constexpr DType real_of(DType dtype) {
@@ -41,6 +45,10 @@ constexpr const char* name_of(DType dtype) {
   return "?";
 }
 
+// Every name, for messages.
+inline constexpr char kDTypeNames[] =
+    "float16, bfloat16, float32, float64, complex64 or complex128";
+
 // The storage of the 16-bit types: C++20 has no arithmetic types for them.
 struct Float16 {
   std::uint16_t bits;
@@ -48,5 +56,19 @@ struct Float16 {
 struct BFloat16 {
   std::uint16_t bits;
 };
+
+// visit(T{}) with the real type of `dtype`: the one place where a dtype becomes a type.
+template <class Visit>
+GRADCLIP_INLINE constexpr decltype(auto) visit_real_type(DType dtype, Visit visit) {
+  switch (real_of(dtype)) {
+    case DType::float16: return visit(Float16{});
+    case DType::bfloat16: return visit(BFloat16{});
+    case DType::float32: return visit(float{});
+    case DType::float64: return visit(double{});
+    case DType::complex64:
+    case DType::complex128: break;  // two real numbers
+  }
+  __builtin_unreachable();
+}
 
 }  // namespace gradclip

@@ -17,34 +17,27 @@ GRADCLIP_INLINE bool fits_float(double factor) {
 
 // The value of a magnitude's bit pattern.
 GRADCLIP_INLINE double value_of_pattern(DType dtype, std::uint64_t bits) {
-  switch (real_of(dtype)) {
-    case DType::float16: return to_double(Float16{static_cast<std::uint16_t>(bits)});
-    case DType::bfloat16: return to_double(BFloat16{static_cast<std::uint16_t>(bits)});
-    case DType::float32: return bit_copy<float>(static_cast<std::uint32_t>(bits));
-    default: return bit_copy<double>(bits);
-  }
-}
-
-// The pattern of the largest value of the type that is not above `limit` >= 0.
-GRADCLIP_INLINE std::uint64_t pattern_below(DType dtype, double limit) {
-  if (real_of(dtype) == DType::float64) return bit_copy<std::uint64_t>(limit);
-  const float nearest = static_cast<float>(limit);
-  std::uint32_t bits = bit_copy<std::uint32_t>(nearest);
-  if (nearest > limit) --bits;
-  if (real_of(dtype) == DType::float32) return bits;
-  const float below = bit_copy<float>(bits);
-  std::uint64_t half =
-      real_of(dtype) == DType::float16 ? to_float16(below).bits : to_bfloat16(below).bits;
-  if (value_of_pattern(dtype, half) > limit) --half;
-  return half;
+  return visit_real_type(dtype, [=](auto type) {
+    using T = decltype(type);
+    return to_double(bit_copy<T>(static_cast<typename FloatBits<T>::Word>(bits)));
+  });
 }
 
 // The pattern of the limit rounded to nearest: to float32 first, as PyTorch's clamp rounds it.
 GRADCLIP_INLINE std::uint64_t pattern_nearest(DType dtype, double limit) {
-  if (real_of(dtype) == DType::float64) return bit_copy<std::uint64_t>(limit);
-  const float nearest = static_cast<float>(limit);
-  if (real_of(dtype) == DType::float32) return bit_copy<std::uint32_t>(nearest);
-  return real_of(dtype) == DType::float16 ? to_float16(nearest).bits : to_bfloat16(nearest).bits;
+  return visit_real_type(dtype, [=](auto rounded) -> std::uint64_t {
+    if constexpr (sizeof(rounded) == sizeof(double))
+      rounded = limit;
+    else
+      round_to(static_cast<float>(limit), rounded);
+    return bit_copy<typename FloatBits<decltype(rounded)>::Word>(rounded);
+  });
+}
+
+// The pattern of the largest value of the type that is not above `limit` >= 0.
+GRADCLIP_INLINE std::uint64_t pattern_below(DType dtype, double limit) {
+  const std::uint64_t nearest = pattern_nearest(dtype, limit);
+  return value_of_pattern(dtype, nearest) > limit ? nearest - 1 : nearest;
 }
 
 // What a clip by value clips to: a number that is not negative, rounded to the type of each tensor.

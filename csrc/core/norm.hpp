@@ -17,6 +17,12 @@ struct NormOrder {
   double p = 2.0;  // of `other`
 };
 
+// Whether a sum is taken the slow way: of terms divided by the largest magnitude, which a pass of its own
+// finds, in float64.
+GRADCLIP_INLINE bool needs_unit(const NormOrder& order, bool is_complex) {
+  return order.kind == NormOrder::other || (order.kind == NormOrder::one && is_complex);
+}
+
 // The sum of one tensor or group. Its meaning by order:
 //   two, one   sum of squares or magnitudes: value * 2^exponent
 //   infinity   the largest magnitude: value

@@ -19,6 +19,10 @@ inline constexpr std::size_t kTileBytes = kRowBytes * kRowsPerTile;
 // Terms that the slow path (other p, complex magnitudes) adds one after the other.
 inline constexpr std::size_t kTermsPerRun = 32;
 
+// What they multiply elements by where the largest magnitude is `unit`: complex magnitudes that would
+// be subnormal keep their bits.
+GRADCLIP_INLINE double power_scale(double unit) { return unit < 0x1p-900 ? 0x1p600 : 1.0; }
+
 // Step 2: the blocks of a row, by whatever holds the terms of one block:
 // ((b0 + b1) + (b2 + b3)) + ((b4 + b5) + (b6 + b7)). Asked for one after the other, so that memory is
 // read by increasing address.

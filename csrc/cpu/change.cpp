@@ -1,4 +1,4 @@
-// What writes: scale, zero, value clip. And what is told of gradients that are not finite.
+// What writes: scale, zero, value clip. And the counts of elements that are not finite.
 #include <algorithm>
 #include <atomic>
 #include <cstring>

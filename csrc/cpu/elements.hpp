@@ -36,13 +36,9 @@ void visit_magnitudes_of(const std::byte* data, std::size_t bytes, bool complex,
 template <class Visit>
 void visit_magnitudes(DType dtype, const std::byte* data, std::size_t bytes, double scale,
                       Visit visit) {
-  const bool complex = is_complex(dtype);
-  switch (real_of(dtype)) {
-    case DType::float16: return visit_magnitudes_of<Float16>(data, bytes, complex, scale, visit);
-    case DType::bfloat16: return visit_magnitudes_of<BFloat16>(data, bytes, complex, scale, visit);
-    case DType::float32: return visit_magnitudes_of<float>(data, bytes, complex, scale, visit);
-    default: return visit_magnitudes_of<double>(data, bytes, complex, scale, visit);
-  }
+  visit_real_type(dtype, [&](auto type) {
+    visit_magnitudes_of<decltype(type)>(data, bytes, is_complex(dtype), scale, visit);
+  });
 }
 
 // The largest magnitude of each of `tensors` tensors, from that of every chunk. Each chunk is asked

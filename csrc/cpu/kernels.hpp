@@ -28,18 +28,13 @@ struct TypeKernels {
 };
 
 struct Kernels {
-  TypeKernels float16, bfloat16, float32, float64;
+  TypeKernels of_real_type[kRealTypes];
   // The machine's own speed, to compare with: read every byte; read and write every byte.
   std::uint32_t (*read)(const std::byte* data, std::size_t bytes);
   void (*read_write)(std::byte* data, std::size_t bytes);
 
   const TypeKernels& of(DType dtype) const {
-    switch (real_of(dtype)) {
-      case DType::float16: return float16;
-      case DType::bfloat16: return bfloat16;
-      case DType::float32: return float32;
-      default: return float64;
-    }
+    return of_real_type[static_cast<std::size_t>(real_of(dtype))];
   }
 };
 

@@ -15,7 +15,7 @@ using order::kRowBytes;
 
 // Ask the cache for the row a page ahead: the processor's own prefetchers stop where a page ends.
 // Beyond the end of a tensor that is a page in vain.
-GRADCLIP_INLINE void ask_ahead(const std::byte* row) {
+GRADCLIP_INLINE void prefetch_next_page(const std::byte* row) {
   constexpr std::size_t kPage = 4096;
   for (std::size_t at = 0; at < kRowBytes; at += kBlockBytes) __builtin_prefetch(row + kPage + at);
 }
@@ -25,7 +25,7 @@ template <class Change>
 GRADCLIP_INLINE std::size_t change_blocks(std::byte* data, std::size_t bytes, Change change) {
   std::size_t at = 0;
   for (; at + kRowBytes <= bytes; at += kRowBytes) {
-    ask_ahead(data + at);
+    prefetch_next_page(data + at);
     for (std::size_t block = 0; block < kRowBytes; block += kBlockBytes) change(data + at + block);
   }
   for (; at + kBlockBytes <= bytes; at += kBlockBytes) change(data + at);
@@ -82,7 +82,7 @@ GRADCLIP_INLINE Doubles to_lanes(const Doubles& row) { return row; }
 
 template <class BlockTerms>
 GRADCLIP_INLINE auto row_lanes(const std::byte* row, BlockTerms block_terms) {
-  ask_ahead(row);
+  prefetch_next_page(row);
   return to_lanes(order::fold_row([&](int b) { return block_terms(row + b * kBlockBytes); }));
 }
 // The last row of a tensor, of fewer bytes: missing elements count as +0, and so do their terms.
@@ -101,7 +101,7 @@ GRADCLIP_INLINE auto short_row_lanes(const std::byte* row, std::size_t bytes,
 }
 
 template <class BlockTerms>
-GRADCLIP_INLINE double sum_tile(const std::byte* tile, std::size_t bytes, BlockTerms block_terms) {
+GRADCLIP_INLINE double sum_terms(const std::byte* tile, std::size_t bytes, BlockTerms block_terms) {
   decltype(row_lanes(tile, block_terms)) accumulators{};
   const std::size_t whole = bytes / kRowBytes * kRowBytes;
   for (std::size_t at = 0; at < whole; at += kRowBytes)
@@ -142,21 +142,21 @@ template <class T, Sum kSum>
   if constexpr (sizeof(T) == sizeof(double)) {
     const int k = order::scale_exponent(largest_bits);
     const Doubles scale = broadcast(power_of_two(-k));
-    const double sum = sum_tile(tile, bytes, [&](const std::byte* block) {
+    const double sum = sum_terms(tile, bytes, [&](const std::byte* block) {
       return term<kSum>(load<Doubles>(block) * scale);
     });
     return {sum, kSum == Sum::squares ? 2 * k : k};
   } else {
     return {
-        sum_tile(tile, bytes, [](const std::byte* block) { return wide_terms<kSum>(block, T{}); }),
+        sum_terms(tile, bytes, [](const std::byte* block) { return wide_terms<kSum>(block, T{}); }),
         0};
   }
 }
 
 template <class T, Sum kSum>
-WideValue tile_sum(const std::byte* tile, std::size_t bytes) {
+WideValue sum_tile(const std::byte* tile, std::size_t bytes) {
   const double sum =
-      sum_tile(tile, bytes, [](const std::byte* block) { return terms<kSum>(block, T{}); });
+      sum_terms(tile, bytes, [](const std::byte* block) { return terms<kSum>(block, T{}); });
   if (order::can_be_trusted(sum, sizeof(T) == sizeof(double))) return {sum, 0};
   return sum_tile_again<T, kSum>(tile, bytes);
 }
@@ -236,7 +236,7 @@ std::uint32_t read(const std::byte* data, std::size_t bytes) {
   Words seen[8] = {};
   std::size_t at = 0;
   for (; at + kRowBytes <= bytes; at += kRowBytes) {
-    ask_ahead(data + at);
+    prefetch_next_page(data + at);
     for (std::size_t b = 0; b < 8; ++b)
       seen[b] = seen[b] | load<Words>(data + at + b * kBlockBytes);
   }
@@ -263,17 +263,16 @@ void read_write(std::byte* data, std::size_t bytes) {
 
 template <class T>
 constexpr TypeKernels kernels_of() {
-  return {tile_sum<T, Sum::squares>, tile_sum<T, Sum::magnitudes>, largest<T>, clamp<T>, scale<T>,
+  return {sum_tile<T, Sum::squares>, sum_tile<T, Sum::magnitudes>, largest<T>, clamp<T>, scale<T>,
           count_nonfinite<T>};
 }
 
 constexpr Kernels kernels() {
-  return {kernels_of<Float16>(),
-          kernels_of<BFloat16>(),
-          kernels_of<float>(),
-          kernels_of<double>(),
-          read,
-          read_write};
+  Kernels all{{}, read, read_write};
+  for (std::size_t i = 0; i < kRealTypes; ++i)
+    visit_real_type(static_cast<DType>(i),
+                    [&](auto type) { all.of_real_type[i] = kernels_of<decltype(type)>(); });
+  return all;
 }
 
 }  // namespace

@@ -26,8 +26,7 @@ double largest_of(const Span& span, const Chunk& chunk) {
 
 // Terms (|x| / unit)^p of a chunk, in runs of order::kTermsPerRun.
 ExactSum sum_powers(const Span& span, const Chunk& chunk, double unit, double p) {
-  // Complex magnitudes that would be subnormal are taken of scaled numbers: they keep their bits.
-  const double scale = unit < 0x1p-900 ? 0x1p600 : 1.0;
+  const double scale = order::power_scale(unit);
   ExactSum sum;
   double run = 0.0;
   std::size_t terms = 0;
@@ -45,11 +44,6 @@ ExactSum sum_powers(const Span& span, const Chunk& chunk, double unit, double p)
   return sum;
 }
 
-// Whether the sum of a tensor needs its largest magnitude first, and the slow way in float64.
-bool is_slow(const Span& span, const NormOrder& order) {
-  return order.kind == NormOrder::other || (order.kind == NormOrder::one && is_complex(span.dtype));
-}
-
 NormSum norm_sum(const ExactSum& sum) {
   const WideValue rounded = sum.rounded();
   return {rounded.value, rounded.exponent, 0.0};
@@ -63,13 +57,13 @@ Table<NormSum> sums_of(std::span<const Span> spans, const Plan& plan, const Norm
   for_each_chunk(plan, Pass::forward, [&](const Chunk& chunk) {
     const Span& span = spans[chunk.tensor];
     const TypeKernels& type = kernels().of(span.dtype);
-    const auto tile_sum = order.kind == NormOrder::two ? type.sum_squares : type.sum_magnitudes;
+    const auto sum_tile = order.kind == NormOrder::two ? type.sum_squares : type.sum_magnitudes;
     const bool whole = chunk.partial == kWholeTensor;
-    const bool slow = is_slow(span, order);
+    const bool slow = needs_unit(order, is_complex(span.dtype));
     if (whole && !slow && !span.layout &&
         chunk.bytes <= static_cast<std::int64_t>(order::kTileBytes)) {
       // A tensor of one tile, of which there are often thousands: nothing to add.
-      const WideValue sum = tile_sum(span.data, static_cast<std::size_t>(chunk.bytes));
+      const WideValue sum = sum_tile(span.data, static_cast<std::size_t>(chunk.bytes));
       sums[chunk.tensor] = {sum.value, sum.exponent, 0.0};
       return;
     }
@@ -79,7 +73,7 @@ Table<NormSum> sums_of(std::span<const Span> spans, const Plan& plan, const Norm
       if (unit != 0.0 && is_finite(unit)) sum = sum_powers(span, chunk, unit, order.p);
     } else {
       for_each_tile(span, chunk, [&](const std::byte* tile, std::size_t bytes) {
-        sum.add(tile_sum(tile, bytes));
+        sum.add(sum_tile(tile, bytes));
       });
     }
     if (whole)
@@ -113,7 +107,7 @@ Table<NormSum> measure(std::span<const Span> spans, const Plan& plan, const Norm
       result.push_back({m, 0, 0.0});
     return result;
   }
-  const auto slow = [&](const Span& span) { return is_slow(span, order); };
+  const auto slow = [&](const Span& span) { return needs_unit(order, is_complex(span.dtype)); };
   if (std::none_of(spans.begin(), spans.end(), slow)) return sums_of(spans, plan, order, {});
 
   const auto largest = [&](const Chunk& chunk) {

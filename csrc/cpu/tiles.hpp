@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstring>
+#include <type_traits>
 
 #include "core/plan.hpp"
 #include "core/reduction_order.hpp"
@@ -12,23 +13,23 @@
 namespace gradclip::cpu {
 
 // Copy elements from one stride to another.
-template <std::size_t kItemSize>
-void copy_items(std::byte* to, std::int64_t to_stride, const std::byte* from,
-                std::int64_t from_stride, std::int64_t count) {
-  for (std::int64_t i = 0; i < count; ++i)
-    std::memcpy(to + i * to_stride, from + i * from_stride, kItemSize);
-}
 inline void copy_elements(std::byte* to, std::int64_t to_stride, const std::byte* from,
                           std::int64_t from_stride, std::int64_t count, std::int64_t itemsize) {
   if (to_stride == itemsize && from_stride == itemsize) {
     std::memcpy(to, from, static_cast<std::size_t>(count * itemsize));
     return;
   }
+  const auto copy = [=](auto size) {
+    for (std::int64_t i = 0; i < count; ++i)
+      std::memcpy(to + i * to_stride, from + i * from_stride, static_cast<std::size_t>(size));
+  };
+  // A size that the compiler knows is one load and one store.
   switch (itemsize) {
-    case 2: return copy_items<2>(to, to_stride, from, from_stride, count);
-    case 4: return copy_items<4>(to, to_stride, from, from_stride, count);
-    case 8: return copy_items<8>(to, to_stride, from, from_stride, count);
-    default: return copy_items<16>(to, to_stride, from, from_stride, count);
+    case 2: return copy(std::integral_constant<std::int64_t, 2>{});
+    case 4: return copy(std::integral_constant<std::int64_t, 4>{});
+    case 8: return copy(std::integral_constant<std::int64_t, 8>{});
+    case 16: return copy(std::integral_constant<std::int64_t, 16>{});
+    default: return copy(itemsize);
   }
 }
 

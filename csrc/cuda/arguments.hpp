@@ -61,10 +61,17 @@ struct MeasureArguments {
   TableView table;
   Scratch scratch;
   ResultPointers result;
-  Request request;
+  NormOrder order;
+  double grad_scale;
   Groups::Kind grouping;
-  bool units_pass;        // of two passes the first: largest magnitudes for the second
-  const double* reduced;  // for `decide`: the sums of groups over all processes
+  bool units_pass;    // of two passes the first: largest magnitudes for the second
+  bool decides;       // whether `decision` is there
+  Decision decision;  // its scale is `grad_scale`
+};
+
+struct DecideArguments {
+  MeasureArguments measured;
+  const double* sums;  // of groups over all processes; null: their norms are in the result
 };
 
 struct ChangeArguments {

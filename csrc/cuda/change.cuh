@@ -92,7 +92,7 @@ __device__ __forceinline__ void change_tiles(const TensorEntry& entry, const Tab
 
 __device__ __forceinline__ void scale_tiles(const TensorEntry& entry, const TableView& table,
                                             const TileRange& tiles, double factor) {
-  with_real_type(entry.dtype, [&](auto type) {
+  visit_real_type(entry.dtype, [&](auto type) {
     using T = decltype(type);
     if constexpr (sizeof(T) == 8) {
       change_tiles<T>(entry, table, tiles, [=](double x) { return x * factor; });
@@ -113,13 +113,13 @@ __device__ __forceinline__ void scale_tiles(const TensorEntry& entry, const Tabl
 
 __device__ __forceinline__ void change(const ChangeArguments& arguments,
                                        const TensorEntry* entries) {
-  auto action = static_cast<ClipDecision::Action>(
-      arguments.flags ? arguments.flags->action : static_cast<std::uint8_t>(ClipDecision::scale));
-  if (action == ClipDecision::nothing) return;
+  auto action = static_cast<Action>(arguments.flags ? arguments.flags->action
+                                                    : static_cast<std::uint8_t>(Action::scale));
+  if (action == Action::nothing) return;
   const TableView& table = arguments.table;
   const auto visit = [&](std::uint32_t i, const TensorEntry& entry, const TileRange& tiles) {
-    if (action == ClipDecision::zero) {
-      with_real_type(entry.dtype, [&](auto type) {
+    if (action == Action::zero) {
+      visit_real_type(entry.dtype, [&](auto type) {
         using T = decltype(type);
         change_tiles<T>(entry, table, tiles, [](T) { return T{}; });
       });
@@ -184,7 +184,7 @@ __device__ __forceinline__ void clip_by_value(const ValueClipArguments& argument
   const bool last = accumulate(
       shared, arguments.table, entries, arguments.scratch, [] {},
       [&](std::uint32_t, const TensorEntry& entry, std::uint32_t tile, Largest& running) {
-        with_real_type(entry.dtype, [&](auto type) {
+        visit_real_type(entry.dtype, [&](auto type) {
           const Largest largest =
               clip_tile<decltype(type)>(entry, arguments.table, tile, arguments.limit);
           if (lane_id() == 0) running.add(largest);
@@ -212,7 +212,7 @@ __device__ __forceinline__ void count_nonfinite(const TableView& table, const Te
     const auto itemsize = static_cast<std::int64_t>(size_of(entry.dtype));
     const std::int64_t first = tiles.first_byte() / itemsize;
     const std::int64_t end = tiles.end_byte(entry.bytes) / itemsize;
-    with_real_type(entry.dtype, [&](auto type) {
+    visit_real_type(entry.dtype, [&](auto type) {
       using T = decltype(type);
       const ElementMemory<T> memory = element_memory<T>(entry, table);
       unsigned nan = 0, infinite = 0;

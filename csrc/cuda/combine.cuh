@@ -34,8 +34,8 @@ struct CombineShared {  // raw memory: what is read has been assigned before
 };
 static_assert(kWarps + kSlots <= 32);
 
-// The additions, each one copy of code. What is given by reference lies in shared or global memory, never
-// in registers: those would have to be stored for it.
+// Additions, never inlined: one copy of their code is enough. Accumulators are passed by reference and lie in
+// shared or global memory; in registers they would have to be stored first.
 template <class Accumulator>
 __device__ __noinline__ void add_to(Accumulator& sum, const Accumulator& part) {
   sum.add(part);

@@ -64,6 +64,16 @@ void copy_to_host(void* to, const void* from, std::size_t bytes, Stream stream) 
   synchronize(stream);
 }
 
+// From memory that is not pinned the copy is staged before the function returns.
+// https://docs.nvidia.com/cuda/cuda-runtime-api/api-sync-behavior.html
+void copy_to_device(void* to, const void* from, std::size_t bytes, Stream stream) {
+  check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream), "cudaMemcpyAsync");
+}
+
+void copy_on_device(void* to, const void* from, std::size_t bytes, Stream stream) {
+  check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream), "cudaMemcpyAsync");
+}
+
 void synchronize(Stream stream) { check(cudaStreamSynchronize(stream), "cudaStreamSynchronize"); }
 
 void wait_for(Stream waiting, Stream before) {

@@ -11,14 +11,14 @@
 namespace gradclip::cuda {
 namespace {
 
-std::size_t rounded(std::size_t bytes) { return (bytes + 15) / 16 * 16; }
+std::size_t aligned_size(std::size_t bytes) { return (bytes + 15) / 16 * 16; }
 
 // The parts of one piece of memory, one after the other.
 class Parts {
  public:
   std::size_t add(std::size_t bytes) {
     const std::size_t at = end_;
-    end_ += rounded(bytes);
+    end_ += aligned_size(bytes);
     return at;
   }
   std::size_t end() const { return end_; }
@@ -93,6 +93,18 @@ struct List::State {
     InArgument<Arguments> list{arguments, {}};
     std::copy(entries.begin(), entries.end(), list.entries);
     launch(short_kernel, blocks, kThreads, shared_bytes, on, list);
+  }
+  MeasureArguments measure_arguments(const NormOrder& order, double grad_scale, std::byte* result,
+                                     const Decision* decision) const {
+    return {table,
+            scratch,
+            ResultPointers({tensors, groups}, result),
+            order,
+            grad_scale,
+            grouping,
+            false,
+            decision != nullptr,
+            decision ? *decision : Decision{}};
   }
   template <Measure kMeasure>
   void launch_measure(const MeasureArguments& arguments, Stream on) const {
@@ -211,31 +223,35 @@ List::~List() = default;
 
 ResultLayout List::layout() const { return {state_->tensors, state_->groups}; }
 
-void List::measure(const Request& request, std::byte* result, Stream stream) {
+void List::measure(const NormOrder& order, double grad_scale, std::byte* result, Stream stream,
+                   const Decision* decision) {
   State& s = *state_;
-  MeasureArguments arguments{
-      s.table, s.scratch, ResultPointers(layout(), result), request, s.grouping, false, nullptr};
+  MeasureArguments arguments = s.measure_arguments(order, grad_scale, result, decision);
   s.in_turn(stream, [&] {
-    switch (request.order.kind) {
-      case NormOrder::two: return s.launch_measure<Measure::squares>(arguments, stream);
-      case NormOrder::infinity: return s.launch_measure<Measure::largest>(arguments, stream);
-      case NormOrder::one:
-        if (!s.any_complex) return s.launch_measure<Measure::magnitudes>(arguments, stream);
-        [[fallthrough]];
-      case NormOrder::other:
-        arguments.units_pass = true;
-        s.launch_measure<Measure::largest>(arguments, stream);
-        arguments.units_pass = false;
-        s.launch_measure<Measure::powers>(arguments, stream);
+    if (needs_unit(order, s.any_complex)) {
+      arguments.units_pass = true;
+      s.launch_measure<Measure::largest>(arguments, stream);
+      arguments.units_pass = false;
+      s.launch_measure<Measure::powers>(arguments, stream);
+    } else if (order.kind == NormOrder::two) {
+      s.launch_measure<Measure::squares>(arguments, stream);
+    } else if (order.kind == NormOrder::one) {
+      s.launch_measure<Measure::magnitudes>(arguments, stream);
+    } else {
+      s.launch_measure<Measure::largest>(arguments, stream);
     }
   });
 }
 
-void List::decide(const Request& request, const double* sums, std::byte* result, Stream stream) {
-  const State& s = *state_;
-  const MeasureArguments arguments{
-      s.table, s.scratch, ResultPointers(layout(), result), request, s.grouping, false, sums};
+void List::take_sums(const NormOrder& order, double grad_scale, const double* sums,
+                     std::byte* result, Stream stream, const Decision* decision) {
+  const DecideArguments arguments{state_->measure_arguments(order, grad_scale, result, decision),
+                                  sums};
   launch(decide_kernel, 1u, kThreads, kThreads * sizeof(ExactSum), stream, arguments);
+}
+
+void List::decide(const Decision& decision, std::byte* result, Stream stream) {
+  take_sums({}, decision.options.grad_scale, nullptr, result, stream, &decision);
 }
 
 void List::change(double grad_scale, const std::byte* result, Stream stream) {

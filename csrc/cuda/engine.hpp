@@ -22,13 +22,17 @@ namespace gradclip::cuda {
 
 using Stream = CUstream_st*;
 
-// A threshold, on the host or as a float of the device, read when the kernels run; or there one for
-// each group.
-struct Threshold {
+// What groups are clipped to, or multiplied by: a number of the host, or floats of the device, which are
+// read when the kernels run: one, or one for each group.
+struct Limits {
   double value = 0.0;
   const void* device = nullptr;  // of type `dtype`, a real one
   DType dtype = DType::float64;
   bool per_group = false;
+};
+struct Decision {
+  Limits limits;
+  ClipOptions options;
 };
 
 // Where the parts of a result lie in one buffer of device memory, in bytes. The buffer must be
@@ -49,19 +53,8 @@ struct ResultLayout {
 struct ResultFlags {
   std::uint8_t clipped;         // 0 or 1
   std::uint8_t nonfinite_norm;  // some norm is not finite
-  std::uint8_t bad_threshold;   // a device threshold that is negative or NaN: nothing is written
-  std::uint8_t action;          // ClipDecision::Action
-};
-
-struct Request {
-  NormOrder order = {};
-  double grad_scale = 1.0;
-  Threshold max_norm = {};
-  NonFinite policy = NonFinite::raise;
-  // norms: norms and total norm. sums: besides, the sums of the groups, to be reduced over processes
-  // and given to `decide`. clip: besides, coefficients and flags, for `change`.
-  enum Until { norms, sums, clip } until = norms;
-  double epsilon = 0.0;  // as of clip_coefficient()
+  std::uint8_t bad_limit;       // one of the device that is not usable: nothing is written
+  std::uint8_t action;          // an Action
 };
 
 class Workspace;
@@ -80,13 +73,18 @@ class List {
 
   ResultLayout layout() const;
 
-  // Norms and whatever `request.until` says, in one launch; two where ord is neither 1, 2 nor
-  // infinity, or is 1 and a tensor complex.
-  void measure(const Request& request, std::byte* result, Stream stream);
-  // From sums over all processes (device memory, float64, one per group) to coefficients and flags.
-  void decide(const Request& request, const double* sums, std::byte* result, Stream stream);
-  // Multiply or set to zero as the flags and coefficients in `result` say. One launch, which leaves at
-  // once where there is nothing to do.
+  // Norms of tensors and groups, the sums of groups, and with `decision` what decide() writes. One launch;
+  // two where ord is neither 1, 2 nor infinity, or is 1 and a tensor complex.
+  void measure(const NormOrder& order, double grad_scale, std::byte* result, Stream stream,
+               const Decision* decision = nullptr);
+  // The same from sums over all processes (device memory, float64, one per group), but for the norms of
+  // tensors. One launch.
+  void take_sums(const NormOrder& order, double grad_scale, const double* sums, std::byte* result,
+                 Stream stream, const Decision* decision = nullptr);
+  // From the norms of groups in `result` to coefficients and flags. One launch.
+  void decide(const Decision& decision, std::byte* result, Stream stream);
+  // Multiply or set to zero as the flags and coefficients in `result` say. One launch, which
+  // returns early where there is nothing to do.
   void change(double grad_scale, const std::byte* result, Stream stream);
 
   void scale(double factor, Stream stream);
@@ -125,6 +123,9 @@ void set_device(int device);
 bool is_capturing(Stream stream);
 // Device memory to host memory; waits.
 void copy_to_host(void* to, const void* from, std::size_t bytes, Stream stream);
+// To device memory; what is on the host may go when this returns. Not while the stream is captured.
+void copy_to_device(void* to, const void* from, std::size_t bytes, Stream stream);
+void copy_on_device(void* to, const void* from, std::size_t bytes, Stream stream);
 void synchronize(Stream stream);
 // `waiting` will not go on before what is now enqueued on `before` is done.
 void wait_for(Stream waiting, Stream before);

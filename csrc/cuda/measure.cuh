@@ -15,7 +15,7 @@ enum class Measure {
   squares,     // the 2-norm
   magnitudes,  // the 1-norm of real tensors
   largest,     // the maximum norm; the first pass of `powers`
-  powers  // any other order, and the 1-norm where a tensor is complex; the second of two passes
+  powers       // where a tensor needs_unit(); the second of two passes
 };
 
 template <Measure kMeasure>
@@ -26,11 +26,6 @@ template <>
 struct AccumulatorOf<Measure::largest> {
   using Type = Largest;
 };
-
-__device__ __forceinline__ bool needs_units(const TensorEntry& entry, const NormOrder& order) {
-  return order.kind == NormOrder::other ||
-         (order.kind == NormOrder::one && is_complex(entry.dtype));
-}
 
 template <class T>
 __device__ __forceinline__ double element_at(const ElementMemory<T>& memory, std::int64_t offset) {
@@ -55,7 +50,7 @@ __device__ __noinline__ Largest largest_of_tile(const TensorEntry& entry, const 
                                                 TileBytes tile) {
   Largest result;
   if (is_complex(entry.dtype)) {
-    with_real_type(entry.dtype, [&](auto type) {
+    visit_real_type(entry.dtype, [&](auto type) {
       using T = decltype(type);
       if constexpr (sizeof(T) >= 4) {
         const ElementMemory<T> memory = element_memory<T>(entry, table);
@@ -85,11 +80,11 @@ __device__ __noinline__ Largest largest_of_tile(const TensorEntry& entry, const 
 }
 
 template <Sum kSum>
-__device__ __forceinline__ WideValue sum_of_tile(const TensorEntry& entry, const TableView& table,
-                                                 TileBytes tile) {
+__device__ __forceinline__ WideValue sum_tile(const TensorEntry& entry, const TableView& table,
+                                              TileBytes tile) {
   WideValue sum;
   with_memory(entry, table, [&](const auto& memory, auto type) {
-    sum = tile_sum<kSum>(memory, tile.first, tile.bytes, type);
+    sum = sum_tile<kSum>(memory, tile.first, tile.bytes, type);
   });
   return sum;
 }
@@ -99,26 +94,26 @@ __device__ __noinline__ void add_powers_of_tile(const TensorEntry& entry, const 
                                                 TileBytes tile, double unit, double p,
                                                 ExactSum& mine) {
   constexpr auto kRun = static_cast<std::int64_t>(order::kTermsPerRun);
-  const double scale = unit < 0x1p-900 ? 0x1p600 : 1.0;
+  const double scale = order::power_scale(unit);
   const auto itemsize = static_cast<std::int64_t>(size_of(entry.dtype));
   const std::int64_t end = (tile.first + tile.bytes) / itemsize;
-  with_real_type(entry.dtype, [&](auto type) {
+  visit_real_type(entry.dtype, [&](auto type) {
     const auto memory = element_memory<decltype(type)>(entry, table);
     for (std::int64_t at = tile.first / itemsize + kRun * lane_id(); at < end; at += 32 * kRun) {
       double run = 0.0;
       for (std::int64_t i = at; i < end && i < at + kRun; ++i)
-        run += power_of(magnitude_at(memory, i, scale) / (unit * scale), p);
+        run += power_call(magnitude_at(memory, i, scale) / (unit * scale), p);
       add_to(mine, run, 0);
     }
   });
 }
 
-// What a tensor of these sums is told as. By one thread.
+// Write one tensor's norm and flag and add its sum to the total; one thread.
 template <Measure kMeasure, class Accumulator>
 __device__ __noinline__ void finish_tensor(const MeasureArguments& arguments, std::uint32_t tensor,
                                            NormSum sum, bool nonfinite, Accumulator& total) {
   arguments.scratch.sums[tensor] = sum;
-  arguments.result.norms[tensor] = norm(arguments.request.order, sum, arguments.request.grad_scale);
+  arguments.result.norms[tensor] = norm_call(arguments.order, sum, arguments.grad_scale);
   arguments.result.nonfinite[tensor] = nonfinite;
   if constexpr (kMeasure == Measure::largest)
     total.add(Largest{sum.value, nonfinite});
@@ -142,12 +137,12 @@ __device__ __noinline__ void finish_tensor(const MeasureArguments& arguments,
     bool nonfinite = !is_finite(value.value);
     if constexpr (kMeasure == Measure::powers) {
       const TensorEntry& entry = entries[tensor];
-      if (needs_units(entry, arguments.request.order)) {
+      if (needs_unit(arguments.order, is_complex(entry.dtype))) {
         const Largest unit = arguments.scratch.units[tensor];
         const double sum_of_terms = is_finite(unit.value) ? narrow(value) : 1.0;
         nonfinite = unit.nonfinite != 0;
         norm_sum = {sum_of_terms, 0, unit.value};
-        if (arguments.request.order.kind == NormOrder::one)
+        if (arguments.order.kind == NormOrder::one)
           norm_sum = magnitude_sum(sum_of_terms, unit.value);
       }
     }
@@ -162,21 +157,21 @@ __device__ __forceinline__ void add_tile(const MeasureArguments& arguments, std:
                                          Accumulator& running, Accumulator& mine) {
   const TableView& table = arguments.table;
   if constexpr (kMeasure == Measure::largest) {
-    if (arguments.units_pass && !needs_units(entry, arguments.request.order)) return;
+    if (arguments.units_pass && !needs_unit(arguments.order, is_complex(entry.dtype))) return;
     const Largest largest = largest_of_tile(entry, table, tile);
     if (lane_id() == 0) running.add(largest);
   } else if constexpr (kMeasure == Measure::powers) {
-    if (needs_units(entry, arguments.request.order)) {
+    if (needs_unit(arguments.order, is_complex(entry.dtype))) {
       const double unit = arguments.scratch.units[tensor].value;
       if (unit != 0.0 && is_finite(unit))
-        add_powers_of_tile(entry, table, tile, unit, arguments.request.order.p, mine);
+        add_powers_of_tile(entry, table, tile, unit, arguments.order.p, mine);
     } else {
-      const WideValue sum = sum_of_tile<Sum::magnitudes>(entry, table, tile);
+      const WideValue sum = sum_tile<Sum::magnitudes>(entry, table, tile);
       if (lane_id() == 0) add_to(running, sum.value, sum.exponent);
     }
   } else {
     constexpr Sum kSum = kMeasure == Measure::squares ? Sum::squares : Sum::magnitudes;
-    const WideValue sum = sum_of_tile<kSum>(entry, table, tile);
+    const WideValue sum = sum_tile<kSum>(entry, table, tile);
     if (lane_id() == 0) add_to(running, sum.value, sum.exponent);
   }
 }

@@ -106,22 +106,11 @@ __device__ __forceinline__ bool is_aligned(const TensorEntry& entry) {
   return entry.axes == 0 && reinterpret_cast<std::uintptr_t>(entry.data) % 16 == 0;
 }
 
-// visit(T{}) with the real type of `dtype`.
-template <class Visit>
-__device__ __forceinline__ void with_real_type(DType dtype, Visit visit) {
-  switch (real_of(dtype)) {
-    case DType::float16: visit(Float16{}); break;
-    case DType::bfloat16: visit(BFloat16{}); break;
-    case DType::float32: visit(float{}); break;
-    default: visit(double{}); break;
-  }
-}
-
 // visit(memory) with the widest loads that the tensor allows.
 template <class Visit>
 __device__ __forceinline__ void with_memory(const TensorEntry& entry, const TableView& table,
                                             Visit visit) {
-  with_real_type(entry.dtype, [&](auto type) {
+  visit_real_type(entry.dtype, [&](auto type) {
     using T = decltype(type);
     if (is_aligned(entry))
       visit(AlignedMemory<T>{entry.data}, type);

@@ -38,7 +38,7 @@ GRADCLIP_INLINE std::int64_t cost_of(std::int64_t bytes) {
   return (bytes + kRow - 1) / kRow + tiles_of(bytes) * kTileEndCost;
 }
 
-// But for the entries, which lie in memory or beside it in a kernel's argument.
+// All of a list but its entries, which lie in memory or in the kernel argument.
 struct TableView {
   const Axis* axes;
   // Of groups by label, else null: the label of every tensor; the tensors of group g are

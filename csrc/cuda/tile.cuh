@@ -62,8 +62,8 @@ __device__ __forceinline__ auto terms_of(uint4 v, double scale, T) {
 
 // `kRows` rows are asked for before the first of them is used.
 template <Sum kSum, class Work, int kRows, class T, class Memory>
-__device__ __forceinline__ double sum_tile(const Memory& memory, std::int64_t first,
-                                           std::int64_t bytes, double scale, T type) {
+__device__ __forceinline__ double sum_terms(const Memory& memory, std::int64_t first,
+                                            std::int64_t bytes, double scale, T type) {
   constexpr auto kRow = static_cast<std::int64_t>(order::kRowBytes);
   const std::int64_t end = first + bytes;
   std::int64_t at = first + 16 * lane_id();
@@ -144,10 +144,10 @@ __device__ __noinline__ WideValue sum_tile_again(Memory memory, std::int64_t fir
   if (largest_bits == FloatBits<T>::infinity) return {infinity(), 0};
   if constexpr (sizeof(T) == 8) {
     const int k = order::scale_exponent(largest_bits);
-    const double sum = sum_tile<kSum, double, 1>(memory, first, bytes, power_of_two(-k), type);
+    const double sum = sum_terms<kSum, double, 1>(memory, first, bytes, power_of_two(-k), type);
     return {sum, kSum == Sum::squares ? 2 * k : k};
   } else {
-    return {sum_tile<kSum, double, 1>(memory, first, bytes, 1.0, type), 0};
+    return {sum_terms<kSum, double, 1>(memory, first, bytes, 1.0, type), 0};
   }
 }
 
@@ -158,11 +158,11 @@ constexpr int rows_in_flight() {
 
 // The sum of a tile, the same in every thread of the warp.
 template <Sum kSum, class T, class Memory>
-__device__ __forceinline__ WideValue tile_sum(const Memory& memory, std::int64_t first,
+__device__ __forceinline__ WideValue sum_tile(const Memory& memory, std::int64_t first,
                                               std::int64_t bytes, T type) {
   using Work = std::conditional_t<sizeof(T) == 8, double, float>;
   const double sum =
-      sum_tile<kSum, Work, rows_in_flight<Memory>()>(memory, first, bytes, 1.0, type);
+      sum_terms<kSum, Work, rows_in_flight<Memory>()>(memory, first, bytes, 1.0, type);
   if (order::can_be_trusted(sum, sizeof(T) == 8)) return {sum, 0};
   return sum_tile_again<kSum>(memory, first, bytes, type);
 }

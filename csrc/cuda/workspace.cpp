@@ -8,7 +8,7 @@
 namespace gradclip::cuda {
 
 Workspace::~Workspace() {
-  // At the end of the process the driver may be gone already: nothing to be told then.
+  // At the end of the process the driver may be gone already: nothing to report then.
   cudaFree(counters_);
   cudaFree(memory_);
   cudaFreeHost(pinned_);

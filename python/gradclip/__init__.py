@@ -11,16 +11,19 @@ from gradclip._api import (
     clip_by_value_,
     get_num_threads,
     global_norm,
+    measure,
     scale_,
     set_num_threads,
     show_config,
     tensor_norms,
 )
+from gradclip._measured import Measured
 from gradclip._plan import Plan
 from gradclip._result import ClipResult, NonFiniteGradientError
 
 __all__ = [
     "ClipResult",
+    "Measured",
     "NonFiniteGradientError",
     "Plan",
     "__version__",
@@ -29,6 +32,7 @@ __all__ = [
     "clip_by_value_",
     "get_num_threads",
     "global_norm",
+    "measure",
     "scale_",
     "set_num_threads",
     "show_config",
@@ -37,5 +41,5 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-# GRADCLIP_ISA, GRADCLIP_NUM_THREADS, OMP_NUM_THREADS: a mistake is told here, not at the first clip.
+# GRADCLIP_ISA, GRADCLIP_NUM_THREADS, OMP_NUM_THREADS: a mistake is reported here, not at the first clip.
 _core.read_environment()

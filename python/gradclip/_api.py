@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from gradclip import _core
-from gradclip._dispatch import engine_of
-from gradclip._result import ClipResult
+from gradclip._dispatch import read
+from gradclip._measured import Measured, Policy, clip
+from gradclip._result import ClipResult, warn_of_nothing
 
 __all__ = [
     "clip_by_global_norm_",
@@ -18,6 +19,7 @@ __all__ = [
     "clip_by_value_",
     "get_num_threads",
     "global_norm",
+    "measure",
     "scale_",
     "set_num_threads",
     "show_config",
@@ -73,8 +75,7 @@ def tensor_norms(grads: Gradients, ord: float = 2) -> npt.NDArray[np.float64]:
         >>> gradclip.tensor_norms([np.array([3.0, 4.0]), None, np.full(4, 1e200)])
         array([5.e+000, 0.e+000, 2.e+200])
     """
-    engine, grads = engine_of(grads)
-    return engine.tensor_norms(grads, ord)
+    return read(grads).tensor_norms(ord)
 
 
 def global_norm(grads: Gradients, ord: float = 2) -> float:
@@ -99,13 +100,52 @@ def global_norm(grads: Gradients, ord: float = 2) -> float:
         >>> gradclip.global_norm({"w": np.array([3.0, 4.0]), "b": np.array([12.0])})
         13.0
     """
-    engine, grads = engine_of(grads)
-    return engine.global_norm(grads, ord)
+    return read(grads).global_norm(ord)
+
+
+def measure(
+    grads: Gradients,
+    ord: float = 2,
+    groups: Groups = None,
+    grad_scale: float = 1.0,
+    reduce: Reduce | None = None,
+) -> Measured:
+    """Measure gradients in one pass, for somebody to decide before they are clipped.
+
+    A threshold that depends on the norms costs nothing more than one that was known: the clip that follows
+    does not look at memory again, but to write.
+
+    Args:
+        grads: As for :func:`clip_by_global_norm_`. What cannot be written can be measured.
+        ord: As for :func:`tensor_norms`.
+        groups: As for :func:`clip_by_global_norm_`.
+        grad_scale: As for :func:`clip_by_global_norm_`.
+        reduce: As for :func:`clip_by_global_norm_`; called here.
+
+    Returns:
+        The norms, and the way to clip or scale by them.
+
+    Raises:
+        TypeError: As for :func:`clip_by_global_norm_`, of these arguments.
+        ValueError: The same.
+
+    Example:
+        Clip to the median of the norms seen so far:
+
+        >>> import numpy as np, gradclip
+        >>> grads = [np.array([3.0, 4.0]), np.array([12.0])]
+        >>> seen = [2.0, 1.0]
+        >>> measured = gradclip.measure(grads)
+        >>> seen.append(measured.total_norm)
+        >>> measured.clip_(np.median(seen)).coefficient == 2 / 13
+        True
+    """
+    return Measured(read(grads).measure(ord, groups, grad_scale, reduce))
 
 
 def clip_by_global_norm_(
     grads: Gradients,
-    max_norm: Thresholds,
+    max_norm: Thresholds | Policy,
     ord: float = 2,
     groups: Groups = None,
     grad_scale: float = 1.0,
@@ -122,8 +162,9 @@ def clip_by_global_norm_(
         grads: As for :func:`tensor_norms`, but writable, and no two entries may share memory.
         max_norm: The threshold, not negative: 0 makes everything 0, ``inf`` measures and never clips.
             Unless ``groups`` is ``None``, also one per group: a sequence, or a mapping by the names of
-            the groups; ``None`` leaves a group alone. For gradients on a GPU a number, or a 0-d array
-            there or one of shape ``(groups,)``: an adaptive threshold waits for nothing.
+            the groups; ``None`` leaves a group alone. On a GPU also a 0-d array there, or one of shape
+            ``(groups,)``: an adaptive threshold waits for nothing. Or a policy: an object whose method
+            ``thresholds(measured)`` gets what was measured (a :class:`Measured`) and returns any of these.
         ord: Which norm, as for :func:`tensor_norms`.
         groups: Gradients that share one norm. ``None``: all of them (global clipping, Pascanu et al.
             2013, arXiv:1211.5063). ``"tensor"``: each its own. A label for each entry of ``grads``, in
@@ -169,13 +210,16 @@ def clip_by_global_norm_(
         >>> grads["w"], grads["b"]
         (array([1.5, 2. ]), array([6.]))
     """
-    engine, grads = engine_of(grads)
-    return engine.clip(grads, max_norm, ord, groups, grad_scale, nonfinite, reduce)
+    gradients = read(grads)
+    result = clip(gradients, max_norm, ord, groups, grad_scale, nonfinite, reduce)
+    if reduce is None and gradients.is_nothing:  # else other processes may have some
+        warn_of_nothing()
+    return result
 
 
 def clip_by_norm_(
     grads: Gradients,
-    max_norm: Thresholds,
+    max_norm: Thresholds | Policy,
     ord: float = 2,
     grad_scale: float = 1.0,
     nonfinite: NonFinite = "raise",
@@ -205,8 +249,11 @@ def clip_by_norm_(
         >>> gradclip.clip_by_norm_(grads, max_norm=1.0).coefficient
         array([0.2, 1. ])
     """
-    engine, grads = engine_of(grads)
-    return engine.clip(grads, max_norm, ord, "tensor", grad_scale, nonfinite, reduce)
+    gradients = read(grads)
+    result = clip(gradients, max_norm, ord, "tensor", grad_scale, nonfinite, reduce)
+    if reduce is None and gradients.is_nothing:  # else other processes may have some
+        warn_of_nothing()
+    return result
 
 
 def clip_by_value_(grads: Gradients, limit: SupportsFloat) -> ClipResult:
@@ -237,8 +284,11 @@ def clip_by_value_(grads: Gradients, limit: SupportsFloat) -> ClipResult:
         >>> grads
         [array([ 0.1, -0.5,  0.5])]
     """
-    engine, grads = engine_of(grads)
-    return engine.clip_by_value(grads, limit)
+    gradients = read(grads)
+    result = gradients.clip_by_value(limit)
+    if gradients.is_nothing:
+        warn_of_nothing()
+    return result
 
 
 def scale_(grads: Gradients, factor: SupportsFloat) -> None:
@@ -259,8 +309,10 @@ def scale_(grads: Gradients, factor: SupportsFloat) -> None:
         >>> grads
         [array([0.5, 1. ])]
     """
-    engine, grads = engine_of(grads)
-    engine.scale(grads, factor)
+    gradients = read(grads)
+    gradients.scale(factor)
+    if gradients.is_nothing:
+        warn_of_nothing()
 
 
 def set_num_threads(n: int) -> None:

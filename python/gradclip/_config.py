@@ -22,8 +22,9 @@ def measured_bandwidth() -> tuple[float, float]:
     every byte twice, once read and once written.
     """
     buffer = [np.ones(_PROBE_BYTES // 8)]
-    read = statistics.median(_core.probe_read(buffer) for _ in range(_PROBES))
-    read_write = statistics.median(_core.probe_read_write(buffer) for _ in range(_PROBES))
+    grads = _core.read(buffer)
+    read = statistics.median(grads.probe_read() for _ in range(_PROBES))
+    read_write = statistics.median(grads.probe_read_write() for _ in range(_PROBES))
     return _PROBE_BYTES / read, 2 * _PROBE_BYTES / read_write
 
 

@@ -18,6 +18,11 @@ class Gradients:
 
     # Results are memory from `allocate`, laid out as `result_layout` says.
     def norms(self, ord: object, stream: int) -> _Memory: ...
+    def measure(
+        self, ord: object, groups: object, grad_scale: object, reduce: object, stream: int
+    ) -> Measured: ...
+    # As somebody has measured all of them together: a float64 number on the device.
+    def with_norm(self, norm: object, stream: int) -> Measured: ...
     # `make` is called with memory, the number of groups, whether groups is None, and the names of groups
     # or None, before anything is written. Returns what it made and, if asked to raise, per gradient that is
     # not finite (index, NaN count, infinity count). nonfinite="raise" waits.
@@ -33,7 +38,6 @@ class Gradients:
         epsilon: float,
         make: Callable[..., Any],
     ) -> tuple[Any, list[tuple[int, int, int]] | None]: ...
-    def clip_with_norm(self, norm: object, max_norm: object, stream: int, epsilon: float) -> None: ...
     def clip_by_value(
         self, limit: object, to_nearest: bool, stream: int, make: Callable[..., Any]
     ) -> Any: ...
@@ -58,19 +62,38 @@ class Gradients:
     @property
     def num_elements(self) -> int: ...
 
-# `is_kept`: for many calls. `leader` is "cupy" or "torch": whose current stream `stream` is.
+class Measured:
+    """What was measured of gradients, and stays on the device."""
+
+    # As of Gradients; once: the second time raises ValueError.
+    def clip(
+        self, max_norm: object, nonfinite: object, stream: int, epsilon: float, make: Callable[..., Any]
+    ) -> tuple[Any, list[tuple[int, int, int]] | None]: ...
+    def scale(
+        self, coefficients: object, stream: int, make: Callable[..., Any]
+    ) -> tuple[Any, list[tuple[int, int, int]] | None]: ...
+    @property
+    def memory(self) -> _Memory: ...
+    @property
+    def groups(self) -> int: ...
+    @property
+    def is_global(self) -> bool: ...
+    @property
+    def group_names(self) -> tuple[str, ...] | None: ...
+
+# `is_kept`: for many calls. `framework` is "cupy" or "torch": whose current stream `stream` is.
 def read(
     grads: object,
     device: int,
     stream: int,
-    leader: str,
+    framework: str,
     allocate: Callable[[int], _Memory],
     is_kept: bool,
 ) -> Gradients: ...
 
-# Offsets in bytes: total_norm, coefficients, group_norms, norms (float64), clipped (bool), nonfinite (a
-# bool for each tensor), and the size of all.
-def result_layout(tensors: int, groups: int) -> tuple[int, int, int, int, int, int, int]: ...
+# Offsets in bytes: total_norm, coefficients, group_norms, group_sums, norms (float64), clipped (bool),
+# nonfinite (a bool for each tensor), and the size of all.
+def result_layout(tensors: int, groups: int) -> tuple[int, int, int, int, int, int, int, int]: ...
 
 # Waits.
 def copy_to_host(pointer: int, bytes: int, device: int, stream: int) -> bytes: ...

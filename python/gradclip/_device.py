@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from gradclip._result import ClipResult, named, nonfinite_error
 
-__all__ = ["DeviceClipResult", "DeviceEngine", "DeviceGradients", "framework_of"]
+__all__ = ["DeviceClipResult", "DeviceGradients", "DeviceMeasured", "framework_of"]
 
 _FLOAT64 = np.dtype(np.float64)
 _BOOL = np.dtype(np.bool_)
@@ -202,6 +202,11 @@ class DeviceClipResult(ClipResult):
         return self._memory.float64(self._at.group_norms, self._shape[1])
 
     @property
+    def group_sums(self) -> Any:
+        """What ``reduce`` gets, or would have got."""
+        return self._memory.float64(self._at.group_sums, self._shape[1])
+
+    @property
     def clipped(self) -> Any:
         return self._scalar(_BOOL, self._at.clipped)
 
@@ -263,6 +268,7 @@ class _Layout(NamedTuple):
     total_norm: int
     coefficients: int
     group_norms: int
+    group_sums: int
     norms: int
     clipped: int
     nonfinite: int
@@ -272,23 +278,79 @@ class _Layout(NamedTuple):
 # --- Calls --------------------------------------------------------------------------------------------
 
 
+class DeviceMeasured:
+    """What was measured of gradients on a GPU: what :class:`gradclip.Measured` stands on there."""
+
+    __slots__ = ("_gradients", "_measured", "_norms")
+
+    def __init__(self, gradients: DeviceGradients, measured: Any, stream: tuple[int, object]) -> None:
+        self._gradients = gradients
+        self._measured = measured
+        # Its coefficients are not written yet.
+        self._norms = DeviceClipResult(
+            gradients, measured.memory, stream, measured.groups, measured.is_global, measured.group_names
+        )
+
+    @property
+    def total_norm(self) -> Any:
+        return self._norms.total_norm
+
+    @property
+    def norms(self) -> Any:
+        return self._norms.norms
+
+    @property
+    def group_norms(self) -> Any:
+        return self._norms.group_norms
+
+    @property
+    def group_sums(self) -> Any:
+        return self._norms.group_sums
+
+    @property
+    def nonfinite(self) -> tuple[int, ...] | tuple[str, ...]:
+        return self._norms.nonfinite
+
+    @property
+    def missing(self) -> tuple[int, ...] | tuple[str, ...]:
+        return self._norms.missing
+
+    @property
+    def names(self) -> tuple[str, ...] | None:
+        return self._norms.names
+
+    @property
+    def group_names(self) -> tuple[str, ...] | None:
+        return self._norms.group_names
+
+    def to_host(self) -> ClipResult:
+        return self._norms.to_host()
+
+    def clip(self, max_norm: object, nonfinite: object, epsilon: float = 0.0) -> DeviceClipResult:
+        stream = self._gradients.stream()
+        return self._gradients.finished(
+            *self._measured.clip(max_norm, nonfinite, stream[0], epsilon, self._gradients.maker(stream))
+        )
+
+    def scale(self, coefficients: object) -> DeviceClipResult:
+        stream = self._gradients.stream()
+        return self._gradients.finished(
+            *self._measured.scale(coefficients, stream[0], self._gradients.maker(stream))
+        )
+
+
 class DeviceGradients:
-    """Gradients that have been read, for one call or (``is_kept``) for many."""
+    """Gradients that have been read, of the framework and device of ``first``; as ``_core.Gradients``."""
 
-    __slots__ = ("_device", "_framework", "_gradients", "cuda")
+    __slots__ = ("_framework", "_gradients", "cuda", "device")
 
-    def __init__(self, cuda: Any, framework: Framework, first: Any, grads: Any, is_kept: bool) -> None:
+    def __init__(self, cuda: Any, grads: Any, first: Any, is_kept: bool) -> None:
         self.cuda = cuda
-        self._framework = framework
-        self._device = device = framework.device_of(first, cuda)
+        self._framework = framework = framework_of(first)
+        self.device = device = framework.device_of(first, cuda)
         memory = framework.memory
         self._gradients = cuda.read(
-            grads,
-            device,
-            framework.stream(device)[0],
-            framework.name,
-            lambda nbytes: memory(nbytes, device),
-            is_kept,
+            grads, device, self.stream()[0], framework.name, lambda nbytes: memory(nbytes, device), is_kept
         )
 
     @property
@@ -308,10 +370,6 @@ class DeviceGradients:
         return self._gradients.has_float64  # type: ignore[no-any-return]
 
     @property
-    def device(self) -> int:
-        return self._device
-
-    @property
     def nbytes(self) -> int:
         return self._gradients.nbytes  # type: ignore[no-any-return]
 
@@ -322,8 +380,24 @@ class DeviceGradients:
     def __len__(self) -> int:
         return len(self._gradients)
 
+    def stream(self) -> tuple[int, object]:
+        """The framework's current stream on the device, and what keeps it alive."""
+        return self._framework.stream(self.device)
+
+    def maker(self, stream: tuple[int, object]) -> Callable[..., DeviceClipResult]:
+        """What the module calls with memory for a result before it writes, so that nothing can fail after."""
+        return lambda memory, *of_groups: DeviceClipResult(self, memory, stream, *of_groups)
+
+    def finished(
+        self, result: DeviceClipResult, counts: list[tuple[int, int, int]] | None
+    ) -> DeviceClipResult:
+        """The result, unless there is something to raise."""
+        if counts is not None:
+            raise nonfinite_error(counts, self.names, result.to_host().norms)
+        return result
+
     def _norms(self, ord: object) -> DeviceClipResult:
-        stream = self._framework.stream(self._device)
+        stream = self.stream()
         return DeviceClipResult(self, self._gradients.norms(ord, stream[0]), stream)
 
     def tensor_norms(self, ord: object) -> Any:
@@ -331,6 +405,16 @@ class DeviceGradients:
 
     def global_norm(self, ord: object) -> Any:
         return self._norms(ord).total_norm
+
+    def measure(self, ord: object, groups: object, grad_scale: object, reduce: object) -> DeviceMeasured:
+        stream = self.stream()
+        measured = self._gradients.measure(ord, groups, grad_scale, reduce, stream[0])
+        return DeviceMeasured(self, measured, stream)
+
+    def with_norm(self, norm: object) -> DeviceMeasured:
+        """As measured by somebody: ``norm`` is a float64 number on the device."""
+        stream = self.stream()
+        return DeviceMeasured(self, self._gradients.with_norm(norm, stream[0]), stream)
 
     def clip(
         self,
@@ -343,82 +427,30 @@ class DeviceGradients:
         epsilon: float = 0.0,
     ) -> DeviceClipResult:
         """``epsilon`` is added to norms: PyTorch's formula."""
-        stream = self._framework.stream(self._device)
-        result: DeviceClipResult
-        result, counts = self._gradients.clip(
-            max_norm, ord, groups, grad_scale, nonfinite, reduce, stream[0], epsilon, self._maker(stream)
+        stream, make = self.stream(), self.maker
+        return self.finished(
+            *self._gradients.clip(
+                max_norm, ord, groups, grad_scale, nonfinite, reduce, stream[0], epsilon, make(stream)
+            )
         )
-        if counts is not None:
-            raise nonfinite_error(counts, self.names, result.to_host().norms)
-        return result
-
-    def clip_with_norm(self, norm: object, max_norm: object, epsilon: float) -> None:
-        """Clip by a norm that has been measured: a float64 number on the device."""
-        stream = self._framework.stream(self._device)
-        self._gradients.clip_with_norm(norm, max_norm, stream[0], epsilon)
 
     def clip_by_value(self, limit: object, to_nearest: bool = False) -> DeviceClipResult:
-        stream = self._framework.stream(self._device)
+        stream = self.stream()
         result: DeviceClipResult = self._gradients.clip_by_value(
-            limit, to_nearest, stream[0], self._maker(stream)
+            limit, to_nearest, stream[0], self.maker(stream)
         )
         return result
 
-    def _maker(self, stream: tuple[int, object]) -> Callable[..., DeviceClipResult]:
-        """What the module calls with memory for a result before it writes, so that nothing can fail after."""
-        return lambda memory, *of_groups: DeviceClipResult(self, memory, stream, *of_groups)
-
     def scale(self, factor: object) -> None:
-        self._gradients.scale(factor, self._framework.stream(self._device)[0])
+        self._gradients.scale(factor, self.stream()[0])
 
     def require_writable(self) -> None:
         self._gradients.require_writable()
 
     def probe_read(self) -> None:
         """Read all memory once, as fast as the device can: for benchmarks."""
-        self._gradients.probe_read(self._framework.stream(self._device)[0])
+        self._gradients.probe_read(self.stream()[0])
 
     def probe_read_write(self) -> None:
         """Read and write all memory once, leaving it as it is: for benchmarks."""
-        self._gradients.probe_read_write(self._framework.stream(self._device)[0])
-
-
-class DeviceEngine:
-    """The calls of ``_core``, for arrays of the framework and device of ``first``."""
-
-    __slots__ = ("_cuda", "_first", "_framework")
-
-    def __init__(self, cuda: Any, first: Any) -> None:
-        self._cuda = cuda
-        self._first = first
-        self._framework = framework_of(first)
-
-    def read(self, grads: Any) -> DeviceGradients:
-        return DeviceGradients(self._cuda, self._framework, self._first, grads, is_kept=False)
-
-    def Plan(self, grads: Any) -> DeviceGradients:
-        return DeviceGradients(self._cuda, self._framework, self._first, grads, is_kept=True)
-
-    def tensor_norms(self, grads: Any, ord: object) -> Any:
-        return self.read(grads).tensor_norms(ord)
-
-    def global_norm(self, grads: Any, ord: object) -> Any:
-        return self.read(grads).global_norm(ord)
-
-    def clip(
-        self,
-        grads: Any,
-        max_norm: object,
-        ord: object,
-        groups: object,
-        grad_scale: object,
-        nonfinite: object,
-        reduce: object,
-    ) -> DeviceClipResult:
-        return self.read(grads).clip(max_norm, ord, groups, grad_scale, nonfinite, reduce)
-
-    def clip_by_value(self, grads: Any, limit: object) -> DeviceClipResult:
-        return self.read(grads).clip_by_value(limit)
-
-    def scale(self, grads: Any, factor: object) -> None:
-        self.read(grads).scale(factor)
+        self._gradients.probe_read_write(self.stream()[0])

@@ -1,11 +1,11 @@
-"""Which engine the gradients of a call belong to: the CPU's or the GPU's."""
+"""Gradients are read by the engine of their device: the CPU's or a GPU's."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,19 +15,46 @@ from gradclip import _core
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from gradclip._device import DeviceEngine
     from gradclip._result import ClipResult
 
-__all__ = ["Engine", "PlannedGradients", "cuda_module", "engine_of", "mark_written", "why_no_gpu"]
+__all__ = ["MeasuredGradients", "ReadGradients", "cuda_module", "mark_written", "read", "why_no_gpu"]
 
 _CUDA, _CUDA_MANAGED = 2, 13  # of DLPack's device types
 
 
-class PlannedGradients(Protocol):
-    """Gradients that an engine has read."""
+class MeasuredGradients(Protocol):
+    """What an engine has measured: of a CPU, numbers; of a GPU, arrays there."""
+
+    def clip(self, max_norm: object, nonfinite: object, epsilon: float = ...) -> ClipResult: ...
+    def scale(self, coefficients: object) -> ClipResult: ...
+    @property
+    def total_norm(self) -> Any: ...
+    @property
+    def norms(self) -> Any: ...
+    @property
+    def group_norms(self) -> Any: ...
+    @property
+    def group_sums(self) -> Any: ...  # this process's, as `reduce` gets them
+    @property
+    def nonfinite(self) -> tuple[int, ...] | tuple[str, ...]: ...
+    @property
+    def missing(self) -> tuple[int, ...] | tuple[str, ...]: ...
+    @property
+    def names(self) -> tuple[str, ...] | None: ...
+    @property
+    def group_names(self) -> tuple[str, ...] | None: ...
+
+
+class ReadGradients(Protocol):
+    """Gradients that an engine has read: the CPU's (``_core.Gradients``) or a GPU's (``_device``)."""
 
     def tensor_norms(self, ord: object) -> npt.NDArray[np.float64]: ...
     def global_norm(self, ord: object) -> float: ...
+    def measure(
+        self, ord: object, groups: object, grad_scale: object, reduce: object
+    ) -> MeasuredGradients: ...
+    def with_norm(self, norm: Any) -> MeasuredGradients: ...  # that somebody has measured, of all together
+    # In one call: epsilon is added to norms.
     def clip(
         self,
         max_norm: object,
@@ -36,9 +63,8 @@ class PlannedGradients(Protocol):
         grad_scale: object,
         nonfinite: object,
         reduce: object,
-        epsilon: float = ...,  # added to norms
+        epsilon: float = ...,
     ) -> ClipResult: ...
-    def clip_with_norm(self, norm: Any, max_norm: object, epsilon: float) -> None: ...
     def clip_by_value(self, limit: object, to_nearest: bool = ...) -> ClipResult: ...
     def scale(self, factor: object) -> None: ...
     def require_writable(self) -> None: ...
@@ -55,43 +81,25 @@ class PlannedGradients(Protocol):
     def num_elements(self) -> int: ...
 
 
-class Engine(Protocol):
-    """What the CPU (the module ``_core``) and a GPU (``_device.DeviceEngine``) do alike."""
-
-    def tensor_norms(self, grads: object, ord: object) -> npt.NDArray[np.float64]: ...
-    def global_norm(self, grads: object, ord: object) -> float: ...
-    def clip(
-        self,
-        grads: object,
-        max_norm: object,
-        ord: object,
-        groups: object,
-        grad_scale: object,
-        nonfinite: object,
-        reduce: object,
-    ) -> ClipResult: ...
-    def clip_by_value(self, grads: object, limit: object) -> ClipResult: ...
-    def scale(self, grads: object, factor: object) -> None: ...
-    def read(self, grads: object) -> PlannedGradients: ...  # for one call
-    def Plan(self, grads: object) -> PlannedGradients: ...
-
-
-_host = cast(Engine, _core)
-
-
-def engine_of(grads: Any) -> tuple[Engine, Any]:
-    """The engine for ``grads``, and ``grads`` as it is to be handed on (an iterator is used up here).
+def read(grads: Any, is_kept: bool = False) -> ReadGradients:
+    """The gradients, read by the engine of their device; ``is_kept``: for many calls.
 
     The first gradient decides; the engine says what is wrong with any other.
     """
+    arrays: Iterable[Any] = grads
     if type(grads) is not list and type(grads) is not tuple:
         if isinstance(grads, Mapping):
-            return _engine_for(_first(grads.values())), grads
-        if isinstance(grads, (str, bytes, bytearray)) or not isinstance(grads, Iterable) or _is_array(grads):
-            return _host, grads  # which says what is wrong
-        if not isinstance(grads, Sequence):
-            grads = tuple(grads)
-    return _engine_for(_first(grads)), grads
+            arrays = grads.values()
+        elif (
+            isinstance(grads, (str, bytes, bytearray)) or not isinstance(grads, Iterable) or _is_array(grads)
+        ):
+            arrays = ()  # the CPU's says what is wrong
+        elif not isinstance(grads, Sequence):
+            arrays = grads = tuple(grads)
+    first = _first(arrays)
+    if type(first) is np.ndarray or first is None or not is_on_cuda(first):
+        return _core.read(grads, is_kept)
+    return _read_device(grads, first, is_kept)
 
 
 def mark_written(tensors: list[Any]) -> None:
@@ -117,12 +125,6 @@ def _first(arrays: Iterable[Any]) -> Any:
         if array is not None:
             return array
     return None
-
-
-def _engine_for(array: Any) -> Engine:
-    if type(array) is np.ndarray or array is None or not is_on_cuda(array):
-        return _host
-    return _device_engine(array)
 
 
 def _is_array(value: object) -> bool:
@@ -154,13 +156,13 @@ def cuda_module() -> ModuleType | None:
         return None
 
 
-def _device_engine(array: Any) -> DeviceEngine:
+def _read_device(grads: Any, first: Any, is_kept: bool) -> ReadGradients:
     from gradclip import _device  # noqa: PLC0415 (only where there is a GPU)
 
     missing = why_no_gpu()
     if missing:
         raise RuntimeError(
             f"grads: expected arrays on the CPU, since gradclip has no GPU here ({missing}), got a "
-            f"{type(array).__module__}.{type(array).__qualname__} on a CUDA device"
+            f"{type(first).__module__}.{type(first).__qualname__} on a CUDA device"
         )
-    return _device.DeviceEngine(cuda_module(), array)
+    return _device.DeviceGradients(cuda_module(), grads, first, is_kept)

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from gradclip._api import Gradients, Groups, NonFinite, Reduce, Thresholds
-from gradclip._dispatch import engine_of
+from gradclip._dispatch import read
+from gradclip._measured import Measured, Policy, clip
 from gradclip._result import ClipResult, count_of, warn_of_nothing
 
 __all__ = ["Plan"]
@@ -47,8 +48,7 @@ class Plan:
     __slots__ = ("_plan",)
 
     def __init__(self, grads: Gradients) -> None:
-        engine, grads = engine_of(grads)
-        self._plan = engine.Plan(grads)
+        self._plan = read(grads, is_kept=True)
         if self._plan.is_nothing:
             warn_of_nothing()
 
@@ -80,9 +80,15 @@ class Plan:
         """As :func:`gradclip.global_norm`."""
         return self._plan.global_norm(ord)
 
+    def measure(
+        self, ord: float = 2, groups: Groups = None, grad_scale: float = 1.0, reduce: Reduce | None = None
+    ) -> Measured:
+        """As :func:`gradclip.measure`."""
+        return Measured(self._plan.measure(ord, groups, grad_scale, reduce))
+
     def clip_by_global_norm_(
         self,
-        max_norm: Thresholds,
+        max_norm: Thresholds | Policy,
         ord: float = 2,
         groups: Groups = None,
         grad_scale: float = 1.0,
@@ -90,18 +96,18 @@ class Plan:
         reduce: Reduce | None = None,
     ) -> ClipResult:
         """As :func:`gradclip.clip_by_global_norm_`."""
-        return self._plan.clip(max_norm, ord, groups, grad_scale, nonfinite, reduce)
+        return clip(self._plan, max_norm, ord, groups, grad_scale, nonfinite, reduce)
 
     def clip_by_norm_(
         self,
-        max_norm: Thresholds,
+        max_norm: Thresholds | Policy,
         ord: float = 2,
         grad_scale: float = 1.0,
         nonfinite: NonFinite = "raise",
         reduce: Reduce | None = None,
     ) -> ClipResult:
         """As :func:`gradclip.clip_by_norm_`."""
-        return self._plan.clip(max_norm, ord, "tensor", grad_scale, nonfinite, reduce)
+        return clip(self._plan, max_norm, ord, "tensor", grad_scale, nonfinite, reduce)
 
     def clip_by_value_(self, limit: SupportsFloat) -> ClipResult:
         """As :func:`gradclip.clip_by_value_`."""

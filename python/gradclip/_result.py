@@ -67,8 +67,7 @@ class ClipResult:
             Name to norm, in the order of the call. The gradients of a sequence are named by their
             position: ``"0"``, ``"1"``, ….
         """
-        names = self.names if self.names is not None else map(str, range(len(self.norms)))
-        return dict(zip(names, self.norms.tolist(), strict=True))
+        return by_name(self.norms, self.names)
 
     def named_group_norms(self) -> dict[str, float]:
         """The norm of every group by its name.
@@ -76,8 +75,7 @@ class ClipResult:
         Returns:
             Name to norm. Groups without names are called by their labels: ``"0"``, ``"1"``, ….
         """
-        names = self.group_names if self.group_names is not None else map(str, range(len(self.group_norms)))
-        return dict(zip(names, self.group_norms.tolist(), strict=True))
+        return by_name(self.group_norms, self.group_names)
 
     def as_dict(self) -> dict[str, float | int | bool]:
         """Everything as plain numbers under flat names, as loggers (TensorBoard, W&B, MLflow) take them.
@@ -131,24 +129,41 @@ class ClipResult:
             coefficient_text = f"coefficient {coefficient:.6g}"
         state = "clipped" if self.clipped else "not clipped"
         missing = f", {len(self.missing)} missing" if self.missing else ""
-        lines = [
+        head = (
             f"ClipResult({state}: total norm {self.total_norm:.6g}, {coefficient_text}, "
             f"{count_of(len(self.norms), 'gradient')}{missing}"
-        ]
-        if self.nonfinite:
-            shown = ", ".join(map(repr, self.nonfinite[:_ROWS_IN_REPR]))
-            more = ", ..." if len(self.nonfinite) > _ROWS_IN_REPR else ""
-            lines.append(f"  not finite: {shown}{more}")
-        for i in _largest(self.norms, _ROWS_IN_REPR):
-            lines.append(f"  {self.norms[i]:12.6g}  {i if self.names is None else self.names[i]}")
-        if len(self.norms) > _ROWS_IN_REPR:
-            lines.append(f"  {'...':>12}  {len(self.norms) - _ROWS_IN_REPR} more")
-        return "\n".join(lines) + ")"
+        )
+        return "\n".join([head, *norm_rows(self.norms, self.nonfinite, self.names)]) + ")"
 
 
 def count_of(number: int, what: str) -> str:
     """``"1 gradient"``, ``"2 gradients"``."""
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def by_name(values: npt.NDArray[np.float64], names: tuple[str, ...] | None) -> dict[str, float]:
+    """Numbers by their names; without names, by their positions: ``"0"``, ``"1"``, …."""
+    keys = names if names is not None else map(str, range(len(values)))
+    return dict(zip(keys, values.tolist(), strict=True))
+
+
+def norm_rows(
+    norms: npt.NDArray[np.float64],
+    nonfinite: tuple[int, ...] | tuple[str, ...],
+    names: tuple[str, ...] | None,
+) -> list[str]:
+    """What a person reads of norms: those that are not finite, and the largest."""
+    rows = []
+    if nonfinite:
+        shown = ", ".join(map(repr, nonfinite[:_ROWS_IN_REPR]))
+        more = ", ..." if len(nonfinite) > _ROWS_IN_REPR else ""
+        rows.append(f"  not finite: {shown}{more}")
+    rows += [
+        f"  {norms[i]:12.6g}  {i if names is None else names[i]}" for i in _largest(norms, _ROWS_IN_REPR)
+    ]
+    if len(norms) > _ROWS_IN_REPR:
+        rows.append(f"  {'...':>12}  {len(norms) - _ROWS_IN_REPR} more")
+    return rows
 
 
 def _largest(norms: npt.NDArray[np.float64], count: int) -> list[int]:
@@ -198,34 +213,6 @@ class NonFiniteGradientError(FloatingPointError):
 # Where people find and import it; also what a traceback prints.
 NonFiniteGradientError.__module__ = "gradclip"
 ClipResult.__module__ = "gradclip"
-
-
-def make_result(
-    total_norm: float,
-    norms: npt.NDArray[np.float64],
-    coefficient: float | npt.NDArray[np.float64],
-    clipped: bool,
-    nonfinite: tuple[int, ...],
-    missing: tuple[int, ...],
-    names: tuple[str, ...] | None,
-    group_norms: npt.NDArray[np.float64],
-    group_names: tuple[str, ...] | None,
-    counts: list[tuple[int, int, int]] | None,
-) -> ClipResult:
-    """What ``_core`` calls before it writes, so that nothing can fail after. Raises for ``counts``."""
-    if counts is not None:
-        raise nonfinite_error(counts, names, norms)
-    return ClipResult(
-        total_norm,
-        norms,
-        coefficient,
-        clipped,
-        named(nonfinite, names),
-        named(missing, names),
-        names,
-        group_norms,
-        group_names,
-    )
 
 
 def warn_of_nothing(text: str = _NOTHING) -> None:

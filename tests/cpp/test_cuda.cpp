@@ -88,8 +88,9 @@ struct Call {
   std::vector<double> max_norms{};  // one per group, on the device, instead of max_norm
 };
 
-// Clip the same memory with both engines and compare everything they tell and leave.
-void compare(List& list, const Call& call) {
+// Clip the same memory with both engines and compare everything they tell and leave. `in_two_steps`: a GPU
+// decides after it has measured, not at the end of it.
+void compare(List& list, const Call& call, bool in_two_steps) {
   const auto before = bytes_of(list);
   const std::vector<Span> spans = spans_of(list);
   const Plan plan = plan_of(spans);
@@ -98,10 +99,11 @@ void compare(List& list, const Call& call) {
   const std::span<const double> max_norms = call.max_norms.empty()
                                                 ? std::span<const double>(&call.max_norm, 1)
                                                 : std::span<const double>(call.max_norms);
-  const ClipDecision expected = decide_clip(call.order, sums, call.groups, group, false, max_norms,
-                                            call.grad_scale, call.policy, call.epsilon);
-  if (expected.action == ClipDecision::scale) cpu::scale(spans, plan, expected.factors);
-  if (expected.action == ClipDecision::zero) cpu::set_to_zero(spans, plan);
+  const ClipOptions options{call.policy, call.grad_scale, call.epsilon};
+  const Norms norms = norms_of(call.order, sums, call.groups, group, call.grad_scale);
+  const ClipDecision expected = decide_clip(norms, call.groups, max_norms, options);
+  if (expected.action == Action::scale) cpu::scale(spans, plan, expected.factors);
+  if (expected.action == Action::zero) cpu::set_to_zero(spans, plan);
   const auto after = bytes_of(list);
   restore(list, before);
 
@@ -110,40 +112,46 @@ void compare(List& list, const Call& call) {
   const cuda::ResultLayout at = gpu.layout();
   std::vector<double> memory(at.bytes() / 8, -7.0);
   auto* const result = reinterpret_cast<std::byte*>(memory.data());
-  cuda::Request request{call.order,  call.grad_scale,     {},
-                        call.policy, cuda::Request::clip, call.epsilon};
-  request.max_norm.value = call.max_norm;
-  if (call.on_device) request.max_norm = {0.0, &call.max_norm, DType::float64};
-  if (!call.max_norms.empty())
-    request.max_norm = {0.0, call.max_norms.data(), DType::float64, true};
-  gpu.measure(request, result, nullptr);
+  cuda::Decision decision{{call.max_norm}, options};
+  if (call.on_device) decision.limits = {0.0, &call.max_norm, DType::float64};
+  if (!call.max_norms.empty()) decision.limits = {0.0, call.max_norms.data(), DType::float64, true};
+  if (in_two_steps) {
+    gpu.measure(call.order, call.grad_scale, result, nullptr);
+    gpu.decide(decision, result, nullptr);
+  } else {
+    gpu.measure(call.order, call.grad_scale, result, nullptr, &decision);
+  }
   gpu.change(call.grad_scale, result, nullptr);
 
   const auto number = [&](std::size_t offset, std::size_t i) {
     return bits(memory[offset / 8 + i]);
   };
-  CHECK(number(at.total_norm(), 0) == bits(expected.total_norm));
+  CHECK(number(at.total_norm(), 0) == bits(norms.total));
   for (std::size_t i = 0; i < list.size(); ++i) {
     CAPTURE(i);
-    CHECK(number(at.norms(), i) == bits(expected.norms[i]));
+    CHECK(number(at.norms(), i) == bits(norms.tensors[i]));
   }
   for (std::size_t g = 0; g < at.groups; ++g) {
     CAPTURE(g);
-    CHECK(number(at.group_norms(), g) == bits(expected.group_norms[g]));
+    CHECK(number(at.group_norms(), g) == bits(norms.groups[g]));
     CHECK(number(at.coefficients(), g) == bits(expected.coefficients[g]));
   }
   cuda::ResultFlags flags{};
   std::memcpy(&flags, result + at.flags(), sizeof(flags));
   CHECK(flags.clipped == expected.clipped);
-  CHECK(flags.nonfinite_norm == expected.nonfinite_norm);
-  CHECK(flags.action == expected.action);
-  CHECK(flags.bad_threshold == 0);
+  CHECK(flags.nonfinite_norm == expected.any_nonfinite);
+  CHECK(flags.action == static_cast<std::uint8_t>(expected.action));
+  CHECK(flags.bad_limit == 0);
   std::vector<std::size_t> nonfinite;
   for (std::size_t i = 0; i < list.size(); ++i)
     if (result[at.nonfinite() + i] != std::byte{0}) nonfinite.push_back(i);
-  CHECK(nonfinite == expected.nonfinite);
+  CHECK(nonfinite == norms.odd);
   CHECK(bytes_of(list) == after);
   restore(list, before);
+}
+void compare(List& list, const Call& call) {
+  compare(list, call, false);
+  compare(list, call, true);
 }
 
 struct Settings {
@@ -354,8 +362,7 @@ TEST_CASE("sums go out to be reduced and come back") {
     const cuda::ResultLayout at = gpu.layout();
     std::vector<double> memory(at.bytes() / 8);
     auto* const result = reinterpret_cast<std::byte*>(memory.data());
-    cuda::Request request{order, 1.0, {1.0}, NonFinite::skip, cuda::Request::sums};
-    gpu.measure(request, result, nullptr);
+    gpu.measure(order, 1.0, result, nullptr);
     Table<NormSum> reduced;
     std::vector<double> twice;
     for (std::size_t g = 0; g < 2; ++g) {
@@ -363,11 +370,12 @@ TEST_CASE("sums go out to be reduced and come back") {
       twice.push_back(2.0 * to_plain(order, sums[g]));
       reduced.push_back(from_plain(twice[g]));
     }
-    request.until = cuda::Request::clip;
-    gpu.decide(request, twice.data(), result, nullptr);
-    const ClipDecision expected =
-        decide_clip(order, sums, groups, reduced, true, std::vector{1.0}, 1.0, NonFinite::skip);
-    CHECK(bits(memory[0]) == bits(expected.total_norm));
+    const cuda::Decision decision{{1.0}, {NonFinite::skip}};
+    gpu.take_sums(order, 1.0, twice.data(), result, nullptr, &decision);
+    Norms norms = norms_of(order, sums, groups, sums, 1.0);
+    take_sums(norms, order, reduced, 1.0);
+    const ClipDecision expected = decide_clip(norms, groups, std::vector{1.0}, decision.options);
+    CHECK(bits(memory[0]) == bits(norms.total));
     for (std::size_t g = 0; g < 2; ++g)
       CHECK(bits(memory[at.coefficients() / 8 + g]) == bits(expected.coefficients[g]));
   }
@@ -386,14 +394,13 @@ TEST_CASE("a threshold on the device that is not positive writes nothing and say
       cuda::List gpu(spans_of(list), groups, 0, nullptr);
       std::vector<double> memory(gpu.layout().bytes() / 8);
       auto* const result = reinterpret_cast<std::byte*>(memory.data());
-      cuda::Request request{
-          {}, 1.0, {0.0, &bad, DType::float32}, NonFinite::skip, cuda::Request::clip};
-      if (per_group) request.max_norm = {0.0, one_bad, DType::float32, true};
-      gpu.measure(request, result, nullptr);
+      cuda::Decision decision{{0.0, &bad, DType::float32}, {NonFinite::skip}};
+      if (per_group) decision.limits = {0.0, one_bad, DType::float32, true};
+      gpu.measure({}, 1.0, result, nullptr, &decision);
       gpu.change(1.0, result, nullptr);
       cuda::ResultFlags flags{};
       std::memcpy(&flags, result + gpu.layout().flags(), sizeof(flags));
-      CHECK(flags.bad_threshold == 1);
+      CHECK(flags.bad_limit == 1);
       CHECK(bytes_of(list) == before);
     }
 }
@@ -445,18 +452,18 @@ TEST_CASE("calls of a kept list take turns on the device, whatever their streams
   auto& waits = simt::machine().waits;
   using Waits = std::vector<std::pair<cuda::Stream, cuda::Stream>>;
   waits.clear();
-  gpu.measure({}, result, first);
+  gpu.measure({}, 1.0, result, first);
   gpu.change(1.0, result, first);
   CHECK(waits.empty());
   gpu.clip_by_value({1.0}, result, second);
   CHECK(waits == Waits{{second, first}});
-  gpu.measure({.order = {NormOrder::other, 3.0}}, result, first);
+  gpu.measure({NormOrder::other, 3.0}, 1.0, result, first);
   CHECK(waits == Waits{{second, first}, {first, second}});
-  gpu.measure({}, result, first);
+  gpu.measure({}, 1.0, result, first);
   CHECK(waits.size() == 2);
   // What is captured must not wait for what is not.
   simt::machine().is_capturing = true;
-  gpu.measure({}, result, second);
+  gpu.measure({}, 1.0, result, second);
   CHECK(waits.size() == 2);
   simt::machine().is_capturing = false;
   waits.clear();
@@ -468,12 +475,14 @@ TEST_CASE("launches, copies and allocations of a call") {
   for (int i = 0; i < 300; ++i) list.emplace_back(DType::float32, 64);
   for (const Tensor& tensor : list) tensor.fill(1, 1.0);
   compare(list, {});  // makes the workspace
-  const simt::Counters before = simt::counters();
-  compare(list, {});
-  CHECK(simt::counters().launches == before.launches + 2);
-  CHECK(simt::counters().copies == before.copies);
-  CHECK(simt::counters().allocations == before.allocations);
-  CHECK(simt::counters().waits == before.waits);
+  for (const bool in_two_steps : {false, true}) {
+    const simt::Counters before = simt::counters();
+    compare(list, {}, in_two_steps);
+    CHECK(simt::counters().launches == before.launches + (in_two_steps ? 3 : 2));
+    CHECK(simt::counters().copies == before.copies);
+    CHECK(simt::counters().allocations == before.allocations);
+    CHECK(simt::counters().waits == before.waits);
+  }
 }
 
 }  // namespace gradclip

@@ -13,17 +13,16 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler, OptState
 
 from gradclip._api import Thresholds
-from gradclip._dispatch import PlannedGradients, engine_of
+from gradclip._dispatch import read
 from gradclip._result import ClipResult
 from gradclip.torch._gradients import (
     PARAMETERS,
     Gradients,
+    OnDevice,
     as_number,
     as_threshold,
-    by_device,
     in_float_environment,
-    naming,
-    read_as_they_are,
+    read_or_convert,
     untraced,
     warn_if_nothing,
     written,
@@ -138,22 +137,18 @@ def _unscale_and_clip_(
     state = begin_unscaling(scaler, optimizer, "unscale_and_clip_")
     grads = _gradients(parameters)
 
-    def at_once(read: PlannedGradients, grads: Gradients) -> Tensor:
-        result = read.clip(limit, order, None, scaler.get_scale(), "skip", None, EPSILON)
-        norm = measured(state, grads, result.total_norm, read.has_float64)
-        warn_if_nothing(grads)
+    def clip(found: list[OnDevice], tensors: Gradients) -> Tensor | None:
+        if order <= 0 or len(found) > 1:
+            return None
+        gradients = found[0].read if found else read(tensors)
+        result = gradients.clip(limit, order, None, scaler.get_scale(), "skip", None, EPSILON)
+        norm = measured(state, tensors, result.total_norm, gradients.has_float64)
+        warn_if_nothing(tensors)
         return norm
 
-    try:
-        return at_once(read_as_they_are(grads), grads)
-    except (TypeError, ValueError):
-        pass
-    with written(grads, PARAMETERS) as plain, naming(PARAMETERS):
-        lists = by_device(plain)
-        if order > 0 and len(lists) <= 1:
-            return at_once(engine_of(plain)[0].read(plain), plain)
-        for device_grads in lists.values():
-            engine_of(device_grads)[0].read(device_grads).require_writable()
+    total = read_or_convert(grads, PARAMETERS, written, clip)
+    if total is not None:
+        return total
     scaler.unscale_(unwrapped(optimizer))
     return clip_gradients_(grads, limit, order, False)
 

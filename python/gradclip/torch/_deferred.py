@@ -40,8 +40,8 @@ def defer_clip_(
     set here to ``(norm + 1e-6) / max_norm`` for one step, where it is above 1: no pass over memory is made
     for clipping alone. The step itself writes the divided gradients back.
 
-    A second call before the step takes the place of the first. Of a step that never comes, or raises, the
-    scale stays in ``optimizer.grad_scale`` until the next call here, or until it is deleted.
+    A second call before the step takes the place of the first. If the step never comes, or raises, the scale
+    stays in ``optimizer.grad_scale`` until the next call here, or until somebody deletes it.
 
     Division by a float32 in place of a multiplication by the coefficient rounds otherwise: parameters can
     differ from those after :func:`clip_grad_norm_` in their last bits. For bits that are the same with and

@@ -7,14 +7,14 @@ import math
 import re
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, ParamSpec, SupportsFloat, TypeAlias, TypeVar
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple, ParamSpec, SupportsFloat, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from gradclip import _core, _dispatch
-from gradclip._dispatch import PlannedGradients, engine_of, why_no_gpu
+from gradclip._dispatch import ReadGradients, read, why_no_gpu
 from gradclip._result import warn_of_nothing
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "TENSORS",
     "Gradients",
     "Names",
+    "OnDevice",
     "UnsupportedGradientError",
     "as_limit",
     "as_list",
@@ -31,16 +32,17 @@ __all__ = [
     "by_device",
     "carried",
     "carry",
+    "checking",
     "combine",
     "gradients_of",
     "in_float_environment",
     "mark_written",
     "name_of",
-    "naming",
     "norm_dtype",
     "norm_of",
-    "read_as_they_are",
+    "read_or_convert",
     "readable",
+    "reading",
     "refuse_graphs",
     "untraced",
     "warn_if_nothing",
@@ -58,6 +60,7 @@ _T = TypeVar("_T")
 
 _COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
+_CPU = torch.device("cpu")
 _WIDE = (torch.float64, torch.complex128)
 _LARGEST_FLOAT32 = torch.finfo(torch.float32).max
 
@@ -171,23 +174,73 @@ def naming(names: Names) -> Iterator[None]:
         yield
     except (TypeError, ValueError) as error:
         message = re.sub(r"\bgrads\[(\d+)\]", lambda match: name_of(names, int(match[1])), str(error))
+        if message == str(error):
+            raise
         raise type(error)(message) from None
 
 
-def read_as_they_are(grads: Gradients) -> PlannedGradients:
-    """Let the engine of the first read them all.
+class OnDevice(NamedTuple):
+    """The gradients of one device, read by its engine."""
 
-    Raises:
-        TypeError: One of them needs a second look.
-        ValueError: The same.
+    read: ReadGradients
+    device: torch.device
+
+
+# What is done with gradients that have been read, for each device; and with the tensors.
+Use: TypeAlias = Callable[[list[OnDevice], Gradients], _T]
+
+
+def read_or_convert(
+    grads: Gradients,
+    names: Names,
+    convert: Callable[[Gradients, Names], AbstractContextManager[Gradients]],
+    use: Use[_T],
+    keys: Sequence[str] | None = None,
+) -> _T:
+    """Use gradients as an engine reads them: as they are, or else after a conversion.
+
+    Code of the user's (``reduce``, a policy) runs in ``use``, once: errors are caught around reading alone.
+
+    Args:
+        grads: Tensors of any kind.
+        names: What they are called in errors.
+        convert: :func:`written` or another one, which says what is wrong with those that nobody reads.
+        use: What is done with them. None of them is written before all can be.
+        keys: What results call them; all have to lie on one device then.
     """
+
+    def read_list(tensors: Gradients) -> ReadGradients:
+        return read(tensors if keys is None else dict(zip(keys, tensors, strict=True)))
+
+    device = next((getattr(grad, "device", _CPU) for grad in grads if grad is not None), _CPU)
     try:
-        return engine_of(grads)[0].read(grads)
-    except RuntimeError as error:  # no memory (functorch, nested tensors), no engine for a GPU
-        raise TypeError(str(error)) from error
+        as_they_are = read_list(grads)
+        as_they_are.require_writable()  # also what is only measured: what two share counts once
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: no memory (functorch), no engine for a GPU
+        pass
+    else:
+        with naming(names):
+            return use([OnDevice(as_they_are, device)], grads)
+    with convert(grads, names) as plain, naming(names):
+        lists = by_device(plain) if keys is None else {device: plain}
+        found = [OnDevice(read_list(each), where) for where, each in lists.items()]
+        if convert is not reading:
+            for each, _ in found:
+                each.require_writable()
+        return use(found, plain)
 
 
-# --- The second look: what an engine does not read as it is -------------------------------------------
+# --- Conversions of what an engine does not read as it is ---------------------------------------------
+
+
+def reading(grads: Gradients, names: Names) -> AbstractContextManager[Gradients]:
+    """As :func:`readable`, for :func:`read_or_convert`."""
+    return nullcontext(readable(grads, names))
+
+
+def checking(grads: Gradients, names: Names) -> AbstractContextManager[Gradients]:
+    """As :func:`writable`, for :func:`read_or_convert`: what is to be written is measured first."""
+    return nullcontext(writable(grads, names))
 
 
 def readable(grads: Gradients, names: Names) -> list[Tensor | None]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from gradclip.torch._collective import open_group
+from gradclip.distributed._collective import open_group
 from gradclip.torch._dtensor import dtensor_type, local_part, without_partial
 from gradclip.torch._gradients import Gradients, Names, name_of, norm_dtype
 
@@ -75,7 +75,7 @@ class Layout:
         known = (
             [p if g is None else g for g, p in zip(grads, parameters, strict=True)] if parameters else grads
         )
-        tensors = [tensor for tensor in known if isinstance(tensor, Tensor)]  # the rest is told later
+        tensors = [tensor for tensor in known if isinstance(tensor, Tensor)]  # the rest is reported later
         layout.dtype = norm_dtype(tensors)
         if tensors:
             first: Any = tensors[0]

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence, Sized
-from typing import Any, Literal, SupportsFloat, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from gradclip._api import NonFinite, Reduce
-from gradclip._dispatch import engine_of
+from gradclip._api import NonFinite, Reduce, Thresholds
+from gradclip._measured import Policy, clip
 from gradclip._result import ClipResult
 from gradclip.torch._dtensor import is_dtensor
 from gradclip.torch._gradients import (
+    Gradients,
+    OnDevice,
     UnsupportedGradientError,
     in_float_environment,
+    read_or_convert,
     untraced,
     warn_if_nothing,
     written,
@@ -30,7 +32,7 @@ ModuleGroups: TypeAlias = Literal["tensor", "module"] | int | Sequence[str] | No
 @in_float_environment
 def clip_module_(
     module: torch.nn.Module | Iterable[tuple[str, Tensor]],
-    max_norm: SupportsFloat | Sequence[float],
+    max_norm: Thresholds | Policy,
     *,
     ord: float = 2,
     groups: ModuleGroups = None,
@@ -48,7 +50,7 @@ def clip_module_(
         module: A module, or what its ``named_parameters()`` yields. All gradients on one device.
         max_norm: The threshold, not negative; with ``groups``, also one per group, in the order in which the
             groups first appear or by their names; ``None`` leaves a group alone. On a GPU also a tensor
-            there.
+            there. Or a policy, as for :func:`gradclip.clip_by_global_norm_`.
         ord: As for :func:`gradclip.tensor_norms`.
         groups: Parameters that share one norm. ``None``: all. ``"tensor"``: each its own. ``"module"``:
             those of one submodule, ``h.0.attn.weight`` and ``h.0.attn.bias``. A depth: those whose names
@@ -219,22 +221,11 @@ def clip_named_(
     """Clip the gradients of parameters with names. ``epsilon`` is added to norms."""
     names = list(parameters)
     grads = [_grad(parameter, name) for name, parameter in parameters.items()]
-    device = next((grad.device for grad in grads if grad is not None), None)
-    if device is not None and device.type == "cuda" and isinstance(max_norm, Sequence):
-        limits = [math.inf if limit is None else limit for limit in max_norm]
-        on_host = torch.tensor(limits, dtype=torch.float64, device="cpu")
-        max_norm = on_host.to(device, non_blocking=True)  # which is staged: nobody waits
 
-    def clip(grads: Sequence[Tensor | None]) -> ClipResult:
-        named = dict(zip(names, grads, strict=True))
-        read = engine_of(named)[0].read(named)
-        return read.clip(max_norm, ord, group_of, grad_scale, nonfinite, reduce, epsilon)
+    def clip_read(found: list[OnDevice], _: Gradients) -> ClipResult:
+        return clip(found[0].read, max_norm, ord, group_of, grad_scale, nonfinite, reduce, epsilon)
 
-    try:
-        result = clip(grads)
-    except (TypeError, ValueError):  # something among them needs a second look
-        with written(grads, [f"{name}.grad" for name in names]) as plain:
-            result = clip(plain)
+    result = read_or_convert(grads, [f"{name}.grad" for name in names], written, clip_read, names)
     if reduce is None:
         warn_if_nothing(grads)
     return result

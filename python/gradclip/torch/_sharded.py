@@ -12,30 +12,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from gradclip._dispatch import PlannedGradients, engine_of
-from gradclip.torch._collective import device_for, reduced
+from gradclip._dispatch import ReadGradients
+from gradclip.distributed._collective import device_for, reduced
 from gradclip.torch._dtensor import writable_parts
 from gradclip.torch._gradients import (
     PARAMETERS,
     TENSORS,
     Gradients,
     Names,
+    OnDevice,
     UnsupportedGradientError,
     as_number,
     as_threshold,
-    by_device,
     carry,
+    checking,
     gradients_of,
     mark_written,
-    naming,
-    readable,
+    read_or_convert,
+    reading,
     untraced,
     writable,
 )
@@ -44,6 +46,8 @@ from gradclip.torch._local import EPSILON, norms_of, scale_by_norm_
 from gradclip.torch._nonfinite import count_nonfinite, describe, nonfinite_error
 
 __all__ = ["clip_grad_norm_", "get_total_norm"]
+
+_Convert: TypeAlias = Callable[[Gradients, Names], AbstractContextManager[Gradients]]
 
 
 @untraced
@@ -69,7 +73,7 @@ def get_total_norm(
 ) -> Tensor:
     """The drop-in, for tensors that are spread over ranks."""
     layout = Layout.of(tensors, (), group, TENSORS)
-    total, _ = _total_norm(layout, norm_type, error_if_nonfinite, TENSORS, lambda: None, readable)
+    total, _ = _total_norm(layout, norm_type, error_if_nonfinite, TENSORS, lambda: None, reading)
     return carry(layout.as_returned(total), total)
 
 
@@ -92,10 +96,10 @@ def _clip(
         if layout.has_graph or layout.measured is not layout.parts:
             writable(writable_parts(grads, names), names)
 
-    total, read = _total_norm(layout, norm_type, error_if_nonfinite, names, check, writable)
+    total, read = _total_norm(layout, norm_type, error_if_nonfinite, names, check, checking)
     limit = max_norm if on_device else float(max_norm)
     if read is not None and layout.measured is layout.parts:
-        read.clip_with_norm(total if total.is_cuda else total.item(), limit, EPSILON)
+        read.with_norm(total if total.is_cuda else total.item()).clip(limit, "propagate", EPSILON)
         mark_written(layout.parts)
     else:
         scale_by_norm_(layout.parts, limit, total, names)
@@ -110,12 +114,13 @@ def _total_norm(
     error_if_nonfinite: bool,
     names: Names,
     check: Callable[[], None],
-    prepare: Callable[[Gradients, Names], Gradients],
-) -> tuple[Tensor, PlannedGradients | None]:
+    convert: _Convert,
+) -> tuple[Tensor, ReadGradients | None]:
     """The norm over all ranks: a 0-d tensor of float64, the same bits on each.
 
     Where it lies on a GPU nothing has waited, except for ``error_if_nonfinite``; without that, it is NaN
-    there if ranks failed or disagree. Beside it, what the engine read, if that are the tensors as they are.
+    there if ranks failed or disagree. Besides, the tensors as the engine has read them, where it read them as
+    they are.
     """
     order = as_number(norm_type, "norm_type")
     if not order > 0:
@@ -132,7 +137,7 @@ def _total_norm(
                 "have, got one without: no rank could add up all norms"
             )
         check()
-        local = _measure(layout, order, names, prepare)
+        local = _measure(layout, order, names, convert)
     except Exception as caught:  # The others are about to wait for this rank.
         error = caught
         own = own._replace(failure=(_kind_of(caught), str(caught)))
@@ -157,39 +162,23 @@ class _Local(NamedTuple):
 
     sums: Tensor  # one for each set
     tensors: Gradients
-    read: PlannedGradients | None
+    read: ReadGradients | None  # of the tensors as they are
 
 
-def _measure(
-    layout: Layout, order: float, names: Names, prepare: Callable[[Gradients, Names], Gradients]
-) -> _Local:
-    """Let an engine read the tensors as they are; if it does not, look at each of them first."""
-    found: list[Tensor] = []
-
-    def keep(sums: Any) -> Any:
-        own = sums if isinstance(sums, Tensor) else torch.from_numpy(sums)
-        found.append(own.to(layout.device, copy=True))
-        return sums
-
-    def measure(tensors: Gradients) -> PlannedGradients:
-        # What an engine hands to `reduce` are its sums of each set. Infinity clips nothing.
-        read = engine_of(tensors)[0].read(tensors)
-        read.clip(math.inf, order, layout.labels, 1.0, "propagate", keep)
-        return read
+def _measure(layout: Layout, order: float, names: Names, convert: _Convert) -> _Local:
+    def measure(found: list[OnDevice], tensors: Gradients) -> _Local:
+        sums = [read.measure(order, layout.labels, 1.0, None).group_sums for read, _ in found]
+        there = [
+            (own if isinstance(own, Tensor) else torch.from_numpy(own)).to(layout.device, copy=True)
+            for own in sums
+        ]
+        stacked = torch.stack(there or [_zeros(layout)])
+        as_they_are = found[0].read if tensors is layout.measured else None
+        return _Local(stacked.amax(0) if math.isinf(order) else stacked.sum(0), tensors, as_they_are)
 
     if not layout.parts:  # no labels, of which an engine would make no sum
         return _Local(_zeros(layout), [], None)
-    try:
-        read = measure(layout.measured)
-        return _Local(found[0], layout.measured, read)
-    except (TypeError, ValueError):
-        found.clear()
-    tensors = prepare(layout.measured, names)
-    with naming(names):
-        for each in by_device(tensors).values():
-            measure(each)
-    stacked = torch.stack(found or [_zeros(layout)])
-    return _Local(stacked.amax(0) if math.isinf(order) else stacked.sum(0), tensors, None)
+    return read_or_convert(layout.measured, names, convert, measure)
 
 
 def _zeros(layout: Layout) -> Tensor:
@@ -218,7 +207,7 @@ def _kind_of(error: Exception) -> str:
 
 
 class _Joint:
-    """The reductions of one call, and what the ranks have told each other about it."""
+    """The reductions of one call, and what the ranks have reported to each other."""
 
     def __init__(self, order: float, error_if_nonfinite: bool, layout: Layout, own: _Report) -> None:
         self._order = order
@@ -283,7 +272,7 @@ class _Joint:
     def check(self, error: Exception | None) -> None:
         """Raise what a rank failed with (this one: with ``error``); or that ranks disagree."""
         if error is not None and len(self._reports) == 1:
-            raise error  # The others were not told.
+            raise error  # The others do not know.
         failures = [
             (rank, *report.failure) for rank, report in sorted(self._reports.items()) if report.failure
         ]

@@ -166,7 +166,11 @@ inline cudaError_t cudaMallocHost(void** memory, std::size_t bytes) {
   return cudaMalloc(memory, bytes);
 }
 inline cudaError_t cudaFreeHost(void* memory) { return cudaFree(memory); }
-enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2 };
+enum cudaMemcpyKind {
+  cudaMemcpyHostToDevice = 1,
+  cudaMemcpyDeviceToHost = 2,
+  cudaMemcpyDeviceToDevice = 3
+};
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes,
                                    cudaMemcpyKind kind, cudaStream_t stream) {
   // The default stream is the current device's: of another one's work it knows nothing. (CUDA copies,

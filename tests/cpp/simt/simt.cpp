@@ -48,7 +48,7 @@ struct Grid {
 Grid* grid = nullptr;
 Thread* current = nullptr;
 std::vector<std::unique_ptr<Fiber>> spare_fibers;
-std::mt19937 random_engine;
+std::mt19937 random_engine;  // NOLINT(bugprone-random-generator-seed): seeded by every launch
 
 std::string text(Place place) { return std::string(place.file) + ":" + std::to_string(place.line); }
 std::string text(const Thread& thread) {

@@ -7,21 +7,21 @@
 namespace gradclip::bindings {
 
 // The current device while it lives.
-class OnDevice {
+class DeviceGuard {
  public:
-  explicit OnDevice(int device) : before_(cuda::current_device()) {
+  explicit DeviceGuard(int device) : before_(cuda::current_device()) {
     if (device != before_) cuda::set_device(device);
     changed_ = device != before_;
   }
-  ~OnDevice() {
+  ~DeviceGuard() {
     try {
       if (changed_) cuda::set_device(before_);
     } catch (const std::exception&) {
-      // It was the current one a moment ago: nothing on it works any more, as the next call will say.
+      return;  // It was the current one a moment ago: nothing works any more, as the next call will say.
     }
   }
-  OnDevice(const OnDevice&) = delete;
-  OnDevice& operator=(const OnDevice&) = delete;
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
   int before_;

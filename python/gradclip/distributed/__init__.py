@@ -85,7 +85,8 @@ def process_group(group: ProcessGroup | None = None, ord: float = 2) -> Reductio
         array([5.])
         >>> dist.destroy_process_group()
     """
-    from gradclip.torch._collective import device_for, open_group, reduced  # noqa: PLC0415 (optional)
+    import gradclip.torch  # noqa: F401, PLC0415 (says what to install where there is no PyTorch)
+    from gradclip.distributed._collective import device_for, open_group, reduced  # noqa: PLC0415 (optional)
 
     order = _order(ord)
     import torch  # noqa: PLC0415

@@ -1,0 +1,49 @@
+// Measure, decide, apply on a device: the twin of measured.hpp. What was measured stays there.
+#pragma once
+
+#include <memory>
+
+#include "bindings/arguments.hpp"
+#include "bindings/device_gradients.hpp"
+
+namespace gradclip::bindings {
+
+class DeviceCall;
+
+class DeviceMeasured {
+ public:
+  DeviceMeasured(std::shared_ptr<DeviceGradients> grads, const MeasureArguments& arguments,
+                 std::uintptr_t stream);
+  // `norm`: a float64 number on the device.
+  DeviceMeasured(std::shared_ptr<DeviceGradients> grads, const py::object& norm,
+                 std::uintptr_t stream);
+
+  // These return what `make` has made and, if asked to raise, what count_nonfinite() returns, else None.
+  static py::tuple clip(const std::shared_ptr<DeviceGradients>& grads, const py::object& max_norm,
+                        const py::object& ord, const py::object& groups,
+                        const py::object& grad_scale, const py::object& nonfinite,
+                        const py::object& reduce, std::uintptr_t stream, double epsilon,
+                        const py::object& make);
+  py::tuple clip_measured(const py::object& max_norm, const py::object& nonfinite,
+                          std::uintptr_t stream, double epsilon, const py::object& make);
+  py::tuple scale_measured(const py::object& coefficients, std::uintptr_t stream,
+                           const py::object& make);
+
+  const py::object& memory() const { return memory_; }
+  std::size_t groups() const { return groups_; }
+  bool is_global() const { return named_.groups.kind == Groups::all; }
+  const py::object& group_names() const { return named_.names; }
+
+ private:
+  py::tuple apply(const py::object& limits, bool are_coefficients, const ClipOptions& options,
+                  std::uintptr_t stream, const py::object& make);
+
+  std::shared_ptr<DeviceGradients> grads_;
+  NamedGroups named_;
+  double grad_scale_ = 1.0;
+  std::size_t groups_ = 1;
+  py::object memory_;  // laid out as cuda::ResultLayout says
+  bool is_used_ = false;
+};
+
+}  // namespace gradclip::bindings

@@ -1,0 +1,230 @@
+#include "bindings/measured.hpp"
+
+#include <structmember.h>
+
+#include <array>
+#include <stdexcept>
+
+#include "bindings/convert.hpp"
+#include "bindings/text.hpp"
+
+namespace gradclip::bindings {
+namespace {
+
+Table<double> plain_sums(const NormOrder& order, const Table<NormSum>& sums) {
+  return decide([&] {
+    Table<double> plain;
+    plain.reserve(sums.size());
+    for (const NormSum& sum : sums) plain.push_back(to_plain(order, sum));
+    return plain;
+  });
+}
+
+// Hand this process's sums to the caller's `reduce` and take the sums over all processes. What its code
+// raises, also as an array is made of what it returns, goes on as it is.
+Table<NormSum> reduce_sums(const py::object& reduce, const NormOrder& order,
+                           const Table<NormSum>& sums) {
+  const Table<double> plain = plain_sums(order, sums);
+  const py::object as_array = py::module_::import("numpy").attr("asarray");
+  const py::array any = as_array(reduce(to_array(plain)));
+  const char kind = any.dtype().kind();
+  if (kind != 'f' && kind != 'i' && kind != 'u')
+    throw py::type_error("reduce: expected an array of float64 sums, got dtype " +
+                         str_text(any.dtype()));
+  const py::array_t<double> reduced = as_array(any, "float64");
+  if (reduced.ndim() != 1 || reduced.shape(0) != static_cast<py::ssize_t>(plain.size()))
+    throw py::value_error("reduce: expected sums of shape (" + std::to_string(plain.size()) +
+                          ",), got shape " + str_text(reduced.attr("shape")));
+  Table<NormSum> result;
+  decide([&] {
+    for (py::ssize_t g = 0; g < reduced.shape(0); ++g) {
+      const double sum = reduced.at(g);
+      if (sum < 0.0)
+        throw py::value_error("reduce: expected sums that are not negative, got " +
+                              std::to_string(sum) + " for group " + std::to_string(g));
+      result.push_back(from_plain(sum + 0.0));  // no -0
+    }
+  });
+  return result;
+}
+
+// Of those tensors that hold elements which are not finite. A sum that is not finite need not mean that:
+// the magnitude of a finite complex128 element can be beyond float64.
+std::vector<NonFiniteEntry> count_nonfinite(const Gradients& grads,
+                                            const std::vector<std::size_t>& tensors) {
+  std::vector<NonFiniteEntry> counts;
+  if (tensors.empty()) return counts;
+  run([&] {
+    for (const std::size_t i : tensors) {
+      const cpu::NonFiniteCounts count = cpu::count_nonfinite(grads.spans()[i]);
+      if (count.nan + count.infinity > 0) counts.push_back({i, count});
+    }
+  });
+  return counts;
+}
+
+// The threshold and the policy of a clip, whose groups are known.
+struct ClipArguments {
+  Table<double> thresholds;
+  ClipOptions options;
+
+  ClipArguments(const py::object& max_norm, const py::object& nonfinite, double epsilon,
+                const NamedGroups& groups, std::size_t tensors, double grad_scale)
+      : thresholds(limits_of_groups(max_norm, groups, tensors, false)),
+        options{nonfinite_policy(nonfinite), grad_scale, epsilon} {}
+};
+
+}  // namespace
+
+namespace {
+
+py::object in_result_module(const char* name) {
+  return checked(PyImport_ImportModule("gradclip._result")).attr(name);
+}
+
+// A gradclip.ClipResult. Its frozen fields are slots, which are filled here: its own __init__ takes as long
+// as to measure a small gradient.
+class ResultMaker {
+ public:
+  ResultMaker() : type_(in_result_module("ClipResult")) {
+    const char* const names[kFields] = {"total_norm", "norms",       "coefficient",
+                                        "clipped",    "nonfinite",   "missing",
+                                        "names",      "group_norms", "group_names"};
+    for (std::size_t i = 0; i < kFields; ++i) {
+      const py::object slot = type_.attr(names[i]);
+      if (Py_TYPE(slot.ptr()) != &PyMemberDescr_Type)
+        throw std::logic_error(std::string("ClipResult: expected slots, got another ") + names[i]);
+      offsets_[i] = reinterpret_cast<PyMemberDescrObject*>(slot.ptr())->d_member->offset;
+    }
+  }
+  static constexpr std::size_t kFields = 9;
+
+  py::object make(const std::array<py::object, kFields>& values) const {
+    auto* const type = reinterpret_cast<PyTypeObject*>(type_.ptr());
+    py::object result = checked(type->tp_alloc(type, 0));
+    for (std::size_t i = 0; i < kFields; ++i)
+      *reinterpret_cast<PyObject**>(reinterpret_cast<char*>(result.ptr()) + offsets_[i]) =
+          py::object(values[i]).release().ptr();
+    return result;
+  }
+
+ private:
+  py::object type_;
+  Py_ssize_t offsets_[kFields];
+};
+
+[[noreturn]] void raise_nonfinite(const std::vector<NonFiniteEntry>& entries,
+                                  const py::object& names, const py::object& norms) {
+  const py::object counts = checked(PyList_New(0));
+  for (const auto& [tensor, elements] : entries) {
+    const py::object entry = checked(Py_BuildValue("(nLL)", static_cast<Py_ssize_t>(tensor),
+                                                   static_cast<long long>(elements.nan),
+                                                   static_cast<long long>(elements.infinity)));
+    if (PyList_Append(counts.ptr(), entry.ptr()) != 0) throw py::error_already_set();
+  }
+  const py::object error = in_result_module("nonfinite_error")(counts, names, norms);
+  PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error.ptr())), error.ptr());
+  throw py::error_already_set();
+}
+
+}  // namespace
+
+py::object make_result(double total, const Table<double>& norms, const py::object& coefficient,
+                       bool clipped, const std::vector<std::size_t>& nonfinite,
+                       const Gradients& grads, const Table<double>& group_norms,
+                       const py::object& group_names) {
+  PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<ResultMaker> storage;
+  const ResultMaker& maker =
+      storage.call_once_and_store_result([] { return ResultMaker(); }).get_stored();
+  const py::object& names = grads.names();
+  return maker.make({to_float(total), to_array(norms), coefficient, py::bool_(clipped),
+                     to_named(nonfinite, names), to_named(grads.missing(), names), names,
+                     to_array(group_norms), group_names});
+}
+
+Measured::Measured(std::shared_ptr<const Gradients> grads, const MeasureArguments& arguments)
+    : grads_(std::move(grads)),
+      order_(arguments.order),
+      named_(arguments.groups),
+      grad_scale_(arguments.grad_scale) {
+  const Table<NormSum> sums =
+      run([&] { return cpu::measure(grads_->spans(), grads_->plan(), order_); });
+  sums_ = decide([&] { return sums_of_groups(order_, sums, named_.groups); });
+  norms_ = decide([&] { return norms_of(order_, sums, named_.groups, sums_, grad_scale_); });
+  nonfinite_ = count_nonfinite(*grads_, norms_.odd);
+  if (arguments.reduce.is_none()) return;
+  const Table<NormSum> reduced = reduce_sums(arguments.reduce, order_, sums_);
+  decide([&] { take_sums(norms_, order_, reduced, grad_scale_); });
+}
+
+Measured::Measured(std::shared_ptr<const Gradients> grads, double norm) : grads_(std::move(grads)) {
+  norms_.total = norm;
+  norms_.tensors.assign(grads_->spans().size(), quiet_nan());
+  norms_.groups.assign(1, norm);
+}
+
+py::object Measured::clip(const std::shared_ptr<const Gradients>& grads, const py::object& max_norm,
+                          const py::object& ord, const py::object& groups,
+                          const py::object& grad_scale, const py::object& nonfinite,
+                          const py::object& reduce, double epsilon) {
+  const MeasureArguments measure(*grads, ord, groups, grad_scale, reduce);
+  const ClipArguments clip(max_norm, nonfinite, epsilon, measure.groups, grads->spans().size(),
+                           measure.grad_scale);
+  grads->require_writable();
+  grads->recheck(HostReader{}, max_norm, ord, groups, grad_scale, nonfinite);
+  Measured measured(grads, measure);
+  if (!reduce.is_none()) grads->require_unchanged(HostReader{});
+  return measured.apply(clip.thresholds, clip.options);
+}
+
+py::object Measured::clip_measured(const py::object& max_norm, const py::object& nonfinite,
+                                   double epsilon) {
+  const ClipArguments clip(max_norm, nonfinite, epsilon, named_, grads_->spans().size(),
+                           grad_scale_);
+  require_first_use();
+  return apply(clip.thresholds, clip.options);
+}
+
+py::object Measured::scale_measured(const py::object& coefficients) {
+  const Table<double> numbers =
+      limits_of_groups(coefficients, named_, grads_->spans().size(), true);
+  require_first_use();
+  return apply(numbers, {NonFinite::propagate, grad_scale_, 0.0, true});
+}
+
+std::vector<std::size_t> Measured::nonfinite() const {
+  std::vector<std::size_t> tensors;
+  for (const NonFiniteEntry& entry : nonfinite_) tensors.push_back(entry.tensor);
+  return tensors;
+}
+
+Table<double> Measured::group_sums() const { return plain_sums(order_, sums_); }
+
+void Measured::require_first_use() const {
+  if (is_used_) refuse_second_use();
+  grads_->require_writable();
+  grads_->require_unchanged(HostReader{});
+}
+
+py::object Measured::apply(const Table<double>& limits, const ClipOptions& options) {
+  const ClipDecision decision =
+      decide([&] { return decide_clip(norms_, named_.groups, limits, options); });
+  if (decision.any_nonfinite && options.nonfinite == NonFinite::raise)
+    raise_nonfinite(nonfinite_, grads_->names(), to_array(norms_.tensors));
+  py::object result = make_result(
+      norms_.total, norms_.tensors,
+      is_global() ? to_float(decision.coefficients[0]) : to_array(decision.coefficients),
+      decision.clipped, nonfinite(), *grads_, norms_.groups, named_.names);
+  is_used_ = true;
+  if (decision.action == Action::nothing) return result;
+  grads_->mark_written();
+  run([&] {
+    if (decision.action == Action::scale)
+      cpu::scale(grads_->spans(), grads_->plan(), decision.factors);
+    else
+      cpu::set_to_zero(grads_->spans(), grads_->plan());
+  });
+  return result;
+}
+
+}  // namespace gradclip::bindings

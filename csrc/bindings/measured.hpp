@@ -1,0 +1,68 @@
+// Measure, decide, apply: what was measured of gradients on the CPU, and the way from there to memory.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <memory>
+#include <vector>
+
+#include "bindings/arguments.hpp"
+#include "bindings/gradients.hpp"
+#include "core/clip.hpp"
+#include "cpu/engine.hpp"
+
+namespace gradclip::bindings {
+
+// A tensor that holds elements which are not finite.
+struct NonFiniteEntry {
+  std::size_t tensor;
+  cpu::NonFiniteCounts elements;
+};
+
+// A gradclip.ClipResult: made before anything is written, so that nothing can fail after.
+py::object make_result(double total, const Table<double>& norms, const py::object& coefficient,
+                       bool clipped, const std::vector<std::size_t>& nonfinite,
+                       const Gradients& grads, const Table<double>& group_norms,
+                       const py::object& group_names);
+
+class Measured {
+ public:
+  // In one pass. Calls `reduce`, unless it is None, with the sums of the groups.
+  Measured(std::shared_ptr<const Gradients> grads, const MeasureArguments& arguments);
+  // As somebody has measured: all gradients together have this norm. Those of tensors are not known.
+  Measured(std::shared_ptr<const Gradients> grads, double norm);
+
+  // All arguments of a clip are checked before anything is measured.
+  static py::object clip(const std::shared_ptr<const Gradients>& grads, const py::object& max_norm,
+                         const py::object& ord, const py::object& groups,
+                         const py::object& grad_scale, const py::object& nonfinite,
+                         const py::object& reduce, double epsilon);
+
+  // Once: what is in memory afterwards was not measured.
+  py::object clip_measured(const py::object& max_norm, const py::object& nonfinite, double epsilon);
+  py::object scale_measured(const py::object& coefficients);
+
+  const Gradients& gradients() const { return *grads_; }
+  const Norms& norms() const { return norms_; }
+  const py::object& group_names() const { return named_.names; }
+  bool is_global() const { return named_.groups.kind == Groups::all; }
+  // Tensors with elements that are not finite.
+  std::vector<std::size_t> nonfinite() const;
+  // This process's, as `reduce` gets them.
+  Table<double> group_sums() const;
+
+ private:
+  void require_first_use() const;
+  py::object apply(const Table<double>& limits, const ClipOptions& options);
+
+  std::shared_ptr<const Gradients> grads_;
+  NormOrder order_;
+  NamedGroups named_;
+  double grad_scale_ = 1.0;
+  Table<NormSum> sums_;  // of this process's groups
+  Norms norms_;
+  std::vector<NonFiniteEntry> nonfinite_;
+  bool is_used_ = false;
+};
+
+}  // namespace gradclip::bindings

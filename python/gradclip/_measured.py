@@ -1,0 +1,191 @@
+"""What was measured of gradients, between measuring and clipping them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+
+from gradclip._result import ClipResult, by_name, count_of, norm_rows
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from gradclip._api import NonFinite, Thresholds
+    from gradclip._dispatch import MeasuredGradients, ReadGradients
+
+__all__ = ["Measured", "Policy", "clip"]
+
+
+class Policy(Protocol):
+    """What turns measured norms into thresholds: it is passed where a threshold is."""
+
+    def thresholds(self, measured: Measured) -> Thresholds:
+        """One for all groups, or one for each; on a GPU best an array there, for which nothing waits."""
+
+
+class Measured:
+    """What was measured of gradients by :func:`gradclip.measure`, and the way from there to clipping them.
+
+    Between the two anybody may decide: what is called here does not measure again, so that clipping by a
+    threshold that was found in between costs as much as by one that was known before. It is for the
+    gradients as they were measured, so it clips or scales once. A gradient that has been given other memory
+    since is noticed, one whose elements somebody has changed is not.
+
+    On a GPU the norms are arrays there, and what needs them on the host (``nonfinite``, ``named_norms()``,
+    ``repr``) waits.
+
+    Attributes:
+        total_norm: Norm over all gradients, divided by ``grad_scale``; over all processes with ``reduce``.
+        norms: One norm per gradient of this process, float64, shape ``(len(grads),)``. ``None`` entries have
+            norm 0.
+        group_norms: One norm per group, float64, as ``total_norm``.
+        nonfinite: The gradients that hold an infinity or a NaN: their indices, or their names when the
+            call was given a mapping.
+        missing: The gradients that were ``None``, as in ``nonfinite``.
+        names: The keys of the mapping that the call was given; ``None`` for a sequence.
+        group_names: What the groups are called, where the call named them.
+
+    Example:
+        >>> import numpy as np, gradclip
+        >>> grads = {"w": np.array([3.0, 4.0]), "b": np.array([12.0])}
+        >>> measured = gradclip.measure(grads)
+        >>> measured.total_norm
+        13.0
+        >>> measured.clip_(max_norm=measured.norms.max()).coefficient == 12 / 13
+        True
+    """
+
+    __slots__ = ("_measured",)
+
+    def __init__(self, measured: MeasuredGradients) -> None:
+        self._measured = measured
+
+    @property
+    def total_norm(self) -> float:
+        return self._measured.total_norm  # type: ignore[no-any-return]
+
+    @property
+    def norms(self) -> npt.NDArray[np.float64]:
+        return self._measured.norms  # type: ignore[no-any-return]
+
+    @property
+    def group_norms(self) -> npt.NDArray[np.float64]:
+        return self._measured.group_norms  # type: ignore[no-any-return]
+
+    @property
+    def nonfinite(self) -> tuple[int, ...] | tuple[str, ...]:
+        return self._measured.nonfinite
+
+    @property
+    def missing(self) -> tuple[int, ...] | tuple[str, ...]:
+        return self._measured.missing
+
+    @property
+    def names(self) -> tuple[str, ...] | None:
+        return self._measured.names
+
+    @property
+    def group_names(self) -> tuple[str, ...] | None:
+        return self._measured.group_names
+
+    def named_norms(self) -> dict[str, float]:
+        """The norm of every gradient by its name, as of :class:`ClipResult`."""
+        return by_name(self._on_host().norms, self.names)
+
+    def named_group_norms(self) -> dict[str, float]:
+        """The norm of every group by its name, as of :class:`ClipResult`."""
+        return by_name(self._on_host().group_norms, self.group_names)
+
+    def _on_host(self) -> Any:
+        # That of a GPU is copied, which waits.
+        to_host = getattr(self._measured, "to_host", None)
+        return self._measured if to_host is None else to_host()
+
+    def clip_(self, max_norm: Thresholds | Policy, nonfinite: NonFinite = "raise") -> ClipResult:
+        """Clip the gradients in place, as :func:`gradclip.clip_by_global_norm_` does after measuring them.
+
+        Args:
+            max_norm: As for :func:`gradclip.clip_by_global_norm_`.
+            nonfinite: As for :func:`gradclip.clip_by_global_norm_`. After an error (``"raise"``) nothing has
+                been written, and another choice may follow.
+
+        Returns:
+            What was measured and done.
+
+        Raises:
+            TypeError: As for :func:`gradclip.clip_by_global_norm_`, of what it is given and writes.
+            ValueError: The same; it has clipped or scaled before; an array has been given other memory.
+            NonFiniteGradientError: As for :func:`gradclip.clip_by_global_norm_`.
+
+        Example:
+            >>> import numpy as np, gradclip
+            >>> grads = [np.array([3.0, 4.0]), np.array([12.0])]
+            >>> gradclip.measure(grads, groups="tensor").clip_([10.0, 6.0]).coefficient
+            array([1. , 0.5])
+        """
+        return self.clip_with_epsilon_(max_norm, nonfinite, 0.0)
+
+    def clip_with_epsilon_(
+        self, max_norm: Thresholds | Policy, nonfinite: NonFinite, epsilon: float
+    ) -> ClipResult:
+        decide = getattr(max_norm, "thresholds", None)
+        thresholds = max_norm if decide is None else decide(self)
+        return self._measured.clip(thresholds, nonfinite, epsilon)
+
+    def scale_(self, coefficients: Any) -> ClipResult:
+        """Multiply each group in place by a coefficient that the caller has decided.
+
+        Whatever the norms are; what was divided into them as ``grad_scale`` is divided out of memory, too.
+
+        Args:
+            coefficients: A finite number; or, unless ``groups`` was ``None``, also one per group, as
+                thresholds are: in a sequence, or in a mapping by the names of the groups, ``None`` for 1.
+                On a GPU also an array there; if it holds one that is not finite, nothing is written.
+
+        Returns:
+            What was measured and done; ``clipped`` says whether a coefficient was not 1.
+
+        Raises:
+            TypeError: A coefficient is no number; a gradient is immutable.
+            ValueError: A coefficient is not finite; there is not one for each group; it has clipped or scaled
+                before; a gradient cannot be written.
+
+        Example:
+            >>> import numpy as np, gradclip
+            >>> grads = {"w": np.array([3.0, 4.0]), "b": np.array([12.0])}
+            >>> measured = gradclip.measure(grads, groups={"w": "first", "b": "second"})
+            >>> measured.scale_({"first": 2.0, "second": None}).named_group_norms()
+            {'first': 5.0, 'second': 12.0}
+            >>> grads["w"]
+            array([6., 8.])
+        """
+        return self._measured.scale(coefficients)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("Measured: expected no copy and no pickle of it, for it holds memory of this process")
+
+    def __repr__(self) -> str:
+        host = self._on_host()
+        missing = f", {len(self.missing)} missing" if self.missing else ""
+        head = f"Measured(total norm {host.total_norm:.6g}, {count_of(len(host.norms), 'gradient')}{missing}"
+        return "\n".join([head, *norm_rows(host.norms, self.nonfinite, self.names)]) + ")"
+
+
+def clip(
+    read: ReadGradients,
+    max_norm: Any,
+    ord: object,
+    groups: object,
+    grad_scale: object,
+    nonfinite: Any,
+    reduce: object,
+    epsilon: float = 0.0,
+) -> ClipResult:
+    """Measure, decide and clip: in one call of the engine, unless a policy decides in between."""
+    if hasattr(max_norm, "thresholds"):
+        measured = Measured(read.measure(ord, groups, grad_scale, reduce))
+        return measured.clip_with_epsilon_(max_norm, nonfinite, epsilon)
+    return read.clip(max_norm, ord, groups, grad_scale, nonfinite, reduce, epsilon)
+
+
+Measured.__module__ = "gradclip"
