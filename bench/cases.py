@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,8 +16,11 @@ import numpy.typing as npt
 from bench.errors import BenchError
 
 __all__ = [
+    "ALONE",
     "CASES",
     "DTYPES",
+    "PAUSE",
+    "PRODUCT",
     "Array",
     "Case",
     "Load",
@@ -35,6 +38,8 @@ Shape: TypeAlias = tuple[int, ...]
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 MODELS = Path(__file__).resolve().parent / "models"
 
+ALONE, PAUSE, PRODUCT = "alone", "pause", "product"
+
 _MB = 2**20
 
 
@@ -50,6 +55,9 @@ class Case:
         cold: The caches are filled with other data before every call. Else it is measured again and
             again on the same memory, which comes from the caches as far as it fits.
         axis: The synthetic axis that it is a point of: "count" or "bytes".
+        state: What the process does before every call: nothing, as in a loop of calls; a pause, after
+            which helping threads sleep; a product of matrices, after which the threads of the library that
+            made it (PyTorch, where it is installed) still look for work. A training step is like the last.
     """
 
     key: str
@@ -58,6 +66,7 @@ class Case:
     shapes: tuple[Shape, ...]
     cold: bool = False
     axis: str = ""
+    state: str = ALONE
 
     @property
     def num_elements(self) -> int:
@@ -162,13 +171,19 @@ _MODEL_KEYS = (
 )  # fmt: skip
 
 
+def _states(case: Case) -> Iterable[Case]:
+    yield case
+    for state, after in ((PAUSE, "after a pause of 1 ms"), (PRODUCT, "after a product")):
+        yield replace(case, key=f"{case.key}-{state}", title=f"{case.title}, {after}", state=state)
+
+
 @cache
 def _all() -> dict[str, Case]:
     huge: tuple[Shape, ...] = ((8192, 8192), *((64,),) * 900)
     cases = (
         *map(_model, _MODEL_KEYS),
-        Case("mlp", "MLP", "weights and biases of 40 layers, width 183", ((183, 183), (183,)) * 40),
-        Case("tiny", "300 of 64", "synthetic", ((64,),) * 300),
+        *_states(Case("mlp", "MLP", "weights and biases of 40 layers, width 183", ((183, 183), (183,)) * 40)),
+        *_states(Case("tiny", "300 of 64", "synthetic", ((64,),) * 300)),
         Case("many", "20 000 of 100", "synthetic", ((100,),) * 20_000),
         Case("fewer", "2 000 of 100", "synthetic", ((100,),) * 2_000),
         Case("huge-and-tiny", "one of 8192 x 8192, 900 of 64", "synthetic", huge, cold=True),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import gradclip
 from bench.cases import CASES, Load
-from bench.data import Gradients
+from bench.data import GradientBuffer
 from bench.jobs import CLIP, JOBS, NORMS
 from bench.targets import Verdict
 from bench.timing import Spread
@@ -43,18 +43,18 @@ def _peak_growth(call: Callable[[], object]) -> float:
 
 def memory_of_norms() -> float:
     """Of the first call in the process, so that threads and tables are counted."""
-    grads = Gradients(Load(CASES["gpt2"])).arrays
+    grads = GradientBuffer(Load(CASES["gpt2"])).arrays
     return _peak_growth(lambda: gradclip.tensor_norms(grads))
 
 
 def memory_of_clip() -> float:
-    grads = Gradients(Load(CASES["gpt2"])).arrays
+    grads = GradientBuffer(Load(CASES["gpt2"])).arrays
     return _peak_growth(lambda: gradclip.clip_by_global_norm_(grads, 1.0))
 
 
 def threads_for_tiny() -> float:
     """Threads that were started by calls over 77 KB."""
-    grads = Gradients(Load(CASES["tiny"])).arrays
+    grads = GradientBuffer(Load(CASES["tiny"])).arrays
     plan = gradclip.Plan(grads)
     for _ in range(100):
         gradclip.tensor_norms(grads)

@@ -10,6 +10,7 @@ two turns, one of each run, are in this order is 95 % or more (Mann and Whitney'
 from __future__ import annotations
 
 import bisect
+import itertools
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bench.jobs import JOBS
+from bench.jobs import JOBS, key
 from bench.peers import PEERS
 from bench.results import Results
 from bench.rows import roofline_seconds
@@ -55,11 +56,9 @@ class Change:
 def compare(old: Results, new: Results) -> list[Change]:
     """All rows that both runs have, those that got slower first."""
     changes = []
-    for name in new.samples:
-        load, _, rest = name.partition("/")
-        dtype, job, peer = rest.split("/", 2)
-        load = f"{load}/{dtype}"
-        if job not in JOBS or peer not in PEERS or name not in old.samples:
+    for load, job, peer in itertools.product(new.loads, JOBS, PEERS):
+        name = key(load, job, peer)
+        if name not in new.samples or name not in old.samples:
             continue
         olds, news = (_relative(results, load, job, peer, name) for results in (old, new))
         if olds and news:

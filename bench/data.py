@@ -10,7 +10,7 @@ import numpy as np
 
 from bench.cases import Array, Load, dtype_of
 
-__all__ = ["Gradients", "Pattern"]
+__all__ = ["GradientBuffer", "Pattern"]
 
 # What PyTorch and JAX align memory to; NumPy's own allocations are aligned to 16 only, which makes
 # every 64-byte load of a large array touch two cache lines. The roofline is highest on aligned memory.
@@ -50,7 +50,7 @@ class Pattern:
         return places, held.astype(np.float64)
 
 
-class Gradients:
+class GradientBuffer:
     """All gradients as views of one aligned buffer of the host, 64 bytes apart at most."""
 
     def __init__(self, load: Load) -> None:

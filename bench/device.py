@@ -11,12 +11,12 @@ import numpy as np
 
 import gradclip
 from bench.cases import Array, Load
-from bench.data import Gradients, Pattern
+from bench.data import GradientBuffer, Pattern
 from bench.peers import GPU
 from bench.timing import Clock
-from bench.workload import READ, READ_WRITE, Place
+from bench.workload import READ, READ_WRITE, Location
 
-__all__ = ["GpuPlace"]
+__all__ = ["GpuLocation"]
 
 _ALIGNMENT = 512  # bytes: what CuPy's and PyTorch's allocators give
 _SCRATCH_BYTES = 256 * 2**20  # several times the second cache
@@ -36,7 +36,7 @@ def gpu_clock(call: Callable[[], Any]) -> tuple[Any, tuple[float, float, float]]
     return answer, (cupy.cuda.get_elapsed_time(start, end) / 1e3, returned - begin, done - begin)
 
 
-class GpuGradients(Gradients):
+class GpuBuffer(GradientBuffer):
     """Views of one buffer of the device; CuPy copies bytes, whatever it thinks of their dtype."""
 
     def __init__(self, load: Load) -> None:
@@ -63,25 +63,23 @@ class GpuGradients(Gradients):
         return on_host
 
 
-class GpuPlace(Place):
+class GpuLocation(Location):
     """The current device."""
 
     name = GPU
     clock: Clock = staticmethod(gpu_clock)
     clocks = ("", "@host", "@done")
-    make = GpuGradients
+    make = GpuBuffer
 
-    def __init__(self, load: Load) -> None:
-        self._scratch = cupy.ones(_SCRATCH_BYTES // 8) if load.case.cold else None
+    scratch = staticmethod(lambda: cupy.ones(_SCRATCH_BYTES // 8))
 
     @staticmethod
     def free_memory() -> int:
         cupy.get_default_memory_pool().free_all_blocks()
         return int(cupy.cuda.Device().mem_info[0])
 
-    def prepare_caches(self) -> None:
-        if self._scratch is not None:
-            self._scratch += 1
+    def fill_caches(self) -> None:
+        self._scratch += 1
 
     def rooflines(self, grads: Sequence[Any]) -> dict[str, tuple[Callable[[], Any], Clock]]:
         """The device's own speed over the same bytes, timed by events."""

@@ -34,7 +34,14 @@ MARKS = {
     "README.md": ("<!-- speed: python -m bench.docs -->\n", "<!-- end of speed -->\n"),
     "docs/performance.md": ("<!-- results: python -m bench.docs -->\n", "<!-- end of results -->\n"),
 }
-_SPEED_LOADS = ("gpt2/float32", "mixtral-16th/float32", "mlp/float32", "tiny/float32", "many/float32")
+_SPEED_LOADS = (
+    "gpt2/float32",
+    "mixtral-16th/float32",
+    "mlp-product/float32",
+    "mlp/float32",
+    "tiny/float32",
+    "many/float32",
+)
 _SPEED_PEERS = ("torch", "optax-donated", "numpy-dot", "numba")
 _SPEED_JOBS = (NORMS, CLIP, NO_CLIP)
 

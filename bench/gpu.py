@@ -187,7 +187,7 @@ def describe_gpu() -> dict[str, Any]:
 
 def run(rounds: int, cases: Collection[str] = SHAPES, only: Collection[str] = ()) -> dict[str, Any]:
     """Measure every job and case that fits into the device's memory, of ``only`` those peers if not empty."""
-    from bench.device import GpuPlace  # noqa: PLC0415 (needs a GPU)
+    from bench.device import GpuLocation  # noqa: PLC0415 (needs a GPU)
 
     results: dict[str, Any] = {"machine": describe_gpu(), "rounds": rounds, "cases": {}, "left_out": []}
     on_gpu = [name for name in only or present() if PEERS[name].place == GPU]
@@ -196,7 +196,7 @@ def run(rounds: int, cases: Collection[str] = SHAPES, only: Collection[str] = ()
             continue
         load = Load(Case(title, title, "a promise about a GPU", shapes), dtype)
         needed = 3 * load.nbytes  # the gradients, and two buffers that measure a copy
-        if needed > GpuPlace.free_memory():
+        if needed > GpuLocation.free_memory():
             results["left_out"].append(f"{title}: {needed / 1e9:.1f} GB do not fit into the GPU's memory")
             continue
         taking_part = [name for name in on_gpu if PEERS[name].takes(len(shapes))]
@@ -205,7 +205,7 @@ def run(rounds: int, cases: Collection[str] = SHAPES, only: Collection[str] = ()
             for name in on_gpu
             if name not in taking_part
         ]
-        workload = Workload(load, GpuPlace)
+        workload = Workload(load, GpuLocation)
         check(workload)
         results["cases"][title] = {
             "nbytes": load.nbytes,

@@ -11,7 +11,7 @@ from bench.cases import CASES, Load
 from bench.jobs import JOBS, NORMS, key
 from bench.peers import CPU, PEERS, present
 from bench.timing import Contender
-from bench.workload import Place, Workload, bytes_needed
+from bench.workload import Location, Workload, bytes_needed
 
 __all__ = ["PYTEST_CASES", "axes", "fitting", "time_by_pytest", "time_roofline"]
 
@@ -20,7 +20,7 @@ PYTEST_CASES = ("gpt2", "mlp", "tiny", "many")  # one of each kind, for who name
 
 def fitting(cases: Sequence[str]) -> list[str]:
     """Those of the cases for which there is memory, one contender at a time."""
-    free = Place.free_memory()
+    free = Location.free_memory()
     return [
         case
         for case in cases

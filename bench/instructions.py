@@ -18,7 +18,7 @@ from pathlib import Path
 
 import gradclip
 from bench.cases import CASES, Load
-from bench.data import Gradients
+from bench.data import GradientBuffer
 from gradclip import _core
 
 __all__ = ["ISA", "PHASES", "count"]
@@ -36,7 +36,7 @@ _ROOT = Path(__file__).resolve().parent.parent
 
 def _calls(case: str) -> list[Callable[[], object]]:
     """In the order of ``PHASES``. A clip to 0.999 of the norm, again and again, always clips."""
-    grads = Gradients(Load(CASES[case])).arrays
+    grads = GradientBuffer(Load(CASES[case])).arrays
     plan = gradclip.Plan(grads)
     threshold = [gradclip.global_norm(grads)]
 

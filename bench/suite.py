@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from bench.cases import CASES, DTYPES, Load
+from bench.cases import CASES, DTYPES, PAUSE, PRODUCT, Load
 from bench.jobs import CLIP, JOBS, NO_CLIP, NORMS
 from bench.training import MODELS
 
@@ -82,6 +82,7 @@ def _quick() -> list[Experiment]:
         Experiment(_loads("gpt2"), rounds=3, seconds=12),
         Experiment(_loads("mlp"), rounds=3, seconds=5),
         Experiment(_loads("mlp", dtypes=("bfloat16",)), _THREE, rounds=3, seconds=5),
+        Experiment(_loads("mlp-pause", "mlp-product"), _THREE, rounds=3, seconds=8),
         Experiment(_loads("tiny"), rounds=5, seconds=5),
         *(Experiment(_loads(point), _THREE, rounds=3, seconds=3) for point in points),
     ]
@@ -91,7 +92,9 @@ def _full() -> list[Experiment]:
     return [
         Experiment(_loads("gpt2", dtypes=DTYPES), seconds=120),
         Experiment(_loads("mlp", dtypes=DTYPES), seconds=60),
+        *(Experiment(_loads(f"mlp-{state}"), _THREE, seconds=20) for state in (PAUSE, PRODUCT)),
         Experiment(_loads("tiny"), rounds=25, seconds=40),
+        *(Experiment(_loads(f"tiny-{state}"), _THREE, seconds=15) for state in (PAUSE, PRODUCT)),
         Experiment(_loads("many", "fewer"), _THREE, rounds=15, seconds=50),
         *(Experiment(_loads(model)) for model in ("resnet50", "vit-b16", "bert-base", "lstm")),
         Experiment(_loads("mixtral-16th"), _THREE, seconds=50),

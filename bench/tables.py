@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table as RichTable
+from rich.table import Table
 
 from bench.cases import readable_bytes
 from bench.jobs import JOBS
@@ -20,7 +20,7 @@ from bench.training import MODELS, shares
 
 __all__ = [
     "NOTE",
-    "Table",
+    "ReportTable",
     "headline",
     "losses",
     "markdown",
@@ -51,7 +51,7 @@ _MANY_LOADS = 12
 
 
 @dataclass(frozen=True)
-class Table:
+class ReportTable:
     """Cells as text. ``marks`` says of a row that it is "ours", "good" or "bad"."""
 
     title: str
@@ -92,7 +92,7 @@ def headline(machine: Mapping[str, Any]) -> str:
     )
 
 
-def promises(results: Results) -> Table | None:
+def promises(results: Results) -> ReportTable | None:
     """What gradclip promises, and what was measured of it."""
     cells, marks = [], []
     for v in results.verdicts:
@@ -104,7 +104,7 @@ def promises(results: Results) -> Table | None:
         cells.append((facts.title if facts else v.load, v.job, v.what, measured, bound, word))
         marks.append({"met": "good", "missed": "bad"}.get(word, ""))
     header = ("gradients", "job", "what", "measured (quartiles)", "promise", "")
-    return Table("Promises", header, cells, marks) if cells else None
+    return ReportTable("Promises", header, cells, marks) if cells else None
 
 
 _HEADER = ("contender", "time (quartiles)", "moved", "GB/s", "of roofline", "x gradclip (quartiles)", "error")
@@ -134,7 +134,7 @@ def _mark(row: Row) -> str:
     return "ours" if row.peer in OURS.values() else "loss" if row.ratio and row.ratio.high < 1 else ""
 
 
-def of_load(results: Results, load: str) -> Iterator[Table]:
+def of_load(results: Results, load: str) -> Iterator[ReportTable]:
     """A table for each job that was done to a load."""
     facts = results.loads[load]
     by_job: dict[str, list[Row]] = {}
@@ -143,10 +143,10 @@ def of_load(results: Results, load: str) -> Iterator[Table]:
             by_job.setdefault(row.job, []).append(row)
     for job, group in by_job.items():
         title = f"{facts.title}, caches {'cold' if facts.cold else 'warm'}: {JOBS[job].title}"
-        yield Table(title, _HEADER, list(map(_cells, group)), list(map(_mark, group)))
+        yield ReportTable(title, _HEADER, list(map(_cells, group)), list(map(_mark, group)))
 
 
-def summary(results: Results, load: str) -> Table:
+def summary(results: Results, load: str) -> ReportTable:
     """A line for each contender: its time in every job, and over gradclip's."""
     found = {(row.peer, row.job): row for row in rows(results) if row.load == load}
     jobs = [job for job in JOBS if any(j == job for _, j in found)]
@@ -156,7 +156,7 @@ def summary(results: Results, load: str) -> Table:
             of_peer = [found.get((peer, job)) for job in jobs]
             cells.append((PEERS[peer].title, *map(_short, of_peer)))
             marks.append("ours" if peer in OURS.values() else "")
-    return Table(results.loads[load].title, ("", *(JOBS[job].title for job in jobs)), cells, marks)
+    return ReportTable(results.loads[load].title, ("", *(JOBS[job].title for job in jobs)), cells, marks)
 
 
 def _short(row: Row | None) -> str:
@@ -168,7 +168,7 @@ def _short(row: Row | None) -> str:
     return readable_time(row.seconds.median) + ratio
 
 
-def losses(results: Results) -> Table:
+def losses(results: Results) -> ReportTable:
     """Rows in which somebody else took less time than gradclip with a list."""
     cells, marks = [], []
     for row in rows(results):
@@ -182,10 +182,10 @@ def losses(results: Results) -> Table:
             )  # fmt: skip
             marks.append("bad" if clearly else "")
     header = ("gradients", "job", "faster", "its time over gradclip's (quartiles)", "")
-    return Table("Where gradclip is not first", header, cells, marks)
+    return ReportTable("Where gradclip is not first", header, cells, marks)
 
 
-def traffic(results: Results) -> Table | None:
+def traffic(results: Results) -> ReportTable | None:
     """What every contender moves, held against the clock."""
     header = ("gradients", "job", "contender", "must move", "is written to move", "moved at most", "so it")
     found = moved(results)
@@ -197,10 +197,12 @@ def traffic(results: Results) -> Table | None:
         )
         for m in chosen
     ]  # fmt: skip
-    return Table("The rule of traffic, by the clock", header, cells, [""] * len(cells)) if cells else None
+    return (
+        ReportTable("The rule of traffic, by the clock", header, cells, [""] * len(cells)) if cells else None
+    )
 
 
-def training(results: Results) -> Table | None:
+def training(results: Results) -> ReportTable | None:
     """What clipping costs in a training step."""
     cells, marks = [], []
     for share in shares(results.training):
@@ -216,10 +218,10 @@ def training(results: Results) -> Table | None:
             cells.append((title, why, "", "", ""))
             marks.append("bad")
     header = ("model", "clip by", "step", "clip in it", "share of the step")
-    return Table("In a training step", header, cells, marks) if cells else None
+    return ReportTable("In a training step", header, cells, marks) if cells else None
 
 
-def tables(results: Results) -> list[Table]:
+def tables(results: Results) -> list[ReportTable]:
     """All tables of a run; the first ones are the ones to read."""
     found = [promises(results), training(results), losses(results), traffic(results)]
     of_loads = [table for load in results.loads for table in of_load(results, load)]
@@ -237,7 +239,7 @@ def show(results: Results, console: Console) -> None:
         first = [promises(results), training(results), losses(results)]
         chosen = [t for t in (*first, *(summary(results, load) for load in results.loads)) if t and t.rows]
     for table in chosen:
-        view = RichTable(title=escape(table.title), title_justify="left")
+        view = Table(title=escape(table.title), title_justify="left")
         for i, column in enumerate(table.header):
             view.add_column(column, justify="left" if i == 0 else "right")
         for cells, mark in zip(table.rows, table.marks, strict=True):
@@ -248,7 +250,7 @@ def show(results: Results, console: Console) -> None:
     console.print(NOTE, highlight=False)
 
 
-def markdown(table: Table, titled: bool = True) -> str:
+def markdown(table: ReportTable, titled: bool = True) -> str:
     """A table for the documentation."""
     lines = [table.header, ("---",) * len(table.header), *table.rows]
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -117,6 +117,7 @@ TARGETS: tuple[Target, ...] = (
     _drop_in("gpt2", NO_CLIP, 2.0),
     _drop_in("gpt2", UNSCALE, 1.5),
     *(_drop_in("mlp", job, 5.0) for job in _CLIPS),
+    *(_drop_in("mlp-product", job, 5.0) for job in _CLIPS),
     *(_drop_in("tiny", job, 8.0) for job in _CLIPS),
     *(_dtype(dtype, job) for dtype in ("bfloat16", "float16") for job in (NORMS, *_CLIPS)),
 )

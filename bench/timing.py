@@ -14,10 +14,10 @@ from typing import Any, TypeAlias
 __all__ = [
     "Clock",
     "Contender",
-    "Measured",
     "Protocol",
     "Rounds",
     "Spread",
+    "Timings",
     "describe_error",
     "host_clock",
     "measure",
@@ -102,7 +102,7 @@ class Protocol:
 
 
 @dataclass
-class Measured:
+class Timings:
     """The samples of contenders by turns, and what went wrong with those that have none."""
 
     samples: dict[str, Rounds]
@@ -111,7 +111,7 @@ class Measured:
 
 def measure(
     contenders: Sequence[Contender], protocol: Protocol, tick: Callable[[str, float], None] = _nothing
-) -> Measured:
+) -> Timings:
     """Time the contenders by turns; one that raises is out of the race, and the others go on.
 
     ``tick`` is called before every turn with the key and the part of the rounds or the time that is over.
@@ -141,7 +141,7 @@ def measure(
     finally:
         gc.enable()
     failed = {c.key + name for c in contenders if c.key in failures for name in c.clocks}
-    return Measured({k: v for k, v in samples.items() if k not in failed}, failures)
+    return Timings({k: v for k, v in samples.items() if k not in failed}, failures)
 
 
 def describe_error(error: Exception) -> str:

@@ -19,7 +19,7 @@ from bench.jobs import key
 from bench.suite import Experiment, Training
 from bench.timing import Contender, Rounds, describe_error, measure
 from bench.training import Steps, missing, train
-from bench.workload import Place, Workload, bytes_needed
+from bench.workload import Location, Workload, bytes_needed
 
 __all__ = ["Outcome", "Tell", "measure_experiment", "train_model", "work"]
 
@@ -42,17 +42,17 @@ class Outcome:
     seconds: float = 0.0  # in all
 
 
-def places() -> list[type[Place]]:
+def places() -> list[type[Location]]:
     """Where gradients can live here."""
-    found = [Place]
+    found = [Location]
     if peers.GPU in {peers.PEERS[peer].place for peer in peers.present()}:
-        from bench.device import GpuPlace  # noqa: PLC0415 (needs CuPy)
+        from bench.device import GpuLocation  # noqa: PLC0415 (needs CuPy)
 
-        found.append(GpuPlace)
+        found.append(GpuLocation)
     return found
 
 
-def fitting(load: Load, place: type[Place], wanted: Sequence[str], outcome: Outcome) -> list[str] | None:
+def fitting(load: Load, place: type[Location], wanted: Sequence[str], outcome: Outcome) -> list[str] | None:
     """The contenders for which there is memory now; None if there is not even for the gradients.
 
     Who is left out, and why, goes into the outcome.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -10,14 +11,14 @@ import numpy as np
 import psutil
 
 from bench import reference
-from bench.cases import Array, Load
-from bench.data import Gradients
+from bench.cases import ALONE, PAUSE, PRODUCT, Array, Load
+from bench.data import GradientBuffer
 from bench.jobs import JOBS, NORMS, Job, key
 from bench.peers import CPU, PEERS, Peer
 from bench.timing import Clock, Contender, Protocol, describe_error, host_clock, own_clock
 from gradclip import _core
 
-__all__ = ["READ", "READ_WRITE", "Place", "Workload", "bytes_needed"]
+__all__ = ["READ", "READ_WRITE", "Location", "Workload", "bytes_needed"]
 
 READ, READ_WRITE = "read", "read-write"  # the rooflines, in the place of a job
 ROOFLINE = "roofline"
@@ -32,26 +33,51 @@ def roofline_of(place: str) -> str:
     return ROOFLINE if place == CPU else f"{ROOFLINE}-{place}"
 
 
-class Place:
+def _product() -> Callable[[], Any]:
+    """Of two matrices of 400 x 400, by every thread that PyTorch has, or else NumPy."""
+    try:
+        import torch  # noqa: PLC0415
+    except ImportError:
+        matrix = np.ones((400, 400), np.float32)
+        return lambda: matrix @ matrix
+    tensor = torch.ones(400, 400)
+    return lambda: tensor @ tensor
+
+
+_STATES: Mapping[str, Callable[[], Callable[[], Any]]] = {
+    ALONE: lambda: lambda: None,
+    PAUSE: lambda: lambda: time.sleep(1e-3),
+    PRODUCT: _product,
+}
+
+
+class Location:
     """The host: where gradients lie, how its time is taken, how fast it can be."""
 
     name = CPU
     clock: Clock = staticmethod(host_clock)
     clocks: tuple[str, ...] = ("",)
-    make: type[Gradients] = Gradients
+    make: type[GradientBuffer] = GradientBuffer
+    scratch: Callable[[], Any] = staticmethod(lambda: np.ones(_SCRATCH_BYTES // 8))
 
     def __init__(self, load: Load) -> None:
-        self._scratch = np.ones(_SCRATCH_BYTES // 8) if load.case.cold else None
+        self._scratch: Any = self.scratch() if load.case.cold else None
+        self._enter_state = _STATES[load.case.state]()
 
     @staticmethod
     def free_memory() -> int:
         """Bytes that could be taken now."""
         return int(psutil.virtual_memory().available)
 
-    def prepare_caches(self) -> None:
-        """Fill the caches with other data, unless the case is about the caches."""
+    def prepare(self) -> None:
+        """Fill the caches with other data, unless the case is about them; do what comes before a call."""
         if self._scratch is not None:
-            self._scratch.sum()  # NumPy: on one thread, none is left awake
+            self.fill_caches()
+        self._enter_state()
+
+    def fill_caches(self) -> None:
+        """By NumPy, on one thread: none is left awake."""
+        self._scratch.sum()
 
     def rooflines(self, grads: Sequence[Any]) -> dict[str, tuple[Callable[[], Any], Clock]]:
         """The machine's own speed over the same bytes, timed in C++, with the same threads."""
@@ -74,7 +100,7 @@ class Workload:
         failures: What went wrong with a contender, by its key.
     """
 
-    def __init__(self, load: Load, place: type[Place] = Place) -> None:
+    def __init__(self, load: Load, place: type[Location] = Location) -> None:
         self.load = load
         self.place = place(load)
         self.gradients = place.make(load)
@@ -96,7 +122,7 @@ class Workload:
         return [
             Contender(
                 key(self.load.key, name, roofline_of(self.place.name)), call,
-                before=self.place.prepare_caches, clock=clock, clocks=self.place.clocks,
+                before=self.place.prepare, clock=clock, clocks=self.place.clocks,
             )
             for name, (call, clock) in self.place.rooflines(self.gradients.arrays).items()
         ]  # fmt: skip
@@ -152,7 +178,7 @@ class Workload:
 
         after(answer)
         return Contender(
-            name, call, before_turn, self.place.prepare_caches, after, undo,
+            name, call, before_turn, self.place.prepare, after, undo,
             self.place.clock, self.place.clocks,
         )  # fmt: skip
 

@@ -17,13 +17,13 @@ import pytest
 
 from bench import architectures, reference, suite
 from bench.cases import CASES, DTYPES, MODELS, Load, choose, dtype_of, read_model
-from bench.data import Gradients
+from bench.data import GradientBuffer
 from bench.errors import BenchError
 from bench.harness import PYTEST_CASES, axes, fitting
 from bench.jobs import CLIP, JOBS, NORMS, Job, key
 from bench.peers import CPU, GPU, OURS, PEERS, Peer, present
 from bench.peers.with_numpy import NumpySquares
-from bench.workload import Place, Workload, WrongAnswerError
+from bench.workload import Location, Workload, WrongAnswerError
 
 _ROOT = Path(__file__).resolve().parent.parent
 _MODELS = sorted(architectures.MODELS)
@@ -60,7 +60,7 @@ def test_mixtral_at_full_width_is_the_published_model() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_are_restored_bit_for_bit(dtype: str) -> None:
-    gradients = Gradients(Load(CASES["mlp"], dtype))
+    gradients = GradientBuffer(Load(CASES["mlp"], dtype))
     before = [g.copy() for g in gradients.arrays]
     for g in gradients.arrays:
         assert g.dtype == dtype_of(dtype)
@@ -185,9 +185,9 @@ def test_the_suites_name_what_exists() -> None:
 
 
 def test_pytest_times_every_case_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Place, "free_memory", staticmethod(lambda: 2**40))
+    monkeypatch.setattr(Location, "free_memory", staticmethod(lambda: 2**40))
     assert fitting(list(CASES)) == list(CASES)
-    monkeypatch.setattr(Place, "free_memory", staticmethod(lambda: 2**30))
+    monkeypatch.setattr(Location, "free_memory", staticmethod(lambda: 2**30))
     found = fitting(list(CASES))
     assert {"tiny", "mlp", "many"} <= set(found)
     assert not {"gpt2-xl", "bytes-4G", "llama-3.2-1b"} & set(found)
@@ -210,7 +210,7 @@ def test_the_cases_of_pytest(cases: str, status: int, told: str) -> None:
 
 
 def test_the_gpu_place_imports_without_a_gpu() -> None:
-    assert importlib.import_module("bench.device").GpuPlace.clocks == ("", "@host", "@done")
+    assert importlib.import_module("bench.device").GpuLocation.clocks == ("", "@host", "@done")
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,11 @@ import pytest
 import gradclip
 from bench import gpu
 from bench.cases import CASES, Array, Load
-from bench.data import Gradients
+from bench.data import GradientBuffer
 from bench.jobs import JOBS, NORMS
 from bench.peers import GPU, OURS, PEERS, ours, present, with_jax
 from bench.timing import Clock, host_clock
-from bench.workload import READ, READ_WRITE, Place, Workload
+from bench.workload import READ, READ_WRITE, Location, Workload
 from device import Device, _memory, emulated_device
 from gradclip._dispatch import why_no_gpu
 
@@ -35,7 +35,7 @@ def test_they_are_the_gpus() -> None:
 def test_every_job(peer: str, job: str, device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     on_host = ours.on_host
     monkeypatch.setattr(ours, "on_host", lambda a: on_host(a) if hasattr(a, "to_host") else device.host(a))
-    host = Gradients(Load(CASES["bytes-4K"])).arrays
+    host = GradientBuffer(Load(CASES["bytes-4K"])).arrays
     norms = [math.sqrt(math.fsum(x * x for x in g.astype(np.float64).flat)) for g in host]
     total = math.hypot(*norms)
     contender = PEERS[peer]([device.array(g) for g in host])
@@ -62,7 +62,7 @@ def test_optax_on_a_gpu_but_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None
     assert with_jax._cuda_is_missing() in (None, "this JAX reaches no GPU")
     monkeypatch.setattr(with_jax.OptaxCuda, "platform", "cpu")
     assert with_jax._cuda_is_missing() is None
-    grads = Gradients(Load(CASES["bytes-4K"])).arrays
+    grads = GradientBuffer(Load(CASES["bytes-4K"])).arrays
     total = math.hypot(*(float(np.linalg.norm(grad)) for grad in grads))
     for job in JOBS.values():
         peer = with_jax.OptaxCuda(grads)
@@ -83,7 +83,7 @@ def test_how_many_tensors_a_contender_takes(key: str) -> None:
     assert most is None or not PEERS[key].takes(most + 1)
 
 
-class _EmulatedGradients(Gradients):
+class _EmulatedBuffer(GradientBuffer):
     """CuPy's arrays over the host's memory, which the emulated kernels reach."""
 
     def __init__(self, load: Load) -> None:
@@ -98,8 +98,8 @@ class _EmulatedGradients(Gradients):
         return found
 
 
-class _EmulatedPlace(Place):
-    name, make, clocks = GPU, _EmulatedGradients, ("", "@host", "@done")
+class _EmulatedPlace(Location):
+    name, make, clocks = GPU, _EmulatedBuffer, ("", "@host", "@done")
 
     @staticmethod
     def clock(call: Callable[[], Any]) -> tuple[Any, tuple[float, ...]]:

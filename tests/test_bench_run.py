@@ -24,7 +24,7 @@ from bench.run import run
 from bench.suite import Experiment, Training
 from bench.timing import Contender, Protocol, measure
 from bench.worker import Outcome, measure_experiment
-from bench.workload import READ, ROOFLINE, Place
+from bench.workload import READ, ROOFLINE, Location
 
 _LOAD = Load(CASES["bytes-4K"])
 _FEW = Experiment((_LOAD,), (NORMS, CLIP), rounds=2, seconds=5)
@@ -205,8 +205,8 @@ def test_what_does_not_fit_into_memory_is_left_out_with_a_line(monkeypatch: pyte
     outcome = Outcome()
 
     def chosen(free: float) -> list[str] | None:
-        monkeypatch.setattr(Place, "free_memory", staticmethod(lambda: int(free)))
-        return worker.fitting(large, Place, ["gradclip", "optax-donated", "optax", "torch"], outcome)
+        monkeypatch.setattr(Location, "free_memory", staticmethod(lambda: int(free)))
+        return worker.fitting(large, Location, ["gradclip", "optax-donated", "optax", "torch"], outcome)
 
     assert chosen(5e9) == ["gradclip", "optax-donated", "optax", "torch"]
     assert outcome.left_out == []
@@ -215,7 +215,7 @@ def test_what_does_not_fit_into_memory_is_left_out_with_a_line(monkeypatch: pyte
     assert chosen(0.3e9) is None
     assert outcome.left_out[1] == "bytes-256M/float32, cpu: needs 403 MB, 240 MB are free"
     many = Load(CASES["many"])
-    assert worker.fitting(many, Place, ["optax"], outcome) == []
+    assert worker.fitting(many, Location, ["optax"], outcome) == []
 
 
 def _contender(name: str, log: list[str], fail_at: int = 99) -> Contender:

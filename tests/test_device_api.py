@@ -388,7 +388,7 @@ def test_capture_needs_a_plan(emulated: EmulatedDevice) -> None:
 def test_without_a_gpu(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with emulated_device() as device:
         array = device.array(np.ones(3))
-        monkeypatch.setattr(_dispatch, "why_no_gpu", lambda: missing)
+        monkeypatch.setattr(_dispatch, "_look_for_gpu", lambda: (None, missing))
         for call in (gradclip.global_norm, gradclip.Plan, lambda grads: gradclip.scale_(grads, 2)):
             with pytest.raises(
                 RuntimeError, match=rf"^grads: .*no GPU here \({missing}\), got a cupy.ndarray"

@@ -16,7 +16,7 @@ import gradclip.torch
 from exact import exact_norm, relative_error
 from gradclip._dispatch import ReadGradients, read
 from gradclip.torch import _gradients
-from gradclip.torch._gradients import Gradients, by_device, combine, gradients_of
+from gradclip.torch._gradients import Tensors, by_device, combine
 from torch_lists import SPARSE_WARNINGS, array_of, bits, grad_of, parameter, random_tensor
 
 pytestmark = SPARSE_WARNINGS
@@ -87,7 +87,7 @@ def test_combine_of_zero_infinity_and_nan_under_negative_orders(order: float) ->
 # --- The way of several devices -----------------------------------------------------------------------
 
 
-def _alternating(grads: Gradients) -> dict[torch.device, list[Tensor | None]]:
+def _alternating(grads: Tensors) -> dict[torch.device, list[Tensor | None]]:
     """As if every second gradient lay on another device: the same keys but one, the same engine."""
     lists: dict[torch.device, list[Tensor | None]] = {}
     for i, grad in enumerate(grads):
@@ -259,13 +259,3 @@ def test_the_default_device_is_no_matter_to_optimizers(deferred: bool) -> None:
     assert torch.equal(total, expected)
     found = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
     assert {device.type: f.item() for device, f in found.items()} == {"cpu": 0.0}
-
-
-def test_helpers_are_woken_for_gradients_of_a_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    woken: list[str] = []
-    monkeypatch.setattr(gradclip._core, "expect_call", lambda: woken.append("helpers"))
-    assert gradients_of([]) == []
-    assert gradients_of([torch.zeros(1, device="meta")]) == [None]
-    assert woken == []
-    assert gradients_of([torch.zeros(1)]) == [None]
-    assert woken == ["helpers"]

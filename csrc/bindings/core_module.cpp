@@ -15,6 +15,8 @@
 #include "cpu/float_environment.hpp"
 #include "cpu/isa.hpp"
 #include "cpu/team.hpp"
+#include "cpu/thread_count.hpp"
+#include "cpu/workers.hpp"
 
 namespace py = pybind11;
 namespace gb = gradclip::bindings;
@@ -26,7 +28,6 @@ using SharedGradients = gb::Shared<Gradients>;
 namespace {
 
 SharedGradients read_gradients(const py::object& grads, bool is_kept) {
-  gradclip::cpu::expect_call();
   return {std::make_shared<Gradients>(grads, gb::HostReader{is_kept})};
 }
 
@@ -75,8 +76,8 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       .def_property_readonly("names", method(&Gradients::names))
       .def_property_readonly("is_nothing", method(&Gradients::is_nothing))
       .def_property_readonly("has_float64", method(&Gradients::has_float64))
-      .def_property_readonly(
-          "nbytes", [](const SharedGradients& grads) { return grads.object->plan().total_bytes; })
+      .def_property_readonly("nbytes",
+                             [](const SharedGradients& grads) { return grads.object->nbytes(); })
       .def_property_readonly("num_elements", method(&Gradients::elements));
 
   py::class_<Measured> measured_class(m, "Measured");
@@ -119,8 +120,8 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       [](const py::object& n) { gradclip::cpu::set_num_threads(checked_thread_count(n)); },
       py::arg("n"));
   m.def("get_num_threads", &gradclip::cpu::num_threads);
-  m.def("num_started_threads", &gradclip::cpu::num_started_threads);
-  m.def("expect_call", &gradclip::cpu::expect_call);
+  m.def("num_started_threads", &gradclip::cpu::team::num_started);
+  m.def("helpers_of_last_call", &gradclip::cpu::helpers_of_last_call);
   using Environment = gradclip::cpu::DefaultFloatEnvironment;
   m.def("enter_float_environment", [] {
     const Environment::State saved = Environment::enter();

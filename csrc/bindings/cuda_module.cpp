@@ -77,8 +77,7 @@ PYBIND11_MODULE(GRADCLIP_MODULE, m, py::mod_gil_not_used()) {
       .def_property_readonly("missing", of_list(&Gradients::missing))
       .def_property_readonly("device", method(&DeviceGradients::device))
       .def_property_readonly(
-          "nbytes",
-          [](const SharedGradients& grads) { return grads.object->gradients().plan().total_bytes; })
+          "nbytes", [](const SharedGradients& grads) { return grads.object->gradients().nbytes(); })
       .def_property_readonly("num_elements", of_list(&Gradients::elements));
 
   py::class_<DeviceMeasured> measured(m, "Measured", py::module_local());

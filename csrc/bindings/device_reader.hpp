@@ -21,6 +21,7 @@ class DeviceReader {
   DeviceReader(int device, cuda::Stream stream, Framework framework, bool kept);
 
   const bool is_kept;
+  static constexpr bool kRunsChunks = false;  // a GPU's blocks share the work by themselves
 
   // A CuPy array, or one with __cuda_array_interface__.
   bool is_device_array(py::handle object) const;

@@ -1,6 +1,7 @@
 #include "bindings/gradients.hpp"
 
 #include <algorithm>
+#include <stdexcept>
 
 #include "bindings/dlpack.hpp"
 #include "bindings/modules.hpp"
@@ -156,6 +157,12 @@ void Gradients::take_arrays(const py::object& grads) {
   }
 
   spans_.reserve(arrays_.size());
+}
+
+void Gradients::count_bytes() {
+  for (const Span& span : spans_)
+    if (__builtin_add_overflow(nbytes_, span.nbytes(), &nbytes_))
+      throw std::length_error("grads: expected at most 2^63 bytes together, got more");
 }
 
 void Gradients::make_plan_of_spans() {

@@ -9,6 +9,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "bindings/text.hpp"
@@ -118,6 +119,7 @@ enum class Again { read, held, gone };
 
 // Reads arrays on the CPU.
 struct HostReader {
+  static constexpr bool kRunsChunks = true;
   // For many calls, between which a torch tensor may be given another storage.
   bool is_kept = false;
 
@@ -165,7 +167,8 @@ class Gradients {
     }
     // An export runs code of its own, which may have given another entry other memory.
     if (ran_code) require_unchanged(reader);
-    make_plan_of_spans();
+    count_bytes();
+    if constexpr (std::remove_cvref_t<Reader>::kRunsChunks) make_plan_of_spans();
   }
   // The layouts of spans point into the object.
   Gradients(const Gradients&) = delete;
@@ -200,7 +203,9 @@ class Gradients {
 
   bool is_kept() const { return is_kept_; }
   std::span<const Span> spans() const { return spans_; }
-  const Plan& plan() const { return plan_; }
+  // Of gradients on the CPU.
+  const ChunkPlan& plan() const { return plan_; }
+  std::int64_t nbytes() const { return nbytes_; }
   const py::object& names() const { return names_; }  // tuple of str, or None
   const py::tuple& arrays() const { return arrays_; }
   // Those that are None.
@@ -222,12 +227,14 @@ class Gradients {
   [[noreturn]] static void refuse_changed(const EntryName& name, const Entry& now);
   void take_arrays(const py::object& grads);
   void add(Entry&& entry);
+  void count_bytes();
   void make_plan_of_spans();
   void find_overlaps() const;
 
   bool is_kept_;
   Table<Span> spans_;
-  Plan plan_;
+  std::int64_t nbytes_ = 0;
+  ChunkPlan plan_;
   std::deque<StridedLayout> layouts_;  // of the spans that are not dense; addresses must stay
   py::tuple arrays_;
   std::vector<py::object> owners_;

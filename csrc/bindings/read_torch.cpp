@@ -6,6 +6,7 @@
 
 #include "bindings/dlpack.hpp"
 #include "bindings/modules.hpp"
+#include "cpu/openmp.hpp"
 
 namespace gradclip::bindings {
 namespace {
@@ -43,6 +44,7 @@ const Torch* torch() {
   // What was released lives as long as the process.
   auto* const getter =
       reinterpret_cast<PyGetSetDescrObject*>(requires_grad.inc_ref().ptr())->d_getset;
+  cpu::openmp::find();
   known = new Torch{tensor.release().ptr(), parameter.release().ptr(), getter, exchange};
   return known;
 }

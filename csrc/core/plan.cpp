@@ -16,10 +16,10 @@ constexpr std::int64_t kLargestTask = kTilesPerChunk * static_cast<std::int64_t>
 
 }  // namespace
 
-Plan make_plan(std::span<const std::int64_t> tensor_bytes) {
+ChunkPlan make_plan(std::span<const std::int64_t> tensor_bytes) {
   if (tensor_bytes.size() >= kWholeTensor)
     throw std::length_error("grads: expected fewer than 2^32 - 1 gradients, got more");
-  Plan plan;
+  ChunkPlan plan;
   for (const std::int64_t bytes : tensor_bytes)
     if (__builtin_add_overflow(plan.total_bytes, bytes, &plan.total_bytes))
       throw std::length_error("grads: expected at most 2^63 bytes together, got more");

@@ -20,7 +20,7 @@ struct Chunk {
 inline constexpr std::uint32_t kWholeTensor = 0xffffffffu;
 inline constexpr std::int64_t kTilesPerChunk = 64;  // at most
 
-struct Plan {
+struct ChunkPlan {
   Table<Chunk> chunks;  // tensor by tensor, in order
   // Work for one thread at a time: task t is chunks [task_begin[t], task_begin[t + 1]).
   Table<std::uint32_t> task_begin;
@@ -31,6 +31,6 @@ struct Plan {
 };
 
 // `tensor_bytes[i]`: the bytes of tensor i; tensors of 0 bytes have no chunk.
-Plan make_plan(std::span<const std::int64_t> tensor_bytes);
+ChunkPlan make_plan(std::span<const std::int64_t> tensor_bytes);
 
 }  // namespace gradclip

@@ -11,7 +11,7 @@
 
 namespace gradclip::cpu {
 
-void scale(std::span<const Span> spans, const Plan& plan, std::span<const double> factors) {
+void scale(std::span<const Span> spans, const ChunkPlan& plan, std::span<const double> factors) {
   // Backward: the norms went forward, so the end is still in the cache.
   for_each_chunk(plan, Pass::backward, [&](const Chunk& chunk) {
     const double factor = factors[chunk.tensor];
@@ -24,7 +24,7 @@ void scale(std::span<const Span> spans, const Plan& plan, std::span<const double
   });
 }
 
-void set_to_zero(std::span<const Span> spans, const Plan& plan) {
+void set_to_zero(std::span<const Span> spans, const ChunkPlan& plan) {
   for_each_chunk(plan, Pass::forward, [&](const Chunk& chunk) {
     change_each_piece(spans[chunk.tensor], chunk, [](std::byte* data, std::size_t bytes) {
       std::memset(data, 0, bytes);
@@ -44,13 +44,14 @@ bool has_beyond(DType dtype, const std::byte* tile, std::size_t bytes, std::uint
 }
 
 // Which of a plan's chunks a chunk of it is.
-std::size_t index_of(const Chunk& chunk, const Plan& plan) {
+std::size_t index_of(const Chunk& chunk, const ChunkPlan& plan) {
   return static_cast<std::size_t>(&chunk - plan.chunks.data());
 }
 
 }  // namespace
 
-ValueClip measure_values(std::span<const Span> spans, const Plan& plan, const ValueLimit& limit) {
+ValueClip measure_values(std::span<const Span> spans, const ChunkPlan& plan,
+                         const ValueLimit& limit) {
   ValueClip found;
   found.tiles.resize(plan.chunks.size());
   const auto measure_chunk = [&](const Chunk& chunk) {
@@ -78,7 +79,7 @@ ValueClip measure_values(std::span<const Span> spans, const Plan& plan, const Va
   return found;
 }
 
-void clip_by_value(std::span<const Span> spans, const Plan& plan, const ValueLimit& limit,
+void clip_by_value(std::span<const Span> spans, const ChunkPlan& plan, const ValueLimit& limit,
                    std::span<const std::uint64_t> tiles) {
   // Backward, as of scale.
   for_each_chunk(plan, Pass::backward, [&](const Chunk& chunk) {
@@ -112,7 +113,7 @@ NonFiniteCounts count_nonfinite(const Span& span) {
   return counts;
 }
 
-std::uint32_t probe_read(std::span<const Span> spans, const Plan& plan) {
+std::uint32_t probe_read(std::span<const Span> spans, const ChunkPlan& plan) {
   std::atomic<std::uint32_t> all{0};
   for_each_chunk(plan, Pass::forward, [&](const Chunk& chunk) {
     all |= kernels().read(spans[chunk.tensor].data + chunk.first_byte,
@@ -121,7 +122,7 @@ std::uint32_t probe_read(std::span<const Span> spans, const Plan& plan) {
   return all;
 }
 
-void probe_read_write(std::span<const Span> spans, const Plan& plan) {
+void probe_read_write(std::span<const Span> spans, const ChunkPlan& plan) {
   for_each_chunk(plan, Pass::forward, [&](const Chunk& chunk) {
     kernels().read_write(spans[chunk.tensor].data + chunk.first_byte,
                          static_cast<std::size_t>(chunk.bytes));

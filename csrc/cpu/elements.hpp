@@ -44,7 +44,7 @@ void visit_magnitudes(DType dtype, const std::byte* data, std::size_t bytes, dou
 // The largest magnitude of each of `tensors` tensors, from that of every chunk. Each chunk is asked
 // for once.
 template <class LargestOfChunk>
-Table<double> largest_by_tensor(std::size_t tensors, const Plan& plan,
+Table<double> largest_by_tensor(std::size_t tensors, const ChunkPlan& plan,
                                 LargestOfChunk largest_of_chunk) {
   Table<double> result(tensors), partials(plan.partials);
   for_each_chunk(plan, Pass::forward, [&](const Chunk& chunk) {

@@ -15,13 +15,13 @@
 namespace gradclip::cpu {
 
 // The sum of every tensor, in one pass (two for `other` orders).
-Table<NormSum> measure(std::span<const Span> spans, const Plan& plan, const NormOrder& order);
+Table<NormSum> measure(std::span<const Span> spans, const ChunkPlan& plan, const NormOrder& order);
 
 // Multiply tensor i by factors[i]; where that is 1, its memory is not touched.
-void scale(std::span<const Span> spans, const Plan& plan, std::span<const double> factors);
+void scale(std::span<const Span> spans, const ChunkPlan& plan, std::span<const double> factors);
 
 // Set every element to +0, also where it was not finite.
-void set_to_zero(std::span<const Span> spans, const Plan& plan);
+void set_to_zero(std::span<const Span> spans, const ChunkPlan& plan);
 
 // What a clip of real tensors by value finds before it writes: the largest magnitudes, and the tiles with
 // an element beyond `limit`.
@@ -30,17 +30,18 @@ struct ValueClip {
   Table<std::uint64_t> tiles;  // of each chunk of the plan, a bit for each tile
   bool clipped = false;        // whether there is any
 };
-ValueClip measure_values(std::span<const Span> spans, const Plan& plan, const ValueLimit& limit);
+ValueClip measure_values(std::span<const Span> spans, const ChunkPlan& plan,
+                         const ValueLimit& limit);
 
 // Clip every element into [-limit, limit]; only `tiles` are touched.
-void clip_by_value(std::span<const Span> spans, const Plan& plan, const ValueLimit& limit,
+void clip_by_value(std::span<const Span> spans, const ChunkPlan& plan, const ValueLimit& limit,
                    std::span<const std::uint64_t> tiles);
 
 // Elements of one tensor that are NaN or infinite; a complex element counts once.
 NonFiniteCounts count_nonfinite(const Span& span);
 
 // The machine's own speed over the same dense memory with the same threads.
-std::uint32_t probe_read(std::span<const Span> spans, const Plan& plan);
-void probe_read_write(std::span<const Span> spans, const Plan& plan);
+std::uint32_t probe_read(std::span<const Span> spans, const ChunkPlan& plan);
+void probe_read_write(std::span<const Span> spans, const ChunkPlan& plan);
 
 }  // namespace gradclip::cpu

@@ -50,7 +50,7 @@ NormSum norm_sum(const ExactSum& sum) {
 }
 
 // The sum of every tensor; `units` are the largest magnitudes of slow tensors.
-Table<NormSum> sums_of(std::span<const Span> spans, const Plan& plan, const NormOrder& order,
+Table<NormSum> sums_of(std::span<const Span> spans, const ChunkPlan& plan, const NormOrder& order,
                        const Table<double>& units) {
   Table<NormSum> sums(spans.size());
   Table<ExactSum> partials(plan.partials);
@@ -97,7 +97,7 @@ Table<NormSum> sums_of(std::span<const Span> spans, const Plan& plan, const Norm
 
 }  // namespace
 
-Table<NormSum> measure(std::span<const Span> spans, const Plan& plan, const NormOrder& order) {
+Table<NormSum> measure(std::span<const Span> spans, const ChunkPlan& plan, const NormOrder& order) {
   const DefaultFloatEnvironment environment;  // also for what is added up here
   if (order.kind == NormOrder::infinity) {
     Table<NormSum> result;

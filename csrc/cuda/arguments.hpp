@@ -19,11 +19,13 @@ struct Accumulated {
 // magnitude can be beyond float64.
 struct Largest {
   double value = 0.0;
-  std::uint64_t nonfinite = 0;
+  std::uint32_t nonfinite = 0;  // whether it holds an infinity or a NaN
+  std::uint32_t clipped = 0;    // whether a clip by value has changed it
 
   GRADCLIP_INLINE void add(const Largest& other) {
     value = larger(other.value, value);
     nonfinite |= other.nonfinite;
+    clipped |= other.clipped;
   }
 };
 

@@ -145,9 +145,6 @@ __device__ __forceinline__ bool is_beyond(T x, typename FloatBits<T>::Word top) 
 
 // --- Clip by value ------------------------------------------------------------------------------------
 
-// Flags beside a largest magnitude, in the place of Largest::nonfinite.
-inline constexpr std::uint64_t kHasNonFinite = 1, kWasClipped = 2;
-
 // One tile: its largest magnitude is taken, and what is beyond the limit is changed.
 template <class T>
 __device__ __forceinline__ Largest clip_tile(const TensorEntry& entry, const TableView& table,
@@ -161,10 +158,9 @@ __device__ __forceinline__ Largest clip_tile(const TensorEntry& entry, const Tab
   else
     largest = largest_of_tile<1>(element_memory<T>(entry, table), tile.first, tile.bytes, T{});
   const double value = value_of_pattern(entry.dtype, largest);
-  std::uint64_t flags = is_finite(value) ? 0 : kHasNonFinite;
+  int clipped = 0;
   const auto top = static_cast<Word>(limit.pattern(entry.dtype));
   if (largest > top) {
-    int clipped = 0;
     change_tiles<T>(
         entry, table, {index, index + 1, static_cast<std::uint32_t>(tiles_of(entry.bytes))},
         [&](T x) {
@@ -172,9 +168,9 @@ __device__ __forceinline__ Largest clip_tile(const TensorEntry& entry, const Tab
           clipped = 1;
           return bit_copy<T>(static_cast<Word>((bit_copy<Word>(x) & FloatBits<T>::sign) | top));
         });
-    if (__any_sync(kFullWarp, clipped)) flags |= kWasClipped;
+    clipped = __any_sync(kFullWarp, clipped);
   }
-  return {value, flags};
+  return {value, !is_finite(value), clipped != 0};
 }
 
 __device__ __forceinline__ void clip_by_value(const ValueClipArguments& arguments,
@@ -182,25 +178,25 @@ __device__ __forceinline__ void clip_by_value(const ValueClipArguments& argument
   auto& shared = shared_memory<CombineShared<Largest>>();
   const ResultPointers& result = arguments.result;
   const bool last = accumulate(
-      shared, arguments.table, entries, arguments.scratch, [] {},
-      [&](std::uint32_t, const TensorEntry& entry, std::uint32_t tile, Largest& running) {
+      shared, arguments.table, entries, arguments.scratch,
+      [&](std::uint32_t, const TensorEntry& entry, const TileRange& tiles, Largest& running) {
         visit_real_type(entry.dtype, [&](auto type) {
-          const Largest largest =
-              clip_tile<decltype(type)>(entry, arguments.table, tile, arguments.limit);
-          if (lane_id() == 0) running.add(largest);
+          for (std::uint32_t tile = tiles.begin; tile < tiles.end; ++tile) {
+            const Largest largest =
+                clip_tile<decltype(type)>(entry, arguments.table, tile, arguments.limit);
+            if (lane_id() == 0) running.add(largest);
+          }
         });
       },
-      [](Largest&) {},
       [&](std::uint32_t tensor, const Largest& largest, Largest& total) {
         result.norms[tensor] = largest.value;
-        result.nonfinite[tensor] = (largest.nonfinite & kHasNonFinite) != 0;
+        result.nonfinite[tensor] = largest.nonfinite != 0;
         total.add(largest);
       });
   if (!last || threadIdx.x != 0) return;
   *result.total_norm = *result.group_norms = shared.threads[0].value;
   *result.coefficients = 1.0;
-  *result.flags = {(shared.threads[0].nonfinite & kWasClipped) != 0,
-                   (shared.threads[0].nonfinite & kHasNonFinite) != 0, 0, 0};
+  *result.flags = {shared.threads[0].clipped != 0, shared.threads[0].nonfinite != 0, 0, 0};
 }
 
 // --- Telling what is not finite -------------------------------------------------------------------------

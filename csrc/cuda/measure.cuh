@@ -65,7 +65,7 @@ __device__ __noinline__ Largest largest_of_tile(const TensorEntry& entry, const 
         }
         for (int step = 16; step > 0; step /= 2)
           value = larger(__shfl_xor_sync(kFullWarp, value, step), value);
-        result = {value, __ballot_sync(kFullWarp, nonfinite) != 0};
+        result = {value, __ballot_sync(kFullWarp, nonfinite) != 0, 0};
       }
     });
     return result;
@@ -74,7 +74,7 @@ __device__ __noinline__ Largest largest_of_tile(const TensorEntry& entry, const 
     const double value = value_of_pattern(
         entry.dtype, largest_of_tile<rows_in_flight<std::remove_cvref_t<decltype(memory)>>()>(
                          memory, tile.first, tile.bytes, type));
-    result = {value, !is_finite(value)};
+    result = {value, !is_finite(value), 0};
   });
   return result;
 }
@@ -116,7 +116,7 @@ __device__ __noinline__ void finish_tensor(const MeasureArguments& arguments, st
   arguments.result.norms[tensor] = norm_call(arguments.order, sum, arguments.grad_scale);
   arguments.result.nonfinite[tensor] = nonfinite;
   if constexpr (kMeasure == Measure::largest)
-    total.add(Largest{sum.value, nonfinite});
+    total.add(Largest{sum.value, nonfinite, 0});
   else
     add_to(total, sum.value, sum.exponent);
 }
@@ -176,25 +176,23 @@ __device__ __forceinline__ void add_tile(const MeasureArguments& arguments, std:
   }
 }
 
-// The walk of a block over its tensors: add_tile(tensor, entry, tile) for every tile, finish(tensor,
-// accumulator, total) by one thread for every tensor. True as is_last_block().
-template <class Accumulator, class Begin, class AddTile, class End, class Finish>
+// The walk of a block over its tensors: add_tiles(tensor, entry, tiles, running) adds a warp's tiles of a
+// tensor to `running`, which lane 0 writes; finish(tensor, accumulator, total) by one thread for every
+// tensor. True as is_last_block().
+template <class Accumulator, class AddTiles, class Finish>
 __device__ __forceinline__ bool accumulate(CombineShared<Accumulator>& shared,
                                            const TableView& table, const TensorEntry* entries,
-                                           const Scratch& scratch, Begin begin, AddTile add_tile,
-                                           End end, Finish finish) {
+                                           const Scratch& scratch, AddTiles add_tiles,
+                                           Finish finish) {
   prepare(shared);
   Accumulator& running = shared.running[warp_id()];
   walk(table, entries, [&](std::uint32_t i, const TensorEntry& entry, const TileRange& tiles) {
     __syncwarp();
     if (lane_id() == 0) running = Accumulator{};
-    begin();
     __syncwarp();
-    for (std::uint32_t tile = tiles.begin; tile < tiles.end; ++tile)
-      add_tile(i, entry, tile, running);
+    add_tiles(i, entry, tiles, running);
     __syncwarp();
     if (lane_id() != 0) return;
-    end(running);
     if (tiles.whole())
       finish(i, running, shared.totals[warp_id()]);
     else
@@ -209,19 +207,19 @@ __device__ __forceinline__ void measure(const MeasureArguments& arguments,
                                         const TensorEntry* entries) {
   using Accumulator = typename AccumulatorOf<kMeasure>::Type;
   auto& shared = shared_memory<CombineShared<Accumulator>>();
-  // What each thread has of a tensor by itself, and what lane 0 takes of it.
-  Accumulator& mine = shared.threads[threadIdx.x];
   const bool last = accumulate(
       shared, arguments.table, entries, arguments.scratch,
-      [&] {
+      [&](std::uint32_t i, const TensorEntry& entry, const TileRange& tiles, Accumulator& running) {
+        // Of powers each thread adds up its own; then lane 0 takes those of all.
+        Accumulator& mine = shared.threads[threadIdx.x];
         if constexpr (kMeasure == Measure::powers) mine = Accumulator{};
-      },
-      [&](std::uint32_t i, const TensorEntry& entry, std::uint32_t tile, Accumulator& running) {
-        add_tile<kMeasure>(arguments, i, entry, bytes_of_tile(entry, tile), running, mine);
-      },
-      [&](Accumulator& running) {
-        if constexpr (kMeasure == Measure::powers)
-          for (unsigned t = 0; t < 32; ++t) add_to(running, shared.threads[threadIdx.x + t]);
+        for (std::uint32_t tile = tiles.begin; tile < tiles.end; ++tile)
+          add_tile<kMeasure>(arguments, i, entry, bytes_of_tile(entry, tile), running, mine);
+        if constexpr (kMeasure == Measure::powers) {
+          __syncwarp();
+          if (lane_id() == 0)
+            for (unsigned t = 0; t < 32; ++t) add_to(running, shared.threads[threadIdx.x + t]);
+        }
       },
       [&](std::uint32_t tensor, const Accumulator& sum, Accumulator& total) {
         finish_tensor<kMeasure>(arguments, entries, tensor, sum, total);

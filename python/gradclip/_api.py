@@ -27,12 +27,12 @@ __all__ = [
 ]
 
 # Any array that an engine can read in place: NumPy, CuPy, or anything with __dlpack__.
-Gradients: TypeAlias = Mapping[str, Any] | Iterable[Any]
+GradientArrays: TypeAlias = Mapping[str, Any] | Iterable[Any]
 # One for all groups, or one for each of several: in their order, or by their names.
 Thresholds: TypeAlias = (
     SupportsFloat | Sequence[float | None] | Mapping[str, float | None] | npt.NDArray[np.floating[Any]]
 )
-Groups: TypeAlias = (
+Grouping: TypeAlias = (
     Sequence[int]
     | Sequence[str]
     | Mapping[str, int]
@@ -44,7 +44,7 @@ NonFinite: TypeAlias = Literal["raise", "skip", "zero", "propagate"]
 Reduce: TypeAlias = Callable[[npt.NDArray[np.float64]], npt.ArrayLike]
 
 
-def tensor_norms(grads: Gradients, ord: float = 2) -> npt.NDArray[np.float64]:
+def tensor_norms(grads: GradientArrays, ord: float = 2) -> npt.NDArray[np.float64]:
     """Measure the norm of every gradient in one pass over memory.
 
     Every norm has a relative error of at most 2^-22 (float16, bfloat16, float32, complex64) or 1e-14
@@ -78,7 +78,7 @@ def tensor_norms(grads: Gradients, ord: float = 2) -> npt.NDArray[np.float64]:
     return read(grads).tensor_norms(ord)
 
 
-def global_norm(grads: Gradients, ord: float = 2) -> float:
+def global_norm(grads: GradientArrays, ord: float = 2) -> float:
     """Measure the norm over all gradients together, as if they were one long vector.
 
     Args:
@@ -104,9 +104,9 @@ def global_norm(grads: Gradients, ord: float = 2) -> float:
 
 
 def measure(
-    grads: Gradients,
+    grads: GradientArrays,
     ord: float = 2,
-    groups: Groups = None,
+    groups: Grouping = None,
     grad_scale: float = 1.0,
     reduce: Reduce | None = None,
 ) -> Measured:
@@ -144,10 +144,10 @@ def measure(
 
 
 def clip_by_global_norm_(
-    grads: Gradients,
+    grads: GradientArrays,
     max_norm: Thresholds | Policy,
     ord: float = 2,
-    groups: Groups = None,
+    groups: Grouping = None,
     grad_scale: float = 1.0,
     nonfinite: NonFinite = "raise",
     reduce: Reduce | None = None,
@@ -218,7 +218,7 @@ def clip_by_global_norm_(
 
 
 def clip_by_norm_(
-    grads: Gradients,
+    grads: GradientArrays,
     max_norm: Thresholds | Policy,
     ord: float = 2,
     grad_scale: float = 1.0,
@@ -256,7 +256,7 @@ def clip_by_norm_(
     return result
 
 
-def clip_by_value_(grads: Gradients, limit: SupportsFloat) -> ClipResult:
+def clip_by_value_(grads: GradientArrays, limit: SupportsFloat) -> ClipResult:
     """Clip every element in place into ``[-limit, limit]``.
 
     Only tiles of 16 KB that hold an element beyond the limit are written. Infinities become the limit,
@@ -291,7 +291,7 @@ def clip_by_value_(grads: Gradients, limit: SupportsFloat) -> ClipResult:
     return result
 
 
-def scale_(grads: Gradients, factor: SupportsFloat) -> None:
+def scale_(grads: GradientArrays, factor: SupportsFloat) -> None:
     """Multiply every gradient in place by ``factor``. A factor of 1 writes nothing.
 
     Args:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from gradclip._result import ClipResult, named, nonfinite_error
 
-__all__ = ["DeviceClipResult", "DeviceGradients", "DeviceMeasured", "framework_of"]
+__all__ = ["DeviceClipResult", "GpuGradients", "GpuMeasured", "framework_of"]
 
 _FLOAT64 = np.dtype(np.float64)
 _BOOL = np.dtype(np.bool_)
@@ -161,7 +161,7 @@ class DeviceClipResult(ClipResult):
 
     def __init__(
         self,
-        gradients: DeviceGradients,
+        gradients: GpuGradients,
         memory: Memory,
         stream: tuple[int, object],
         groups: int = 1,
@@ -278,12 +278,12 @@ class _Layout(NamedTuple):
 # --- Calls --------------------------------------------------------------------------------------------
 
 
-class DeviceMeasured:
+class GpuMeasured:
     """What was measured of gradients on a GPU: what :class:`gradclip.Measured` stands on there."""
 
     __slots__ = ("_gradients", "_measured", "_norms")
 
-    def __init__(self, gradients: DeviceGradients, measured: Any, stream: tuple[int, object]) -> None:
+    def __init__(self, gradients: GpuGradients, measured: Any, stream: tuple[int, object]) -> None:
         self._gradients = gradients
         self._measured = measured
         # Its coefficients are not written yet.
@@ -339,7 +339,7 @@ class DeviceMeasured:
         )
 
 
-class DeviceGradients:
+class GpuGradients:
     """Gradients that have been read, of the framework and device of ``first``; as ``_core.Gradients``."""
 
     __slots__ = ("_framework", "_gradients", "cuda", "device")
@@ -406,15 +406,15 @@ class DeviceGradients:
     def global_norm(self, ord: object) -> Any:
         return self._norms(ord).total_norm
 
-    def measure(self, ord: object, groups: object, grad_scale: object, reduce: object) -> DeviceMeasured:
+    def measure(self, ord: object, groups: object, grad_scale: object, reduce: object) -> GpuMeasured:
         stream = self.stream()
         measured = self._gradients.measure(ord, groups, grad_scale, reduce, stream[0])
-        return DeviceMeasured(self, measured, stream)
+        return GpuMeasured(self, measured, stream)
 
-    def with_norm(self, norm: object) -> DeviceMeasured:
+    def with_norm(self, norm: object) -> GpuMeasured:
         """As measured by somebody: ``norm`` is a float64 number on the device."""
         stream = self.stream()
-        return DeviceMeasured(self, self._gradients.with_norm(norm, stream[0]), stream)
+        return GpuMeasured(self, self._gradients.with_norm(norm, stream[0]), stream)
 
     def clip(
         self,

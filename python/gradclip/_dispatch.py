@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -113,11 +114,21 @@ def mark_written(tensors: list[Any]) -> None:
 
 def why_no_gpu() -> str:
     """What is missing to run on a GPU; empty if nothing is."""
+    return _look_for_gpu()[1]
+
+
+def _look_for_gpu() -> tuple[ModuleType | None, str]:
+    """The CUDA engine's module, and what is missing to run on a GPU."""
     try:
         cuda = cuda_module()
     except ImportError as error:
-        return f"its CUDA module does not load: {error}"
-    return "built without a CUDA compiler" if cuda is None else str(cuda.missing())
+        return None, f"its CUDA module does not load: {error}"
+    return cuda, "built without a CUDA compiler" if cuda is None else _missing(cuda)
+
+
+@cache
+def _missing(cuda: ModuleType) -> str:
+    return str(cuda.missing())  # to a process no device comes or goes
 
 
 def _first(arrays: Iterable[Any]) -> Any:
@@ -159,10 +170,10 @@ def cuda_module() -> ModuleType | None:
 def _read_device(grads: Any, first: Any, is_kept: bool) -> ReadGradients:
     from gradclip import _device  # noqa: PLC0415 (only where there is a GPU)
 
-    missing = why_no_gpu()
+    cuda, missing = _look_for_gpu()
     if missing:
         raise RuntimeError(
             f"grads: expected arrays on the CPU, since gradclip has no GPU here ({missing}), got a "
             f"{type(first).__module__}.{type(first).__qualname__} on a CUDA device"
         )
-    return _device.DeviceGradients(cuda_module(), grads, first, is_kept)
+    return _device.GpuGradients(cuda, grads, first, is_kept)

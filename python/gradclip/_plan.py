@@ -7,7 +7,7 @@ from typing import NoReturn, SupportsFloat
 import numpy as np
 import numpy.typing as npt
 
-from gradclip._api import Gradients, Groups, NonFinite, Reduce, Thresholds
+from gradclip._api import GradientArrays, Grouping, NonFinite, Reduce, Thresholds
 from gradclip._dispatch import read
 from gradclip._measured import Measured, Policy, clip
 from gradclip._result import ClipResult, count_of, warn_of_nothing
@@ -47,7 +47,7 @@ class Plan:
 
     __slots__ = ("_plan",)
 
-    def __init__(self, grads: Gradients) -> None:
+    def __init__(self, grads: GradientArrays) -> None:
         self._plan = read(grads, is_kept=True)
         if self._plan.is_nothing:
             warn_of_nothing()
@@ -81,7 +81,7 @@ class Plan:
         return self._plan.global_norm(ord)
 
     def measure(
-        self, ord: float = 2, groups: Groups = None, grad_scale: float = 1.0, reduce: Reduce | None = None
+        self, ord: float = 2, groups: Grouping = None, grad_scale: float = 1.0, reduce: Reduce | None = None
     ) -> Measured:
         """As :func:`gradclip.measure`."""
         return Measured(self._plan.measure(ord, groups, grad_scale, reduce))
@@ -90,7 +90,7 @@ class Plan:
         self,
         max_norm: Thresholds | Policy,
         ord: float = 2,
-        groups: Groups = None,
+        groups: Grouping = None,
         grad_scale: float = 1.0,
         nonfinite: NonFinite = "raise",
         reduce: Reduce | None = None,

@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "cpu/engine.hpp"
-#include "cpu/team.hpp"
+#include "cpu/workers.hpp"
 #include "samples.hpp"
 
 using namespace gradclip;
@@ -63,28 +63,28 @@ void with_each_span(Values values, Test test) {
 }  // namespace
 
 TEST_CASE("scale") {
-  with_each_span(
-      Values::any_pattern, [](Matrix& matrix, bool strided, const auto& spans, const Plan& plan) {
-        const auto before = matrix.memory;
-        cpu::scale(spans, plan, std::vector{1.0});
-        CHECK(same_bits(matrix.memory, before));
-        cpu::scale(spans, plan, std::vector{0.3});
-        CHECK(same_bits(matrix.memory, changed(before, strided, [](float& x) { x *= 0.3f; })));
-      });
+  with_each_span(Values::any_pattern, [](Matrix& matrix, bool strided, const auto& spans,
+                                         const ChunkPlan& plan) {
+    const auto before = matrix.memory;
+    cpu::scale(spans, plan, std::vector{1.0});
+    CHECK(same_bits(matrix.memory, before));
+    cpu::scale(spans, plan, std::vector{0.3});
+    CHECK(same_bits(matrix.memory, changed(before, strided, [](float& x) { x *= 0.3f; })));
+  });
 }
 
 TEST_CASE("set to zero") {
-  with_each_span(
-      Values::any_pattern, [](Matrix& matrix, bool strided, const auto& spans, const Plan& plan) {
-        const auto before = matrix.memory;
-        cpu::set_to_zero(spans, plan);
-        CHECK(same_bits(matrix.memory, changed(before, strided, [](float& x) { x = 0.0f; })));
-      });
+  with_each_span(Values::any_pattern, [](Matrix& matrix, bool strided, const auto& spans,
+                                         const ChunkPlan& plan) {
+    const auto before = matrix.memory;
+    cpu::set_to_zero(spans, plan);
+    CHECK(same_bits(matrix.memory, changed(before, strided, [](float& x) { x = 0.0f; })));
+  });
 }
 
 TEST_CASE("clip by value") {
   with_each_span(Values::ordinary,
-                 [](Matrix& matrix, bool strided, const auto& spans, const Plan& plan) {
+                 [](Matrix& matrix, bool strided, const auto& spans, const ChunkPlan& plan) {
                    const auto before = matrix.memory;
                    float largest = 0.0f;
                    const auto clamped = changed(before, strided, [&](float& x) {
@@ -105,7 +105,7 @@ TEST_CASE("clip by value") {
 
 TEST_CASE("count of what is not finite; a complex element counts once, as NaN if it has any") {
   with_each_span(Values::any_pattern,
-                 [](Matrix& matrix, bool strided, const auto& spans, const Plan&) {
+                 [](Matrix& matrix, bool strided, const auto& spans, const ChunkPlan&) {
                    std::int64_t nan = 0, infinity = 0;
                    changed(matrix.memory, strided, [&](float& x) {
                      nan += std::isnan(x);

@@ -16,7 +16,7 @@ constexpr auto kTile = static_cast<std::int64_t>(order::kTileBytes);
 constexpr std::int64_t kSmallest = 4 * kTile, kLargest = 64 * kTile, kTasks = 64;
 
 void check_plan(const std::vector<std::int64_t>& sizes) {
-  const Plan plan = make_plan(sizes);
+  const ChunkPlan plan = make_plan(sizes);
   std::int64_t total = 0, longest_chunk = 0;
   std::vector<std::int64_t> covered(sizes.size());
   std::vector<int> chunks_of(sizes.size());

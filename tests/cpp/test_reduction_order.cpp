@@ -8,7 +8,7 @@
 
 #include "core/clip.hpp"
 #include "cpu/engine.hpp"
-#include "cpu/team.hpp"
+#include "cpu/workers.hpp"
 #include "order_model.hpp"
 #include "samples.hpp"
 
@@ -25,7 +25,7 @@ Span span_of(std::vector<T>& values) {
           nullptr, kDTypeOf<T>};
 }
 
-Plan plan_of(const std::vector<Span>& spans) {
+ChunkPlan plan_of(const std::vector<Span>& spans) {
   std::vector<std::int64_t> bytes;
   for (const Span& span : spans) bytes.push_back(span.nbytes());
   return make_plan(bytes);

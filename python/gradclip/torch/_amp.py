@@ -17,15 +17,15 @@ from gradclip._dispatch import read
 from gradclip._result import ClipResult
 from gradclip.torch._gradients import (
     PARAMETERS,
-    Gradients,
+    WRITING,
     OnDevice,
+    Tensors,
     as_number,
     as_threshold,
     in_float_environment,
     read_or_convert,
     untraced,
     warn_if_nothing,
-    written,
 )
 from gradclip.torch._local import EPSILON, clip_gradients_
 from gradclip.torch._module import ModuleGroups, by_name, clip_named_, groups_of
@@ -130,14 +130,14 @@ def _unscale_and_clip_(
     parameters = parameters_of(unwrapped(optimizer))
     order, limit = as_number(norm_type, "norm_type"), as_threshold(max_norm, "max_norm")
     if not scaler.is_enabled():
-        grads: Gradients = [p.grad for p in parameters]
+        grads: Tensors = [p.grad for p in parameters]
         norm = clip_gradients_(grads, limit, order, False)
         warn_if_nothing(grads)
         return norm
     state = begin_unscaling(scaler, optimizer, "unscale_and_clip_")
     grads = _gradients(parameters)
 
-    def clip(found: list[OnDevice], tensors: Gradients) -> Tensor | None:
+    def clip(found: list[OnDevice], tensors: Tensors) -> Tensor | None:
         if order <= 0 or len(found) > 1:
             return None
         gradients = found[0].read if found else read(tensors)
@@ -146,7 +146,7 @@ def _unscale_and_clip_(
         warn_if_nothing(tensors)
         return norm
 
-    total = read_or_convert(grads, PARAMETERS, written, clip)
+    total = read_or_convert(grads, PARAMETERS, WRITING, clip)
     if total is not None:
         return total
     scaler.unscale_(unwrapped(optimizer))
@@ -213,7 +213,7 @@ def begin_unscaling(scaler: GradScaler, optimizer: torch.optim.Optimizer, name: 
     return state
 
 
-def measured(state: dict[str, Any], grads: Gradients, total: Any, has_float64: bool) -> Tensor:
+def measured(state: dict[str, Any], grads: Tensors, total: Any, has_float64: bool) -> Tensor:
     """Note in the scaler's record what ``unscale_`` would have found; and the norm as PyTorch returns it."""
     if not isinstance(total, Tensor):
         total = torch.scalar_tensor(total, dtype=torch.float64, device="cpu")

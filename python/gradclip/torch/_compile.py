@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradclip.torch._gradients import PARAMETERS, TENSORS, Gradients, norm_dtype
+from gradclip.torch._gradients import PARAMETERS, TENSORS, Tensors, norm_dtype
 from gradclip.torch._local import clip_gradients_, clip_values_, scale_by_norm_, total_norm_of
 
 __all__ = ["clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "get_total_norm"]
@@ -75,7 +75,7 @@ def _(*_: object) -> None:
 
 
 def clip_grad_norm_(
-    grads: Gradients, max_norm: float | Tensor, norm_type: float, error_if_nonfinite: bool
+    grads: Tensors, max_norm: float | Tensor, norm_type: float, error_if_nonfinite: bool
 ) -> Tensor:
     present, positions = _present(grads)
     if not present:
@@ -85,7 +85,7 @@ def clip_grad_norm_(
     return total
 
 
-def get_total_norm(tensors: Gradients, norm_type: float, error_if_nonfinite: bool) -> Tensor:
+def get_total_norm(tensors: Tensors, norm_type: float, error_if_nonfinite: bool) -> Tensor:
     present, positions = _present(tensors)
     if not present:
         return torch.zeros((), device="cpu")
@@ -94,19 +94,19 @@ def get_total_norm(tensors: Gradients, norm_type: float, error_if_nonfinite: boo
     return total
 
 
-def clip_grads_with_norm_(grads: Gradients, max_norm: float | Tensor, total_norm: Tensor) -> None:
+def clip_grads_with_norm_(grads: Tensors, max_norm: float | Tensor, total_norm: Tensor) -> None:
     present, positions = _present(grads)
     if present:
         _scale(present, positions, *_number_and_tensor(max_norm), total_norm.detach())
 
 
-def clip_grad_value_(grads: Gradients, limit: float) -> None:
+def clip_grad_value_(grads: Tensors, limit: float) -> None:
     present, positions = _present(grads)
     if present:
         _clip_values(present, positions, limit)
 
 
-def _present(grads: Gradients) -> tuple[list[Tensor], list[int]]:
+def _present(grads: Tensors) -> tuple[list[Tensor], list[int]]:
     positions = [i for i, grad in enumerate(grads) if grad is not None]
     return [grad for grad in grads if grad is not None], positions
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
-from gradclip.torch._gradients import Gradients, Names, UnsupportedGradientError, name_of, refuse_graphs
+from gradclip.torch._gradients import Names, Tensors, UnsupportedGradientError, name_of, refuse_graphs
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -81,7 +81,7 @@ def without_partial(tensor: Any, name: str) -> Any:
     return tensor.detach().redistribute(placements=placements)
 
 
-def writable_parts(grads: Gradients, names: Names, each_element: bool = False) -> list[Tensor | None]:
+def writable_parts(grads: Tensors, names: Names, each_element: bool = False) -> list[Tensor | None]:
     """What this rank holds of every tensor, DTensor or plain, to be written to.
 
     Args:

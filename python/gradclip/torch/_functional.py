@@ -17,7 +17,7 @@ from gradclip.torch._dtensor import any_dtensor, whole, writable_parts
 from gradclip.torch._gradients import (
     PARAMETERS,
     TENSORS,
-    Gradients,
+    Tensors,
     UnsupportedGradientError,
     as_limit,
     as_list,
@@ -225,7 +225,7 @@ def clip_grad_value_(
 
 
 @untraced
-def _scale_by_norm_(grads: Gradients, limit: float | Tensor, total_norm: Tensor) -> None:
+def _scale_by_norm_(grads: Tensors, limit: float | Tensor, total_norm: Tensor) -> None:
     wide = carried(total_norm) if isinstance(total_norm, Tensor) else None
     total = whole(total_norm) if wide is None else wide
     try:
@@ -238,7 +238,7 @@ def _scale_by_norm_(grads: Gradients, limit: float | Tensor, total_norm: Tensor)
 
 
 @untraced
-def _clip_values_(grads: Gradients, limit: float) -> None:
+def _clip_values_(grads: Tensors, limit: float) -> None:
     try:
         clip_values_(grads, limit)
     except UnsupportedGradientError:

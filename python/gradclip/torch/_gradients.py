@@ -18,11 +18,15 @@ from gradclip._dispatch import ReadGradients, read, why_no_gpu
 from gradclip._result import warn_of_nothing
 
 __all__ = [
+    "CHECKING",
     "PARAMETERS",
+    "READING",
     "TENSORS",
-    "Gradients",
+    "WRITING",
+    "Conversion",
     "Names",
     "OnDevice",
+    "Tensors",
     "UnsupportedGradientError",
     "as_limit",
     "as_list",
@@ -32,7 +36,6 @@ __all__ = [
     "by_device",
     "carried",
     "carry",
-    "checking",
     "combine",
     "gradients_of",
     "in_float_environment",
@@ -42,7 +45,6 @@ __all__ = [
     "norm_of",
     "read_or_convert",
     "readable",
-    "reading",
     "refuse_graphs",
     "untraced",
     "warn_if_nothing",
@@ -50,7 +52,7 @@ __all__ = [
     "written",
 ]
 
-Gradients: TypeAlias = Sequence[Tensor | None]
+Tensors: TypeAlias = Sequence[Tensor | None]
 # What entries are called in errors: a pattern for their positions, or one name each.
 Names: TypeAlias = str | Sequence[str]
 PARAMETERS, TENSORS = "parameters[{}].grad", "tensors[{}]"
@@ -122,7 +124,7 @@ def as_list(tensors: Tensor | Iterable[Tensor]) -> list[Tensor]:
     return [tensors] if isinstance(tensors, Tensor) else list(tensors)
 
 
-def warn_if_nothing(grads: Gradients, parameters: object = None) -> None:
+def warn_if_nothing(grads: Tensors, parameters: object = None) -> None:
     """Warn the caller once where there is no gradient; of an empty generator in PyTorch's words."""
     if any(grad is not None for grad in grads):
         return
@@ -151,9 +153,6 @@ def gradients_of(parameters: Sequence[Tensor]) -> list[Tensor | None]:
     Raises:
         TypeError: An entry is not a tensor.
     """
-    on_cpu = parameters and getattr(parameters[0], "is_cpu", False)
-    if on_cpu and not torch.compiler.is_compiling():
-        _core.expect_call()  # 100 parameters take about as long as to wake a thread
     try:
         return [parameter.grad for parameter in parameters]
     except AttributeError:
@@ -187,13 +186,20 @@ class OnDevice(NamedTuple):
 
 
 # What is done with gradients that have been read, for each device; and with the tensors.
-Use: TypeAlias = Callable[[list[OnDevice], Gradients], _T]
+Use: TypeAlias = Callable[[list[OnDevice], Tensors], _T]
+
+
+class Conversion(NamedTuple):
+    """What becomes of gradients that no engine reads as they are."""
+
+    open: Callable[[Tensors, Names], AbstractContextManager[Tensors]]
+    writes: bool  # whether they are to be written
 
 
 def read_or_convert(
-    grads: Gradients,
+    grads: Tensors,
     names: Names,
-    convert: Callable[[Gradients, Names], AbstractContextManager[Gradients]],
+    conversion: Conversion,
     use: Use[_T],
     keys: Sequence[str] | None = None,
 ) -> _T:
@@ -204,12 +210,12 @@ def read_or_convert(
     Args:
         grads: Tensors of any kind.
         names: What they are called in errors.
-        convert: :func:`written` or another one, which says what is wrong with those that nobody reads.
+        conversion: What is converted, for what: it says what is wrong with those that nobody reads.
         use: What is done with them. None of them is written before all can be.
         keys: What results call them; all have to lie on one device then.
     """
 
-    def read_list(tensors: Gradients) -> ReadGradients:
+    def read_list(tensors: Tensors) -> ReadGradients:
         return read(tensors if keys is None else dict(zip(keys, tensors, strict=True)))
 
     device = next((getattr(grad, "device", _CPU) for grad in grads if grad is not None), _CPU)
@@ -221,10 +227,10 @@ def read_or_convert(
     else:
         with naming(names):
             return use([OnDevice(as_they_are, device)], grads)
-    with convert(grads, names) as plain, naming(names):
+    with conversion.open(grads, names) as plain, naming(names):
         lists = by_device(plain) if keys is None else {device: plain}
         found = [OnDevice(read_list(each), where) for where, each in lists.items()]
-        if convert is not reading:
+        if conversion.writes:
             for each, _ in found:
                 each.require_writable()
         return use(found, plain)
@@ -233,17 +239,7 @@ def read_or_convert(
 # --- Conversions of what an engine does not read as it is ---------------------------------------------
 
 
-def reading(grads: Gradients, names: Names) -> AbstractContextManager[Gradients]:
-    """As :func:`readable`, for :func:`read_or_convert`."""
-    return nullcontext(readable(grads, names))
-
-
-def checking(grads: Gradients, names: Names) -> AbstractContextManager[Gradients]:
-    """As :func:`writable`, for :func:`read_or_convert`: what is to be written is measured first."""
-    return nullcontext(writable(grads, names))
-
-
-def readable(grads: Gradients, names: Names) -> list[Tensor | None]:
+def readable(grads: Tensors, names: Names) -> list[Tensor | None]:
     """The same gradients as tensors that an engine reads, every memory once; positions stay.
 
     Of sparse gradients the (coalesced) values; of the same tensor twice the first.
@@ -262,7 +258,7 @@ def readable(grads: Gradients, names: Names) -> list[Tensor | None]:
     return _once(read)
 
 
-def writable(grads: Gradients, names: Names) -> list[Tensor | None]:
+def writable(grads: Tensors, names: Names) -> list[Tensor | None]:
     """As :func:`readable`, of what may be written to.
 
     Raises:
@@ -274,7 +270,7 @@ def writable(grads: Gradients, names: Names) -> list[Tensor | None]:
 
 
 @contextmanager
-def written(grads: Gradients, names: Names) -> Iterator[list[Tensor | None]]:
+def written(grads: Tensors, names: Names) -> Iterator[list[Tensor | None]]:
     """As :func:`writable`, for a block that writes to them.
 
     Sparse gradients become what the block makes of their coalesced copies; after an error they are as
@@ -300,7 +296,13 @@ def written(grads: Gradients, names: Names) -> Iterator[list[Tensor | None]]:
     mark_written([grad for grad, values, version in versions if values._version != version])
 
 
-def refuse_graphs(grads: Gradients, names: Names) -> None:
+# To read; to measure what is written afterwards; to write.
+READING = Conversion(lambda grads, names: nullcontext(readable(grads, names)), writes=False)
+CHECKING = Conversion(lambda grads, names: nullcontext(writable(grads, names)), writes=True)
+WRITING = Conversion(written, writes=True)
+
+
+def refuse_graphs(grads: Tensors, names: Names) -> None:
     """Raise :class:`UnsupportedGradientError` if a gradient requires grad."""
     for i, grad in enumerate(grads):
         if isinstance(grad, Tensor) and grad.requires_grad:
@@ -365,7 +367,7 @@ def _check_tensor(value: object, name: str) -> None:
 # --- Several devices ----------------------------------------------------------------------------------
 
 
-def by_device(grads: Gradients) -> dict[torch.device, list[Tensor | None]]:
+def by_device(grads: Tensors) -> dict[torch.device, list[Tensor | None]]:
     """The gradients of every device, in order of first appearance; each with all positions."""
     lists: dict[torch.device, list[Tensor | None]] = {}
     for i, grad in enumerate(grads):
@@ -393,7 +395,7 @@ def norm_of(values: Tensor, order: float) -> Tensor:
     return unit * scaled
 
 
-def norm_dtype(grads: Gradients) -> torch.dtype:
+def norm_dtype(grads: Tensors) -> torch.dtype:
     """Of a norm: float64 if that is among the gradients' dtypes, else float32; 16 bits would round it."""
     wide = any(grad is not None and grad.dtype in _WIDE for grad in grads)
     return torch.float64 if wide else torch.float32
@@ -431,6 +433,6 @@ def in_float_environment(function: Callable[_P, _T]) -> Callable[_P, _T]:
     return call
 
 
-def mark_written(grads: Gradients) -> None:
+def mark_written(grads: Tensors) -> None:
     """Tell autograd that the gradients were changed in place, so that whoever saved one finds out."""
     _dispatch.mark_written([grad for grad in grads if grad is not None])

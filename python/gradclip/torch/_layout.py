@@ -12,11 +12,11 @@ from torch.distributed import ProcessGroup
 
 from gradclip.distributed._collective import open_group
 from gradclip.torch._dtensor import dtensor_type, local_part, without_partial
-from gradclip.torch._gradients import Gradients, Names, name_of, norm_dtype
+from gradclip.torch._gradients import Names, Tensors, name_of, norm_dtype
 
-__all__ = ["Groups", "Layout"]
+__all__ = ["Layout", "ProcessGroups"]
 
-Groups = tuple[ProcessGroup, ...]
+ProcessGroups = tuple[ProcessGroup, ...]
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Layout:
     parts: list[Tensor | None]
     measured: list[Tensor | None]
     labels: list[int]
-    sets: list[Groups]
+    sets: list[ProcessGroups]
     groups: list[ProcessGroup]
     is_spread: bool = False
     outside: str | None = None
@@ -53,7 +53,7 @@ class Layout:
 
     @classmethod
     def of(
-        cls, grads: Gradients, parameters: Sequence[Tensor], group: ProcessGroup | None, names: Names
+        cls, grads: Tensors, parameters: Sequence[Tensor], group: ProcessGroup | None, names: Names
     ) -> Layout:
         """Look at every tensor once, and add up partial sums.
 
@@ -98,7 +98,7 @@ class Layout:
         mesh = self.like.device_mesh
         return DTensor.from_local(local, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
-    def _place(self, known: Sequence[Any], grads: Gradients, names: Names) -> None:
+    def _place(self, known: Sequence[Any], grads: Tensors, names: Names) -> None:
         dtensor = dtensor_type()
         sets = _Sets()
         places: dict[Any, _Place] = {}  # models have thousands of tensors and few ways to lie
@@ -134,13 +134,13 @@ class _Sets:
     """The sets of process groups that tensors were found to be sharded over."""
 
     def __init__(self) -> None:
-        self.found: list[Groups] = []
+        self.found: list[ProcessGroups] = []
         self.groups: dict[str, ProcessGroup] = {}
         self.is_spread = False
         self.outside: str | None = None
         self._numbers: dict[tuple[str, ...], int] = {}
 
-    def number(self, groups: Groups) -> int:
+    def number(self, groups: ProcessGroups) -> int:
         key = tuple(group.group_name for group in groups)
         if key not in self._numbers:
             self._numbers[key] = len(self.found)

@@ -16,9 +16,12 @@ from gradclip._dispatch import ReadGradients, read
 from gradclip._result import NonFiniteGradientError
 from gradclip.torch._gradients import (
     PARAMETERS,
-    Gradients,
+    READING,
+    WRITING,
+    Conversion,
     Names,
     OnDevice,
+    Tensors,
     as_limit,
     as_norm,
     as_number,
@@ -26,7 +29,6 @@ from gradclip.torch._gradients import (
     name_of,
     norm_of,
     read_or_convert,
-    reading,
     written,
 )
 from gradclip.torch._nonfinite import count_nonfinite, nonfinite_error
@@ -40,7 +42,7 @@ _LARGEST = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.flo
 
 
 def clip_gradients_(
-    grads: Gradients,
+    grads: Tensors,
     max_norm: float | Tensor,
     norm_type: float,
     error_if_nonfinite: bool,
@@ -49,7 +51,7 @@ def clip_gradients_(
     """:func:`gradclip.torch.clip_grad_norm_` for a list of gradients."""
     order, limit = as_number(norm_type, "norm_type"), as_limit(max_norm)
 
-    def clip(found: list[OnDevice], tensors: Gradients) -> Tensor:
+    def clip(found: list[OnDevice], tensors: Tensors) -> Tensor:
         if order > 0 and len(found) <= 1:
             # Of no gradient at all, a CPU's engine has read the list.
             return _clip_at_once(
@@ -59,7 +61,7 @@ def clip_gradients_(
         _scale(found, limit, total)
         return total.to(dtype)
 
-    return read_or_convert(grads, names, written, clip)
+    return read_or_convert(grads, names, WRITING, clip)
 
 
 def _clip_at_once(
@@ -86,19 +88,19 @@ def _clip_at_once(
 
 
 def total_norm_of(
-    tensors: Gradients, norm_type: float, error_if_nonfinite: bool, names: Names
+    tensors: Tensors, norm_type: float, error_if_nonfinite: bool, names: Names
 ) -> tuple[Tensor, torch.dtype]:
     """The norm of a list of tensors: float64, on the device of the first; and what dtype to return."""
     order = as_number(norm_type, "norm_type")
 
-    def measure(found: list[OnDevice], plain: Gradients) -> tuple[Tensor, torch.dtype]:
+    def measure(found: list[OnDevice], plain: Tensors) -> tuple[Tensor, torch.dtype]:
         return _total_norm(found, plain, order, error_if_nonfinite, names)
 
-    return read_or_convert(tensors, names, reading, measure)
+    return read_or_convert(tensors, names, READING, measure)
 
 
 def _total_norm(
-    found: list[OnDevice], tensors: Gradients, order: float, error_if_nonfinite: bool, names: Names
+    found: list[OnDevice], tensors: Tensors, order: float, error_if_nonfinite: bool, names: Names
 ) -> tuple[Tensor, torch.dtype]:
     first = found[0].device if found else _CPU
     if order > 0:
@@ -118,10 +120,10 @@ def _total_norm(
     return total, torch.float64 if is_wide else torch.float32
 
 
-def scale_by_norm_(grads: Gradients, limit: float | Tensor, total: Tensor, names: Names) -> None:
+def scale_by_norm_(grads: Tensors, limit: float | Tensor, total: Tensor, names: Names) -> None:
     """Multiply by what the norm ``total`` makes of the threshold; nothing is written where that is 1."""
     wide = as_norm(total)
-    read_or_convert(grads, names, written, lambda found, _: _scale(found, limit, wide))
+    read_or_convert(grads, names, WRITING, lambda found, _: _scale(found, limit, wide))
 
 
 def _scale(found: list[OnDevice], limit: float | Tensor, total: Tensor) -> None:
@@ -134,7 +136,7 @@ def _scale(found: list[OnDevice], limit: float | Tensor, total: Tensor) -> None:
 
 
 @contextmanager
-def _written_real(grads: Gradients, names: Names) -> Iterator[Gradients]:
+def _written_real(grads: Tensors, names: Names) -> Iterator[Tensors]:
     """As :func:`written`; all are looked at before the first device's are written to."""
     with written(grads, names) as plain:
         for i, grad in enumerate(plain):
@@ -146,12 +148,12 @@ def _written_real(grads: Gradients, names: Names) -> Iterator[Gradients]:
         yield plain
 
 
-def clip_values_(grads: Gradients, limit: float) -> None:
-    def clip(found: list[OnDevice], _: Gradients) -> None:
+def clip_values_(grads: Tensors, limit: float) -> None:
+    def clip(found: list[OnDevice], _: Tensors) -> None:
         for each in found:
             each.read.clip_by_value(limit, to_nearest=True)
 
-    read_or_convert(grads, PARAMETERS, _written_real, clip)
+    read_or_convert(grads, PARAMETERS, Conversion(_written_real, writes=True), clip)
 
 
 def _odd_norm(tensor: Tensor, order: float) -> Tensor:
@@ -160,6 +162,6 @@ def _odd_norm(tensor: Tensor, order: float) -> Tensor:
     return wide.count_nonzero().to(torch.float64) if order == 0 else norm_of(wide.abs(), order)
 
 
-def norms_of(tensors: Gradients, order: float) -> npt.NDArray[np.float64]:
+def norms_of(tensors: Tensors, order: float) -> npt.NDArray[np.float64]:
     """The norm of every tensor."""
     return np.array([0.0 if t is None or not t.numel() else _odd_norm(t, order).item() for t in tensors])

@@ -13,14 +13,14 @@ from gradclip._measured import Policy, clip
 from gradclip._result import ClipResult
 from gradclip.torch._dtensor import is_dtensor
 from gradclip.torch._gradients import (
-    Gradients,
+    WRITING,
     OnDevice,
+    Tensors,
     UnsupportedGradientError,
     in_float_environment,
     read_or_convert,
     untraced,
     warn_if_nothing,
-    written,
 )
 from gradclip.torch._optimizer import param_groups_of
 
@@ -222,10 +222,10 @@ def clip_named_(
     names = list(parameters)
     grads = [_grad(parameter, name) for name, parameter in parameters.items()]
 
-    def clip_read(found: list[OnDevice], _: Gradients) -> ClipResult:
+    def clip_read(found: list[OnDevice], _: Tensors) -> ClipResult:
         return clip(found[0].read, max_norm, ord, group_of, grad_scale, nonfinite, reduce, epsilon)
 
-    result = read_or_convert(grads, [f"{name}.grad" for name in names], written, clip_read, names)
+    result = read_or_convert(grads, [f"{name}.grad" for name in names], WRITING, clip_read, names)
     if reduce is None:
         warn_if_nothing(grads)
     return result

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gradclip._result import NonFiniteGradientError
-from gradclip.torch._gradients import Gradients, Names, name_of
+from gradclip.torch._gradients import Names, Tensors, name_of
 
 __all__ = ["NonFiniteNormError", "count_nonfinite", "describe", "nonfinite_error"]
 
@@ -22,7 +22,7 @@ class NonFiniteNormError(NonFiniteGradientError, RuntimeError):
 NonFiniteNormError.__module__ = "gradclip.torch"
 
 
-def count_nonfinite(grads: Gradients) -> _Counts:
+def count_nonfinite(grads: Tensors) -> _Counts:
     """Position, NaNs and infinities of those that have any."""
     counts = [(i, int(g.isnan().sum()), int(g.isinf().sum())) for i, g in enumerate(grads) if g is not None]
     return [(i, nan, inf) for i, nan, inf in counts if nan or inf]

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,30 +23,29 @@ from gradclip._dispatch import ReadGradients
 from gradclip.distributed._collective import device_for, reduced
 from gradclip.torch._dtensor import writable_parts
 from gradclip.torch._gradients import (
+    CHECKING,
     PARAMETERS,
+    READING,
     TENSORS,
-    Gradients,
+    Conversion,
     Names,
     OnDevice,
+    Tensors,
     UnsupportedGradientError,
     as_number,
     as_threshold,
     carry,
-    checking,
     gradients_of,
     mark_written,
     read_or_convert,
-    reading,
     untraced,
     writable,
 )
-from gradclip.torch._layout import Groups, Layout
+from gradclip.torch._layout import Layout, ProcessGroups
 from gradclip.torch._local import EPSILON, norms_of, scale_by_norm_
 from gradclip.torch._nonfinite import count_nonfinite, describe, nonfinite_error
 
 __all__ = ["clip_grad_norm_", "get_total_norm"]
-
-_Convert: TypeAlias = Callable[[Gradients, Names], AbstractContextManager[Gradients]]
 
 
 @untraced
@@ -73,13 +71,13 @@ def get_total_norm(
 ) -> Tensor:
     """The drop-in, for tensors that are spread over ranks."""
     layout = Layout.of(tensors, (), group, TENSORS)
-    total, _ = _total_norm(layout, norm_type, error_if_nonfinite, TENSORS, lambda: None, reading)
+    total, _ = _total_norm(layout, norm_type, error_if_nonfinite, TENSORS, lambda: None, READING)
     return carry(layout.as_returned(total), total)
 
 
 def _clip(
     layout: Layout,
-    grads: Gradients,
+    grads: Tensors,
     max_norm: float | Tensor,
     norm_type: float,
     error_if_nonfinite: bool,
@@ -96,7 +94,7 @@ def _clip(
         if layout.has_graph or layout.measured is not layout.parts:
             writable(writable_parts(grads, names), names)
 
-    total, read = _total_norm(layout, norm_type, error_if_nonfinite, names, check, checking)
+    total, read = _total_norm(layout, norm_type, error_if_nonfinite, names, check, CHECKING)
     limit = max_norm if on_device else float(max_norm)
     if read is not None and layout.measured is layout.parts:
         read.with_norm(total if total.is_cuda else total.item()).clip(limit, "propagate", EPSILON)
@@ -114,7 +112,7 @@ def _total_norm(
     error_if_nonfinite: bool,
     names: Names,
     check: Callable[[], None],
-    convert: _Convert,
+    conversion: Conversion,
 ) -> tuple[Tensor, ReadGradients | None]:
     """The norm over all ranks: a 0-d tensor of float64, the same bits on each.
 
@@ -137,7 +135,7 @@ def _total_norm(
                 "have, got one without: no rank could add up all norms"
             )
         check()
-        local = _measure(layout, order, names, convert)
+        local = _measure(layout, order, names, conversion)
     except Exception as caught:  # The others are about to wait for this rank.
         error = caught
         own = own._replace(failure=(_kind_of(caught), str(caught)))
@@ -161,12 +159,12 @@ class _Local(NamedTuple):
     """What this rank has measured."""
 
     sums: Tensor  # one for each set
-    tensors: Gradients
+    tensors: Tensors
     read: ReadGradients | None  # of the tensors as they are
 
 
-def _measure(layout: Layout, order: float, names: Names, convert: _Convert) -> _Local:
-    def measure(found: list[OnDevice], tensors: Gradients) -> _Local:
+def _measure(layout: Layout, order: float, names: Names, conversion: Conversion) -> _Local:
+    def measure(found: list[OnDevice], tensors: Tensors) -> _Local:
         sums = [read.measure(order, layout.labels, 1.0, None).group_sums for read, _ in found]
         there = [
             (own if isinstance(own, Tensor) else torch.from_numpy(own)).to(layout.device, copy=True)
@@ -178,7 +176,7 @@ def _measure(layout: Layout, order: float, names: Names, convert: _Convert) -> _
 
     if not layout.parts:  # no labels, of which an engine would make no sum
         return _Local(_zeros(layout), [], None)
-    return read_or_convert(layout.measured, names, convert, measure)
+    return read_or_convert(layout.measured, names, conversion, measure)
 
 
 def _zeros(layout: Layout) -> Tensor:
@@ -217,7 +215,7 @@ class _Joint:
         self._rank = dist.get_rank() if layout.groups else 0
         self._reports = {self._rank: own}
 
-    def sum_over(self, groups: Groups, own: Tensor) -> Tensor:
+    def sum_over(self, groups: ProcessGroups, own: Tensor) -> Tensor:
         """The sum (maximum) over groups of one number of each rank."""
         for group in groups:
             there = device_for(group, own.device)

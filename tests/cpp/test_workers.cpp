@@ -1,4 +1,4 @@
-// cpu/team.hpp: every task once, whoever calls, however often, also in the child of a fork.
+// cpu/workers.hpp, team.hpp, thread_count.hpp: every task once, whoever calls, however often, also in the child of a fork.
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -11,26 +11,32 @@
 #include <thread>
 #include <vector>
 
+#include "cpu/experience.hpp"
 #include "cpu/team.hpp"
+#include "cpu/thread_count.hpp"
 #include "cpu/workers.hpp"
 #include "support.hpp"
 
 using namespace gradclip;
 using namespace gradclip::test;
+using cpu::Experience;
+using cpu::Experiences;
+using cpu::Helpers;
+using cpu::Pass;
 using cpu::run_tasks;
 
 namespace {
 
 // Whether every one of `tasks` tasks ran once.
-bool each_ran_once(std::size_t tasks, int threads, bool last_first = false) {
+bool each_ran_once(std::size_t tasks, int threads, Pass pass = Pass::forward) {
   std::vector<std::atomic<int>> ran(tasks);
-  run_tasks(tasks, threads, last_first, [&](std::size_t task) { ++ran[task]; });
+  run_tasks(tasks, threads, pass, [&](std::size_t task) { ++ran[task]; });
   return std::all_of(ran.begin(), ran.end(), [](const auto& count) { return count == 1; });
 }
 
-std::vector<std::size_t> order_alone(std::size_t tasks, bool last_first) {
+std::vector<std::size_t> order_alone(std::size_t tasks, Pass pass) {
   std::vector<std::size_t> order;
-  run_tasks(tasks, 1, last_first, [&](std::size_t task) { order.push_back(task); });
+  run_tasks(tasks, 1, pass, [&](std::size_t task) { order.push_back(task); });
   return order;
 }
 
@@ -39,26 +45,27 @@ std::vector<std::size_t> order_alone(std::size_t tasks, bool last_first) {
 // First, while no helper has been started.
 TEST_CASE("small work starts no thread") {
   cpu::set_num_threads(8);
-  const Plan small = make_plan(std::vector<std::int64_t>{2 * cpu::kBytesPerThread - 1});
-  cpu::for_each_chunk(small, cpu::Pass::forward, [](const Chunk&) {});
+  const ChunkPlan small = make_plan(std::vector<std::int64_t>{2 * cpu::kBytesPerThread - 1});
+  cpu::for_each_chunk(small, Pass::forward, [](const Chunk&) {});
   CHECK(each_ran_once(1, 8));
   CHECK(each_ran_once(100, 1));
-  CHECK(cpu::num_started_threads() == 0);
+  CHECK(cpu::team::num_started() == 0);
 }
 
 TEST_CASE("every task runs once, for any number of tasks and threads") {
   for (const int threads : {1, 2, 3, 5, 8})
     for (const std::size_t tasks : {0u, 1u, 2u, 3u, 7u, 8u, 9u, 64u, 1000u})
-      for (const bool last_first : {false, true}) CHECK(each_ran_once(tasks, threads, last_first));
-  CHECK(cpu::num_started_threads() >= 1);
-  CHECK(cpu::num_started_threads() <= 7);
+      for (const Pass pass : {Pass::forward, Pass::backward})
+        CHECK(each_ran_once(tasks, threads, pass));
+  CHECK(cpu::team::num_started() >= 1);
+  CHECK(cpu::team::num_started() <= 7);
 }
 
 TEST_CASE("a thread alone goes in order, forward or backward") {
   std::vector<std::size_t> forward(10);
   std::iota(forward.begin(), forward.end(), 0u);
-  CHECK(order_alone(10, false) == forward);
-  CHECK(order_alone(10, true) == std::vector(forward.rbegin(), forward.rend()));
+  CHECK(order_alone(10, Pass::forward) == forward);
+  CHECK(order_alone(10, Pass::backward) == std::vector(forward.rbegin(), forward.rend()));
 }
 
 TEST_CASE("calls that follow each other closely do not mix") {
@@ -80,7 +87,7 @@ TEST_CASE("calls from many threads at once") {
 TEST_CASE("what a task wrote is seen by the caller") {
   std::vector<std::size_t> plain(10000);
   for (int call = 0; call < 50; ++call) {
-    run_tasks(plain.size(), 4, false, [&](std::size_t task) { plain[task] += task; });
+    run_tasks(plain.size(), 4, Pass::forward, [&](std::size_t task) { plain[task] += task; });
     const std::size_t sum = std::accumulate(plain.begin(), plain.end(), std::size_t{0});
     CHECK(sum == (static_cast<std::size_t>(call) + 1) * plain.size() * (plain.size() - 1) / 2);
   }
@@ -88,8 +95,8 @@ TEST_CASE("what a task wrote is seen by the caller") {
 
 TEST_CASE("a task may run tasks") {
   std::atomic<int> inner{0};
-  run_tasks(20, 4, false,
-            [&](std::size_t) { run_tasks(10, 4, false, [&](std::size_t) { ++inner; }); });
+  run_tasks(20, 4, Pass::forward,
+            [&](std::size_t) { run_tasks(10, 4, Pass::forward, [&](std::size_t) { ++inner; }); });
   CHECK(inner == 200);
 }
 
@@ -100,7 +107,7 @@ TEST_CASE("the child of a fork works alone") {
     REQUIRE(child >= 0);
     if (child == 0) {
       alarm(30);  // a hang ends as a failure
-      _exit(each_ran_once(100, 4) && cpu::num_started_threads() == 0 ? 0 : 1);
+      _exit(each_ran_once(100, 4) && cpu::team::num_started() == 0 ? 0 : 1);
     }
     int status = 0;
     REQUIRE(waitpid(child, &status, 0) == child);
@@ -108,6 +115,66 @@ TEST_CASE("the child of a fork works alone") {
     CHECK(WEXITSTATUS(status) == 0);
     CHECK(each_ran_once(100, 4));  // and the parent is as it was
   }
+}
+
+namespace {
+
+// How many of `calls` calls have help, where calls take so long.
+template <class Seconds>
+int helped(Experience& experience, int calls, Seconds seconds) {
+  int count = 0;
+  for (int call = 0; call < calls; ++call) {
+    const bool help = experience.chooses_help();
+    experience.learn(help, seconds(help, call));
+    count += help;
+  }
+  return count;
+}
+
+}  // namespace
+
+TEST_CASE("help is taken where it has paid, and the other way is tried now and then") {
+  Experience pays, does_not, is_equal;
+  const int tried = helped(pays, 1000, [](bool help, int) { return help ? 1.0 : 1.2; });
+  CHECK(tried > 950);
+  CHECK(tried < 1000 - 3 - 10);
+  const int rare = helped(does_not, 1000, [](bool help, int) { return help ? 2.0 : 1.0; });
+  CHECK(rare >= 3 + 4);
+  CHECK(rare <= 3 + 1000 / (32 * 4));
+  CHECK(helped(is_equal, 1000, [](bool, int) { return 1.0; }) > 950);
+}
+
+TEST_CASE("help that is late now and then does not pay, however fast it is else") {
+  Experience experience;
+  const auto seconds = [](bool help, int call) { return !help ? 1.0 : call % 4 == 0 ? 3.0 : 0.7; };
+  helped(experience, 100, seconds);
+  CHECK(helped(experience, 1000, seconds) < 100);
+}
+
+TEST_CASE("what was learned is unlearned when the machine changes") {
+  Experience experience;
+  helped(experience, 100, [](bool help, int) { return help ? 2.0 : 1.0; });
+  helped(experience, 2000, [](bool help, int) { return help ? 0.5 : 1.0; });
+  CHECK(helped(experience, 1000, [](bool help, int) { return help ? 0.5 : 1.0; }) > 950);
+}
+
+TEST_CASE("each kind of call learns for itself, and anew for another number of threads") {
+  Experiences experiences;
+  constexpr std::int64_t kLeast = Experiences::kLeast, kMost = Experiences::kMost;
+  CHECK(!Experiences::is_open(kLeast - 1));
+  CHECK(!Experiences::is_open(kMost));
+  std::vector<Experience*> kinds;
+  for (const Helpers helpers : {Helpers::asleep, Helpers::awake, Helpers::borrowed})
+    for (std::int64_t bytes = kLeast; bytes < kMost; bytes *= 2) {
+      kinds.push_back(&experiences.of(helpers, bytes, 4));
+      CHECK(&experiences.of(helpers, 2 * bytes - 1, 4) == kinds.back());
+    }
+  std::sort(kinds.begin(), kinds.end());
+  CHECK(std::adjacent_find(kinds.begin(), kinds.end()) == kinds.end());
+  const auto slow_help = [](bool help, int) { return help ? 2.0 : 1.0; };
+  helped(experiences.of(Helpers::awake, kLeast, 4), 100, slow_help);
+  CHECK(!experiences.of(Helpers::awake, kLeast, 4).chooses_help());
+  CHECK(experiences.of(Helpers::awake, kLeast, 3).chooses_help());
 }
 
 TEST_CASE("the number of threads is checked and kept") {
