@@ -57,7 +57,7 @@ py::object clip_by_value(const Gradients& grads, const py::object& limit, bool t
   for (std::size_t i = 0; i < norms.size(); ++i)
     if (!is_finite(norms[i])) nonfinite.push_back(i);
   py::object result = make_result(total, norms, to_float(1.0), found.clipped, nonfinite, grads,
-                                  {total}, py::none());
+                                  py::none(), py::none());
   if (found.clipped) {
     grads.mark_written();
     run([&] { cpu::clip_by_value(grads.spans(), grads.plan(), bound, found.tiles); });

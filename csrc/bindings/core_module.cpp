@@ -74,7 +74,6 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       .def("require_writable", method(&Gradients::require_writable))
       .def("__len__", [](const SharedGradients& grads) { return grads.object->spans().size(); })
       .def_property_readonly("names", method(&Gradients::names))
-      .def_property_readonly("is_nothing", method(&Gradients::is_nothing))
       .def_property_readonly("has_float64", method(&Gradients::has_float64))
       .def_property_readonly("nbytes",
                              [](const SharedGradients& grads) { return grads.object->nbytes(); })

@@ -73,7 +73,6 @@ PYBIND11_MODULE(GRADCLIP_MODULE, m, py::mod_gil_not_used()) {
            [](const SharedGradients& grads) { return grads.object->gradients().spans().size(); })
       .def_property_readonly("names", of_list(&Gradients::names))
       .def_property_readonly("has_float64", of_list(&Gradients::has_float64))
-      .def_property_readonly("is_nothing", of_list(&Gradients::is_nothing))
       .def_property_readonly("missing", of_list(&Gradients::missing))
       .def_property_readonly("device", method(&DeviceGradients::device))
       .def_property_readonly(

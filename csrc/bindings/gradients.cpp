@@ -178,12 +178,6 @@ std::vector<std::size_t> Gradients::missing() const {
   return found;
 }
 
-bool Gradients::is_nothing() const {
-  for (std::size_t i = 0; i < spans_.size(); ++i)
-    if (PyTuple_GET_ITEM(arrays_.ptr(), i) != Py_None) return false;
-  return true;
-}
-
 void Gradients::mark_written() const {
   if (imported("torch", "Tensor").is_none()) return;
   py::list tensors;
@@ -206,24 +200,27 @@ bool Gradients::has_float64() const {
       spans_, [](const Span& span) { return real_of(span.dtype) == DType::float64; });
 }
 
-void Gradients::find_overlaps() const {
-  if (unwritable_) return;
+std::optional<Problem> Gradients::find_overlaps() const {
   for (std::size_t i = 0; i < spans_.size(); ++i) {
     if (!overlaps_itself(spans_[i])) continue;
-    unwritable_ =
-        EntryName(i, names_).problem(Problem::value_error, "elements that do not share memory",
-                                     "an array that overlaps itself (expanded, broadcast or "
-                                     "as_strided): clone() the tensor, copy() the array");
-    return;
+    return EntryName(i, names_).problem(Problem::value_error, "elements that do not share memory",
+                                        "an array that overlaps itself (expanded, broadcast or "
+                                        "as_strided): clone() the tensor, copy() the array");
   }
   if (const auto shared = find_shared_memory(spans_))
-    unwritable_ = EntryName(shared->second, names_)
-                      .problem(Problem::value_error, "memory of its own",
-                               "memory shared with " + entry_name(shared->first, names_));
+    return EntryName(shared->second, names_)
+        .problem(Problem::value_error, "memory of its own",
+                 "memory shared with " + entry_name(shared->first, names_));
+  return std::nullopt;
 }
 
 void Gradients::require_writable() const {
-  std::call_once(overlaps_, [this] { find_overlaps(); });
+  if (!knows_overlaps_.load(std::memory_order_acquire)) {
+    std::optional<Problem> found = find_overlaps();  // a name's own code may run: under no lock
+    const std::scoped_lock lock(overlaps_mutex_);
+    if (!unwritable_) unwritable_ = std::move(found);
+    knows_overlaps_.store(true, std::memory_order_release);
+  }
   if (unwritable_) unwritable_->raise();
 }
 

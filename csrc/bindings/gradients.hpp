@@ -4,7 +4,8 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
-#include <deque>
+#include <atomic>
+#include <list>
 #include <mutex>
 #include <optional>
 #include <span>
@@ -210,8 +211,6 @@ class Gradients {
   const py::tuple& arrays() const { return arrays_; }
   // Those that are None.
   std::vector<std::size_t> missing() const;
-  // Whether there is nothing to write to: no entry, or None alone.
-  bool is_nothing() const;
   // Tell autograd that torch tensors are about to change, so that whoever saved one for backward finds out.
   void mark_written() const;
   std::int64_t elements() const;
@@ -229,18 +228,19 @@ class Gradients {
   void add(Entry&& entry);
   void count_bytes();
   void make_plan_of_spans();
-  void find_overlaps() const;
+  std::optional<Problem> find_overlaps() const;
 
   bool is_kept_;
   Table<Span> spans_;
   std::int64_t nbytes_ = 0;
   ChunkPlan plan_;
-  std::deque<StridedLayout> layouts_;  // of the spans that are not dense; addresses must stay
+  std::list<StridedLayout> layouts_;  // of the spans that are not dense; addresses must stay
   py::tuple arrays_;
   std::vector<py::object> owners_;
   py::object names_ = py::none();
   mutable std::optional<Problem> unwritable_;  // the first one
-  mutable std::once_flag overlaps_;            // looked for when somebody wants to write
+  mutable std::mutex overlaps_mutex_;
+  mutable std::atomic<bool> knows_overlaps_ = false;  // looked for when somebody wants to write
 };
 
 }  // namespace gradclip::bindings

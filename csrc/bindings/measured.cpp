@@ -89,7 +89,7 @@ class ResultMaker {
   ResultMaker() : type_(in_result_module("ClipResult")) {
     const char* const names[kFields] = {"total_norm", "norms",       "coefficient",
                                         "clipped",    "nonfinite",   "missing",
-                                        "names",      "group_norms", "group_names"};
+                                        "names",      "_group_norms", "group_names"};
     for (std::size_t i = 0; i < kFields; ++i) {
       const py::object slot = type_.attr(names[i]);
       if (Py_TYPE(slot.ptr()) != &PyMemberDescr_Type)
@@ -131,7 +131,7 @@ class ResultMaker {
 
 py::object make_result(double total, const Table<double>& norms, const py::object& coefficient,
                        bool clipped, const std::vector<std::size_t>& nonfinite,
-                       const Gradients& grads, const Table<double>& group_norms,
+                       const Gradients& grads, const py::object& group_norms,
                        const py::object& group_names) {
   PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<ResultMaker> storage;
   const ResultMaker& maker =
@@ -139,7 +139,7 @@ py::object make_result(double total, const Table<double>& norms, const py::objec
   const py::object& names = grads.names();
   return maker.make({to_float(total), to_array(norms), coefficient, py::bool_(clipped),
                      to_named(nonfinite, names), to_named(grads.missing(), names), names,
-                     to_array(group_norms), group_names});
+                     group_norms, group_names});
 }
 
 Measured::Measured(std::shared_ptr<const Gradients> grads, const MeasureArguments& arguments)
@@ -211,10 +211,13 @@ py::object Measured::apply(const Table<double>& limits, const ClipOptions& optio
       decide([&] { return decide_clip(norms_, named_.groups, limits, options); });
   if (decision.any_nonfinite && options.nonfinite == NonFinite::raise)
     raise_nonfinite(nonfinite_, grads_->names(), to_array(norms_.tensors));
-  py::object result = make_result(
-      norms_.total, norms_.tensors,
-      is_global() ? to_float(decision.coefficients[0]) : to_array(decision.coefficients),
-      decision.clipped, nonfinite(), *grads_, norms_.groups, named_.names);
+  py::object coefficient = to_float(decision.coefficients[0]), group_norms = py::none();
+  if (!is_global()) {
+    coefficient = to_array(decision.coefficients);
+    group_norms = to_array(norms_.groups);
+  }
+  py::object result = make_result(norms_.total, norms_.tensors, coefficient, decision.clipped,
+                                  nonfinite(), *grads_, group_norms, named_.names);
   is_used_ = true;
   if (decision.action == Action::nothing) return result;
   grads_->mark_written();

@@ -19,10 +19,10 @@ struct NonFiniteEntry {
   cpu::NonFiniteCounts elements;
 };
 
-// A gradclip.ClipResult: made before anything is written, so that nothing can fail after.
+// A gradclip.ClipResult (group_norms: None where all gradients are one group): made before anything is written, so that nothing can fail after.
 py::object make_result(double total, const Table<double>& norms, const py::object& coefficient,
                        bool clipped, const std::vector<std::size_t>& nonfinite,
-                       const Gradients& grads, const Table<double>& group_norms,
+                       const Gradients& grads, const py::object& group_norms,
                        const py::object& group_names);
 
 class Measured {

@@ -60,13 +60,13 @@ struct BFloat16 {
 // visit(T{}) with the real type of `dtype`: the one place where a dtype becomes a type.
 template <class Visit>
 GRADCLIP_INLINE constexpr decltype(auto) visit_real_type(DType dtype, Visit visit) {
-  switch (real_of(dtype)) {
+  switch (dtype) {
     case DType::float16: return visit(Float16{});
     case DType::bfloat16: return visit(BFloat16{});
-    case DType::float32: return visit(float{});
-    case DType::float64: return visit(double{});
-    case DType::complex64:
-    case DType::complex128: break;  // two real numbers
+    case DType::float32:
+    case DType::complex64: return visit(float{});
+    case DType::float64:
+    case DType::complex128: return visit(double{});
   }
   __builtin_unreachable();
 }

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from gradclip import _core
 from gradclip._dispatch import read
 from gradclip._measured import Measured, Policy, clip
-from gradclip._result import ClipResult, warn_of_nothing
+from gradclip._result import ClipResult
 
 __all__ = [
     "clip_by_global_norm_",
@@ -210,11 +210,8 @@ def clip_by_global_norm_(
         >>> grads["w"], grads["b"]
         (array([1.5, 2. ]), array([6.]))
     """
-    gradients = read(grads)
-    result = clip(gradients, max_norm, ord, groups, grad_scale, nonfinite, reduce)
-    if reduce is None and gradients.is_nothing:  # else other processes may have some
-        warn_of_nothing()
-    return result
+    gradients = read(grads, warns=reduce is None)  # else other processes may have some
+    return clip(gradients, max_norm, ord, groups, grad_scale, nonfinite, reduce)
 
 
 def clip_by_norm_(
@@ -249,11 +246,8 @@ def clip_by_norm_(
         >>> gradclip.clip_by_norm_(grads, max_norm=1.0).coefficient
         array([0.2, 1. ])
     """
-    gradients = read(grads)
-    result = clip(gradients, max_norm, ord, "tensor", grad_scale, nonfinite, reduce)
-    if reduce is None and gradients.is_nothing:  # else other processes may have some
-        warn_of_nothing()
-    return result
+    gradients = read(grads, warns=reduce is None)  # else other processes may have some
+    return clip(gradients, max_norm, ord, "tensor", grad_scale, nonfinite, reduce)
 
 
 def clip_by_value_(grads: GradientArrays, limit: SupportsFloat) -> ClipResult:
@@ -284,11 +278,7 @@ def clip_by_value_(grads: GradientArrays, limit: SupportsFloat) -> ClipResult:
         >>> grads
         [array([ 0.1, -0.5,  0.5])]
     """
-    gradients = read(grads)
-    result = gradients.clip_by_value(limit)
-    if gradients.is_nothing:
-        warn_of_nothing()
-    return result
+    return read(grads, warns=True).clip_by_value(limit)
 
 
 def scale_(grads: GradientArrays, factor: SupportsFloat) -> None:
@@ -309,10 +299,7 @@ def scale_(grads: GradientArrays, factor: SupportsFloat) -> None:
         >>> grads
         [array([0.5, 1. ])]
     """
-    gradients = read(grads)
-    gradients.scale(factor)
-    if gradients.is_nothing:
-        warn_of_nothing()
+    read(grads, warns=True).scale(factor)
 
 
 def set_num_threads(n: int) -> None:

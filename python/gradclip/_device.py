@@ -237,7 +237,7 @@ class DeviceClipResult(ClipResult):
             named(marked, self._names),
             self.missing,
             self._names,
-            float64(at.group_norms, groups),
+            None if self._is_global else float64(at.group_norms, groups),
             self.group_names,
         )
 
@@ -356,10 +356,6 @@ class GpuGradients:
     @property
     def names(self) -> tuple[str, ...] | None:
         return self._gradients.names  # type: ignore[no-any-return]
-
-    @property
-    def is_nothing(self) -> bool:
-        return self._gradients.is_nothing  # type: ignore[no-any-return]
 
     @property
     def missing(self) -> tuple[int, ...]:

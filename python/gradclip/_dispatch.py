@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gradclip import _core
+from gradclip._result import warn_of_nothing
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -71,8 +72,6 @@ class ReadGradients(Protocol):
     def require_writable(self) -> None: ...
     def __len__(self) -> int: ...
     @property
-    def is_nothing(self) -> bool: ...
-    @property
     def has_float64(self) -> bool: ...
     @property
     def names(self) -> tuple[str, ...] | None: ...
@@ -82,10 +81,15 @@ class ReadGradients(Protocol):
     def num_elements(self) -> int: ...
 
 
-def read(grads: Any, is_kept: bool = False) -> ReadGradients:
-    """The gradients, read by the engine of their device; ``is_kept``: for many calls.
+def read(grads: Any, is_kept: bool = False, warns: bool = False) -> ReadGradients:
+    """The gradients, read by the engine of their device.
 
     The first gradient decides; the engine says what is wrong with any other.
+
+    Args:
+        grads: What the user gave.
+        is_kept: For many calls.
+        warns: Warn the caller if there is no gradient among them.
     """
     arrays: Iterable[Any] = grads
     if type(grads) is not list and type(grads) is not tuple:
@@ -99,7 +103,10 @@ def read(grads: Any, is_kept: bool = False) -> ReadGradients:
             arrays = grads = tuple(grads)
     first = _first(arrays)
     if type(first) is np.ndarray or first is None or not is_on_cuda(first):
-        return _core.read(grads, is_kept)
+        found = _core.read(grads, is_kept)
+        if first is None and warns:
+            warn_of_nothing()
+        return found
     return _read_device(grads, first, is_kept)
 
 

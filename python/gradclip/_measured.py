@@ -182,7 +182,7 @@ def clip(
     epsilon: float = 0.0,
 ) -> ClipResult:
     """Measure, decide and clip: in one call of the engine, unless a policy decides in between."""
-    if hasattr(max_norm, "thresholds"):
+    if type(max_norm) is not float and hasattr(max_norm, "thresholds"):
         measured = Measured(read.measure(ord, groups, grad_scale, reduce))
         return measured.clip_with_epsilon_(max_norm, nonfinite, epsilon)
     return read.clip(max_norm, ord, groups, grad_scale, nonfinite, reduce, epsilon)

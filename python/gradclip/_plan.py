@@ -10,7 +10,7 @@ import numpy.typing as npt
 from gradclip._api import GradientArrays, Grouping, NonFinite, Reduce, Thresholds
 from gradclip._dispatch import read
 from gradclip._measured import Measured, Policy, clip
-from gradclip._result import ClipResult, count_of, warn_of_nothing
+from gradclip._result import ClipResult, count_of
 
 __all__ = ["Plan"]
 
@@ -48,9 +48,7 @@ class Plan:
     __slots__ = ("_plan",)
 
     def __init__(self, grads: GradientArrays) -> None:
-        self._plan = read(grads, is_kept=True)
-        if self._plan.is_nothing:
-            warn_of_nothing()
+        self._plan = read(grads, is_kept=True, warns=True)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("Plan: expected no copy and no pickle of it, for it holds memory of this process")

@@ -57,8 +57,12 @@ class ClipResult:
     nonfinite: tuple[int, ...] | tuple[str, ...]
     missing: tuple[int, ...] | tuple[str, ...]
     names: tuple[str, ...] | None
-    group_norms: npt.NDArray[np.float64]
+    _group_norms: npt.NDArray[np.float64] | None  # None where all gradients are one group
     group_names: tuple[str, ...] | None = None
+
+    @property
+    def group_norms(self) -> npt.NDArray[np.float64]:
+        return np.array([self.total_norm]) if self._group_norms is None else self._group_norms
 
     def named_norms(self) -> dict[str, float]:
         """The norm of every gradient by its name.
