@@ -1,9 +1,9 @@
 // Whether help pays: learned from how long calls took, each against its own kind.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <bit>
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
 
@@ -16,14 +16,13 @@ enum class Helpers : std::uint8_t { asleep, awake, borrowed };
 class Experience {
  public:
   // Whether the next call shall have help. Both ways are tried at first; then the better one is
-  // taken, and the other one now and then, the more rarely the worse it was: that costs 1 %.
+  // taken, and the other one now and then, the more rarely the worse it was: that costs 3 % at most.
   bool chooses_help() {
-    if (alone_.samples < kTrials || helped_.samples < kTrials)
-      return helped_.samples <= alone_.samples;
-    const bool help = helped_.expected() <= alone_.expected();
-    const double ratio =
-        help ? alone_.expected() / helped_.expected() : helped_.expected() / alone_.expected();
-    if (++calls_ < kCallsBetweenTrials * ratio * ratio) return help;
+    if (alone_.count < kTrials || helped_.count < kTrials) return helped_.count <= alone_.count;
+    const double alone = alone_.expected(), helped = helped_.expected();
+    const bool help = helped <= alone;
+    if (++calls_ * std::min(alone, helped) < kCallsBetweenTrials * std::max(alone, helped))
+      return help;
     calls_ = 0;
     return !help;
   }
@@ -31,27 +30,25 @@ class Experience {
 
  private:
   static constexpr int kTrials = 3;
-  static constexpr double kCallsBetweenTrials = 32.0;
+  static constexpr int kCallsBetweenTrials = 32;
 
-  // A mean and a mean deviation that forget. To be late now and then counts as much as to be late
-  // always: somebody waits for the slowest of many.
+  // The last few, of which one that was disturbed does not count, but every fourth does: somebody
+  // waits for the slowest of many.
   struct Times {
-    double mean = 0.0, deviation = 0.0;
-    int samples = 0;
+    std::array<double, 7> last{};
+    int count = 0;
 
-    void add(double seconds) {
-      samples += samples < kMemory;
-      const double off = seconds - mean;
-      mean += off / samples;
-      if (samples > 1) deviation += (std::abs(off) - deviation) / samples;
+    void add(double seconds) { last[static_cast<std::size_t>(count++) % last.size()] = seconds; }
+    double expected() const {
+      std::array<double, 7> sorted = last;
+      const auto size = std::min(static_cast<std::size_t>(count), sorted.size());
+      std::sort(sorted.begin(), sorted.begin() + static_cast<std::ptrdiff_t>(size));
+      return (sorted[size / 2] + sorted[size * 3 / 4]) / 2;
     }
-    double expected() const { return mean + deviation; }
-
-    static constexpr int kMemory = 8;
   };
 
   Times alone_, helped_;
-  double calls_ = 0.0;
+  int calls_ = 0;
 };
 
 // Of one place in the code: by who would help and by the size of the work, to a power of two.

@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from gradclip import _core
-from gradclip._dispatch import read
+from gradclip._dispatch import read, read_and_see
 from gradclip._measured import Measured, Policy, clip
-from gradclip._result import ClipResult
+from gradclip._result import ClipResult, warn_of_nothing
 
 __all__ = [
     "clip_by_global_norm_",
@@ -210,8 +210,11 @@ def clip_by_global_norm_(
         >>> grads["w"], grads["b"]
         (array([1.5, 2. ]), array([6.]))
     """
-    gradients = read(grads, warns=reduce is None)  # else other processes may have some
-    return clip(gradients, max_norm, ord, groups, grad_scale, nonfinite, reduce)
+    gradients, has_any = read_and_see(grads)
+    result = clip(gradients, max_norm, ord, groups, grad_scale, nonfinite, reduce)
+    if not has_any and reduce is None:  # else other processes may have some
+        warn_of_nothing()
+    return result
 
 
 def clip_by_norm_(
@@ -246,8 +249,11 @@ def clip_by_norm_(
         >>> gradclip.clip_by_norm_(grads, max_norm=1.0).coefficient
         array([0.2, 1. ])
     """
-    gradients = read(grads, warns=reduce is None)  # else other processes may have some
-    return clip(gradients, max_norm, ord, "tensor", grad_scale, nonfinite, reduce)
+    gradients, has_any = read_and_see(grads)
+    result = clip(gradients, max_norm, ord, "tensor", grad_scale, nonfinite, reduce)
+    if not has_any and reduce is None:  # else other processes may have some
+        warn_of_nothing()
+    return result
 
 
 def clip_by_value_(grads: GradientArrays, limit: SupportsFloat) -> ClipResult:
@@ -278,7 +284,11 @@ def clip_by_value_(grads: GradientArrays, limit: SupportsFloat) -> ClipResult:
         >>> grads
         [array([ 0.1, -0.5,  0.5])]
     """
-    return read(grads, warns=True).clip_by_value(limit)
+    gradients, has_any = read_and_see(grads)
+    result = gradients.clip_by_value(limit)
+    if not has_any:
+        warn_of_nothing()
+    return result
 
 
 def scale_(grads: GradientArrays, factor: SupportsFloat) -> None:
@@ -299,7 +309,10 @@ def scale_(grads: GradientArrays, factor: SupportsFloat) -> None:
         >>> grads
         [array([0.5, 1. ])]
     """
-    read(grads, warns=True).scale(factor)
+    gradients, has_any = read_and_see(grads)
+    gradients.scale(factor)
+    if not has_any:
+        warn_of_nothing()
 
 
 def set_num_threads(n: int) -> None:

@@ -12,14 +12,21 @@ import numpy as np
 import numpy.typing as npt
 
 from gradclip import _core
-from gradclip._result import warn_of_nothing
 
 if TYPE_CHECKING:
     from types import ModuleType
 
     from gradclip._result import ClipResult
 
-__all__ = ["MeasuredGradients", "ReadGradients", "cuda_module", "mark_written", "read", "why_no_gpu"]
+__all__ = [
+    "MeasuredGradients",
+    "ReadGradients",
+    "cuda_module",
+    "mark_written",
+    "read",
+    "read_and_see",
+    "why_no_gpu",
+]
 
 _CUDA, _CUDA_MANAGED = 2, 13  # of DLPack's device types
 
@@ -81,16 +88,16 @@ class ReadGradients(Protocol):
     def num_elements(self) -> int: ...
 
 
-def read(grads: Any, is_kept: bool = False, warns: bool = False) -> ReadGradients:
-    """The gradients, read by the engine of their device.
+def read(grads: Any, is_kept: bool = False) -> ReadGradients:
+    """The gradients, read by the engine of their device; ``is_kept``: for many calls.
 
     The first gradient decides; the engine says what is wrong with any other.
-
-    Args:
-        grads: What the user gave.
-        is_kept: For many calls.
-        warns: Warn the caller if there is no gradient among them.
     """
+    return read_and_see(grads, is_kept)[0]
+
+
+def read_and_see(grads: Any, is_kept: bool = False) -> tuple[ReadGradients, bool]:
+    """As :func:`read`, and whether there is any gradient among them."""
     arrays: Iterable[Any] = grads
     if type(grads) is not list and type(grads) is not tuple:
         if isinstance(grads, Mapping):
@@ -103,11 +110,8 @@ def read(grads: Any, is_kept: bool = False, warns: bool = False) -> ReadGradient
             arrays = grads = tuple(grads)
     first = _first(arrays)
     if type(first) is np.ndarray or first is None or not is_on_cuda(first):
-        found = _core.read(grads, is_kept)
-        if first is None and warns:
-            warn_of_nothing()
-        return found
-    return _read_device(grads, first, is_kept)
+        return _core.read(grads, is_kept), first is not None
+    return _read_device(grads, first, is_kept), True
 
 
 def mark_written(tensors: list[Any]) -> None:

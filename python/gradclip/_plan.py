@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from gradclip._api import GradientArrays, Grouping, NonFinite, Reduce, Thresholds
-from gradclip._dispatch import read
+from gradclip._dispatch import read_and_see
 from gradclip._measured import Measured, Policy, clip
-from gradclip._result import ClipResult, count_of
+from gradclip._result import ClipResult, count_of, warn_of_nothing
 
 __all__ = ["Plan"]
 
@@ -48,7 +48,9 @@ class Plan:
     __slots__ = ("_plan",)
 
     def __init__(self, grads: GradientArrays) -> None:
-        self._plan = read(grads, is_kept=True, warns=True)
+        self._plan, has_any = read_and_see(grads, is_kept=True)
+        if not has_any:
+            warn_of_nothing()
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("Plan: expected no copy and no pickle of it, for it holds memory of this process")

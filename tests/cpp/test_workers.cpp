@@ -140,7 +140,7 @@ TEST_CASE("help is taken where it has paid, and the other way is tried now and t
   CHECK(tried < 1000 - 3 - 10);
   const int rare = helped(does_not, 1000, [](bool help, int) { return help ? 2.0 : 1.0; });
   CHECK(rare >= 3 + 4);
-  CHECK(rare <= 3 + 1000 / (32 * 4));
+  CHECK(rare <= 3 + 1000 / (32 * 2));
   CHECK(helped(is_equal, 1000, [](bool, int) { return 1.0; }) > 950);
 }
 
