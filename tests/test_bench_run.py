@@ -167,6 +167,7 @@ def test_ctrl_c_keeps_what_was_measured_and_makes_no_noise(tmp_path: Path) -> No
         "--out", str(tmp_path / "r.json"),
     ]  # fmt: skip
     said = tmp_path / "said"
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
     with said.open("w") as error:
         process = subprocess.Popen(
             command, cwd=docs.ROOT, stdout=subprocess.PIPE, stderr=error, text=True, start_new_session=True,

@@ -211,11 +211,9 @@ py::object Measured::apply(const Table<double>& limits, const ClipOptions& optio
       decide([&] { return decide_clip(norms_, named_.groups, limits, options); });
   if (decision.any_nonfinite && options.nonfinite == NonFinite::raise)
     raise_nonfinite(nonfinite_, grads_->names(), to_array(norms_.tensors));
-  py::object coefficient = to_float(decision.coefficients[0]), group_norms = py::none();
-  if (!is_global()) {
-    coefficient = to_array(decision.coefficients);
-    group_norms = to_array(norms_.groups);
-  }
+  const py::object coefficient =
+      is_global() ? to_float(decision.coefficients[0]) : to_array(decision.coefficients);
+  const py::object group_norms = is_global() ? py::none() : to_array(norms_.groups);
   py::object result = make_result(norms_.total, norms_.tensors, coefficient, decision.clipped,
                                   nonfinite(), *grads_, group_norms, named_.names);
   is_used_ = true;
