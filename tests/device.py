@@ -13,7 +13,7 @@ from unittest import mock
 
 import numpy as np
 
-from gradclip import _device, _dispatch
+from gradclip import _dispatch, _frameworks
 from matrices import Array
 
 with warnings.catch_warnings():
@@ -130,7 +130,7 @@ def emulated_device(**machine: int) -> Iterator[EmulatedDevice]:
     cuda: Any = importlib.import_module("gradclip._cuda_emulated")
     cuda.set_machine(**machine)
     device = EmulatedDevice(cuda)
-    stream = mock.patch.object(_device.Cupy, "stream", staticmethod(lambda device: (0, None)))
+    stream = mock.patch.object(_frameworks.Cupy, "stream", staticmethod(lambda device: (0, None)))
     module = mock.patch.object(_dispatch, "cuda_module", return_value=cuda)
     with stream, module, cupy.cuda.using_allocator(device.allocate):
         yield device

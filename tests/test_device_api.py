@@ -16,7 +16,7 @@ import torch
 
 import gradclip
 from device import Device, EmulatedDevice, emulated_device
-from gradclip import _config, _core, _device, _dispatch
+from gradclip import _config, _core, _dispatch, _frameworks
 from matrices import values
 
 
@@ -343,7 +343,7 @@ def test_results_in_memory_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         return empty(nbytes, dtype=dtype)
 
     monkeypatch.setattr(torch, "empty", on_cpu)
-    memory = _device.TorchMemory(64, 1)
+    memory = _frameworks.TorchMemory(64, 1)
     assert asked == [(64, "cuda:1")]
     assert memory.ptr == memory.buffer.data_ptr()
     content = np.concatenate([np.arange(7.0).view(np.uint8), np.array([0, 1] * 4, np.uint8)])

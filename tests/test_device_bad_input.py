@@ -13,7 +13,7 @@ import pytest
 
 import gradclip
 from device import EmulatedDevice, emulated_device
-from gradclip import _device
+from gradclip import _frameworks
 from matrices import Array, values
 
 
@@ -256,7 +256,7 @@ def test_a_producer_that_names_no_stream_is_waited_for(emulated: EmulatedDevice)
 
 def test_cupys_current_stream_is_used(emulated: EmulatedDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = SimpleNamespace(ptr=42)
-    monkeypatch.setattr(_device.Cupy, "stream", staticmethod(lambda device: (stream.ptr, stream)))
+    monkeypatch.setattr(_frameworks.Cupy, "stream", staticmethod(lambda device: (stream.ptr, stream)))
     grads = [emulated.array(np.ones(3)), Foreign(emulated.array(np.ones(3)))]
     waits = _waits(emulated, lambda: gradclip.clip_by_global_norm_(grads, 1.0, nonfinite="skip"))
     assert waits == [(42, 7), (7, 42)]
@@ -264,7 +264,7 @@ def test_cupys_current_stream_is_used(emulated: EmulatedDevice, monkeypatch: pyt
 
 def test_foreign_arrays_alone(emulated: EmulatedDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     """Results are CuPy's, and so is the stream: memory of its pool is in order with no other."""
-    monkeypatch.setattr(_device.Cupy, "stream", staticmethod(lambda device: (42, None)))
+    monkeypatch.setattr(_frameworks.Cupy, "stream", staticmethod(lambda device: (42, None)))
     array = values("float32", 300, seed=4)
     theirs = emulated.array(array)
     exporter = Exporter(np.ones(2, np.float32))

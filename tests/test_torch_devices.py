@@ -16,7 +16,9 @@ import gradclip.torch
 from exact import exact_norm, relative_error
 from gradclip._dispatch import ReadGradients, read
 from gradclip.torch import _gradients
-from gradclip.torch._gradients import Tensors, by_device, combine
+from gradclip.torch._arguments import Tensors
+from gradclip.torch._gradients import by_device
+from gradclip.torch._norms import combine
 from torch_lists import SPARSE_WARNINGS, array_of, bits, grad_of, parameter, random_tensor
 
 pytestmark = SPARSE_WARNINGS

@@ -168,7 +168,7 @@ void Gradients::count_bytes() {
 void Gradients::make_plan_of_spans() {
   Table<std::int64_t> bytes(spans_.size());
   for (std::size_t i = 0; i < spans_.size(); ++i) bytes[i] = spans_[i].nbytes();
-  plan_ = make_plan(bytes);
+  plan_ = cpu::make_plan(bytes);
 }
 
 std::vector<std::size_t> Gradients::missing() const {

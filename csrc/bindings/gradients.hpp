@@ -14,8 +14,8 @@
 #include <vector>
 
 #include "bindings/text.hpp"
-#include "core/plan.hpp"
 #include "core/span.hpp"
+#include "cpu/plan.hpp"
 
 namespace gradclip::bindings {
 
@@ -205,7 +205,7 @@ class Gradients {
   bool is_kept() const { return is_kept_; }
   std::span<const Span> spans() const { return spans_; }
   // Of gradients on the CPU.
-  const ChunkPlan& plan() const { return plan_; }
+  const cpu::ChunkPlan& plan() const { return plan_; }
   std::int64_t nbytes() const { return nbytes_; }
   const py::object& names() const { return names_; }  // tuple of str, or None
   const py::tuple& arrays() const { return arrays_; }
@@ -233,7 +233,7 @@ class Gradients {
   bool is_kept_;
   Table<Span> spans_;
   std::int64_t nbytes_ = 0;
-  ChunkPlan plan_;
+  cpu::ChunkPlan plan_;
   std::list<StridedLayout> layouts_;  // of the spans that are not dense; addresses must stay
   py::tuple arrays_;
   std::vector<py::object> owners_;

@@ -87,8 +87,8 @@ py::object in_result_module(const char* name) {
 class ResultMaker {
  public:
   ResultMaker() : type_(in_result_module("ClipResult")) {
-    const char* const names[kFields] = {"total_norm", "norms",       "coefficient",
-                                        "clipped",    "nonfinite",   "missing",
+    const char* const names[kFields] = {"total_norm", "norms",        "coefficient",
+                                        "clipped",    "nonfinite",    "missing",
                                         "names",      "_group_norms", "group_names"};
     for (std::size_t i = 0; i < kFields; ++i) {
       const py::object slot = type_.attr(names[i]);

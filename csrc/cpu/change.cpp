@@ -1,12 +1,12 @@
-// What writes: scale, zero, value clip. And the counts of elements that are not finite.
+// What writes: scale, zero, value clip; and the counts of elements that are not finite. The twin of
+// cuda/change.cuh, which clips by value as it measures.
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 
 #include "cpu/elements.hpp"
 #include "cpu/engine.hpp"
 #include "cpu/isa.hpp"
-#include "cpu/tiles.hpp"
+#include "cpu/memory.hpp"
 #include "cpu/workers.hpp"
 
 namespace gradclip::cpu {
@@ -111,22 +111,6 @@ NonFiniteCounts count_nonfinite(const Span& span) {
     }
   });
   return counts;
-}
-
-std::uint32_t probe_read(std::span<const Span> spans, const ChunkPlan& plan) {
-  std::atomic<std::uint32_t> all{0};
-  for_each_chunk(plan, Pass::forward, [&](const Chunk& chunk) {
-    all |= kernels().read(spans[chunk.tensor].data + chunk.first_byte,
-                          static_cast<std::size_t>(chunk.bytes));
-  });
-  return all;
-}
-
-void probe_read_write(std::span<const Span> spans, const ChunkPlan& plan) {
-  for_each_chunk(plan, Pass::forward, [&](const Chunk& chunk) {
-    kernels().read_write(spans[chunk.tensor].data + chunk.first_byte,
-                         static_cast<std::size_t>(chunk.bytes));
-  });
 }
 
 }  // namespace gradclip::cpu

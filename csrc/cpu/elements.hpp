@@ -10,8 +10,8 @@
 #include "core/element.hpp"
 #include "core/float_bits.hpp"
 #include "core/norm.hpp"
-#include "core/plan.hpp"
 #include "core/table.hpp"
+#include "cpu/plan.hpp"
 #include "cpu/workers.hpp"
 
 namespace gradclip::cpu {

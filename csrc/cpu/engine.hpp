@@ -1,4 +1,4 @@
-// What the CPU does with a list of gradients. Arguments have been checked.
+// What the CPU does with a list of gradients: the twin of cuda/engine.hpp. Arguments have been checked.
 #pragma once
 
 #include <cstddef>
@@ -7,10 +7,10 @@
 
 #include "core/element.hpp"
 #include "core/norm.hpp"
-#include "core/plan.hpp"
 #include "core/span.hpp"
 #include "core/table.hpp"
 #include "cpu/kernels.hpp"
+#include "cpu/plan.hpp"
 
 namespace gradclip::cpu {
 

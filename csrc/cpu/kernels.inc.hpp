@@ -1,5 +1,5 @@
 // The kernels, compiled once per instruction set (kernels_*.cpp): the same operations in the same
-// order, in wider or narrower registers.
+// order, in wider or narrower registers. The sum of a tile is the twin of cuda/tile.cuh.
 #pragma once
 
 #include "core/element.hpp"

@@ -7,8 +7,8 @@
 #include <cstdint>
 #include <functional>
 
-#include "core/plan.hpp"
 #include "cpu/experience.hpp"
+#include "cpu/plan.hpp"
 #include "cpu/thread_count.hpp"
 
 namespace gradclip::cpu {

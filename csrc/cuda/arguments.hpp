@@ -6,7 +6,7 @@
 
 #include "core/clip.hpp"
 #include "cuda/engine.hpp"
-#include "cuda/table.hpp"
+#include "cuda/plan.hpp"
 
 namespace gradclip::cuda {
 

@@ -1,5 +1,6 @@
 // The kernels that write: scale and zero, value clip. Element by element, so that no order matters:
-// memory is taken from a multiple of 16 bytes on, with single elements before and after.
+// memory is taken from a multiple of 16 bytes on, with single elements before and after. The twin of
+// cpu/change.cpp, which clips by value in two passes.
 #pragma once
 
 #include "core/element.hpp"
@@ -225,20 +226,6 @@ __device__ __forceinline__ void count_nonfinite(const TableView& table, const Te
       if (nan) atomicAdd(&counts[2 * i], static_cast<unsigned long long>(nan));
       if (infinite) atomicAdd(&counts[2 * i + 1], static_cast<unsigned long long>(infinite));
     });
-  });
-}
-
-// --- The device's own speed -----------------------------------------------------------------------------
-
-// visit(vector, words) over the whole rows of every tensor.
-template <int kVectors, class Visit>
-__device__ __forceinline__ void probe(const TableView& table, const TensorEntry* entries,
-                                      Visit visit) {
-  walk(table, entries, [&](std::uint32_t, const TensorEntry& entry, const TileRange& tiles) {
-    constexpr auto kStep = static_cast<std::int64_t>(kVectors * order::kRowBytes);
-    const std::int64_t end = tiles.end_byte(entry.bytes);
-    for (std::int64_t at = tiles.first_byte(); at + kStep <= end; at += kStep)
-      visit(reinterpret_cast<uint4*>(entry.data + at) + lane_id());
   });
 }
 

@@ -1,4 +1,5 @@
-// The kernel of the norms: every tensor, all groups and the coefficients in one launch.
+// The kernel of the norms: every tensor, all groups and the coefficients in one launch. The twin of
+// cpu/measure.cpp, which leaves groups and coefficients to core/clip.cpp.
 #pragma once
 
 #include <type_traits>

@@ -1,13 +1,13 @@
 // Loads of 16 bytes of a tensor, counted from its first element: at once where the memory is dense
-// and aligned, else element by element.
+// and aligned, else element by element. The twin of cpu/memory.hpp, which copies tiles to a buffer.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
 #include "core/float_bits.hpp"
+#include "cuda/plan.hpp"
 #include "cuda/runtime.hpp"
-#include "cuda/table.hpp"
 
 namespace gradclip::cuda {
 

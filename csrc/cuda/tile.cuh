@@ -1,4 +1,5 @@
-// The sum of one tile by one warp: steps 1 to 3 of docs/reduction-order.md.
+// The sum of one tile by one warp: steps 1 to 3 of docs/reduction-order.md. The twin of sum_tile in
+// cpu/kernels.inc.hpp: a warp has the lanes of a row, where a CPU has registers.
 #pragma once
 
 #include <cstddef>

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -134,12 +133,14 @@ def _look_for_gpu() -> tuple[ModuleType | None, str]:
         cuda = cuda_module()
     except ImportError as error:
         return None, f"its CUDA module does not load: {error}"
-    return cuda, "built without a CUDA compiler" if cuda is None else _missing(cuda)
+    if cuda is None:
+        return None, "built without a CUDA compiler"
+    if cuda not in _missing:
+        _missing[cuda] = str(cuda.missing())
+    return cuda, _missing[cuda]
 
 
-@cache
-def _missing(cuda: ModuleType) -> str:
-    return str(cuda.missing())  # to a process no device comes or goes
+_missing: dict[ModuleType, str] = {}  # to a process no device comes or goes
 
 
 def _first(arrays: Iterable[Any]) -> Any:

@@ -55,7 +55,7 @@ void with_each_span(Values values, Test test) {
       CAPTURE(strided);
       Matrix matrix(values);
       const std::vector<Span> spans{strided ? matrix.view() : matrix.all()};
-      test(matrix, strided, spans, make_plan(std::vector{spans[0].nbytes()}));
+      test(matrix, strided, spans, cpu::make_plan(std::vector{spans[0].nbytes()}));
     }
   }
 }
@@ -64,7 +64,7 @@ void with_each_span(Values values, Test test) {
 
 TEST_CASE("scale") {
   with_each_span(Values::any_pattern, [](Matrix& matrix, bool strided, const auto& spans,
-                                         const ChunkPlan& plan) {
+                                         const cpu::ChunkPlan& plan) {
     const auto before = matrix.memory;
     cpu::scale(spans, plan, std::vector{1.0});
     CHECK(same_bits(matrix.memory, before));
@@ -75,7 +75,7 @@ TEST_CASE("scale") {
 
 TEST_CASE("set to zero") {
   with_each_span(Values::any_pattern, [](Matrix& matrix, bool strided, const auto& spans,
-                                         const ChunkPlan& plan) {
+                                         const cpu::ChunkPlan& plan) {
     const auto before = matrix.memory;
     cpu::set_to_zero(spans, plan);
     CHECK(same_bits(matrix.memory, changed(before, strided, [](float& x) { x = 0.0f; })));
@@ -84,7 +84,7 @@ TEST_CASE("set to zero") {
 
 TEST_CASE("clip by value") {
   with_each_span(Values::ordinary,
-                 [](Matrix& matrix, bool strided, const auto& spans, const ChunkPlan& plan) {
+                 [](Matrix& matrix, bool strided, const auto& spans, const cpu::ChunkPlan& plan) {
                    const auto before = matrix.memory;
                    float largest = 0.0f;
                    const auto clamped = changed(before, strided, [&](float& x) {
@@ -105,7 +105,7 @@ TEST_CASE("clip by value") {
 
 TEST_CASE("count of what is not finite; a complex element counts once, as NaN if it has any") {
   with_each_span(Values::any_pattern,
-                 [](Matrix& matrix, bool strided, const auto& spans, const ChunkPlan&) {
+                 [](Matrix& matrix, bool strided, const auto& spans, const cpu::ChunkPlan&) {
                    std::int64_t nan = 0, infinity = 0;
                    changed(matrix.memory, strided, [&](float& x) {
                      nan += std::isnan(x);

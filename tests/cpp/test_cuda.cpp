@@ -13,7 +13,7 @@
 #include "core/reduction_order.hpp"
 #include "cpu/engine.hpp"
 #include "cuda/engine.hpp"
-#include "cuda/table.hpp"
+#include "cuda/plan.hpp"
 #include "simt/cuda_runtime.h"
 
 namespace gradclip {
@@ -60,10 +60,10 @@ std::vector<Span> spans_of(const List& list) {
   for (const Tensor& tensor : list) spans.push_back(tensor.span);
   return spans;
 }
-ChunkPlan plan_of(const std::vector<Span>& spans) {
+cpu::ChunkPlan plan_of(const std::vector<Span>& spans) {
   std::vector<std::int64_t> bytes;
   for (const Span& span : spans) bytes.push_back(span.nbytes());
-  return make_plan(bytes);
+  return cpu::make_plan(bytes);
 }
 std::vector<std::vector<std::uint64_t>> bytes_of(const List& list) {
   std::vector<std::vector<std::uint64_t>> bytes;
@@ -93,7 +93,7 @@ struct Call {
 void compare(List& list, const Call& call, bool in_two_steps) {
   const auto before = bytes_of(list);
   const std::vector<Span> spans = spans_of(list);
-  const ChunkPlan plan = plan_of(spans);
+  const cpu::ChunkPlan plan = plan_of(spans);
   const Table<NormSum> sums = cpu::measure(spans, plan, call.order);
   const Table<NormSum> group = sums_of_groups(call.order, sums, call.groups);
   const std::span<const double> max_norms = call.max_norms.empty()
@@ -315,7 +315,7 @@ TEST_CASE("value clip and scale") {
       list[1].set(3, std::nan(""));
       const auto before = bytes_of(list);
       const std::vector<Span> spans = spans_of(list);
-      const ChunkPlan plan = plan_of(spans);
+      const cpu::ChunkPlan plan = plan_of(spans);
       const cpu::ValueClip expected = cpu::measure_values(spans, plan, limit);
       cpu::clip_by_value(spans, plan, limit, expected.tiles);
       const auto clipped = bytes_of(list);

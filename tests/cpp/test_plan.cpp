@@ -1,9 +1,9 @@
-// core/plan.hpp: every byte of every tensor once, in whole tiles, in tasks of bounded size.
+// cpu/plan.hpp: every byte of every tensor once, in whole tiles, in tasks of bounded size.
 #include <algorithm>
 #include <vector>
 
-#include "core/plan.hpp"
 #include "core/reduction_order.hpp"
+#include "cpu/plan.hpp"
 #include "support.hpp"
 
 using namespace gradclip;
@@ -16,12 +16,12 @@ constexpr auto kTile = static_cast<std::int64_t>(order::kTileBytes);
 constexpr std::int64_t kSmallest = 4 * kTile, kLargest = 64 * kTile, kTasks = 64;
 
 void check_plan(const std::vector<std::int64_t>& sizes) {
-  const ChunkPlan plan = make_plan(sizes);
+  const cpu::ChunkPlan plan = cpu::make_plan(sizes);
   std::int64_t total = 0, longest_chunk = 0;
   std::vector<std::int64_t> covered(sizes.size());
   std::vector<int> chunks_of(sizes.size());
   std::uint32_t partials = 0, last_tensor = 0;
-  for (const Chunk& chunk : plan.chunks) {
+  for (const cpu::Chunk& chunk : plan.chunks) {
     REQUIRE(chunk.tensor < sizes.size());
     CHECK(chunk.tensor >= last_tensor);
     last_tensor = chunk.tensor;
@@ -31,12 +31,12 @@ void check_plan(const std::vector<std::int64_t>& sizes) {
     covered[chunk.tensor] += chunk.bytes;
     ++chunks_of[chunk.tensor];
     longest_chunk = std::max(longest_chunk, chunk.bytes);
-    if (chunk.partial != kWholeTensor) CHECK(chunk.partial == partials++);
+    if (chunk.partial != cpu::kWholeTensor) CHECK(chunk.partial == partials++);
   }
   CHECK(covered == sizes);
   CHECK(plan.partials == partials);
-  for (const Chunk& chunk : plan.chunks)
-    CHECK((chunk.partial == kWholeTensor) == (chunks_of[chunk.tensor] == 1));
+  for (const cpu::Chunk& chunk : plan.chunks)
+    CHECK((chunk.partial == cpu::kWholeTensor) == (chunks_of[chunk.tensor] == 1));
   for (const std::int64_t size : sizes) total += size;
   CHECK(plan.total_bytes == total);
   CHECK(longest_chunk <= kLargest);
@@ -61,7 +61,7 @@ TEST_CASE("no tensors, empty tensors") {
   check_plan({});
   check_plan({0});
   check_plan({0, 0, 4, 0});
-  CHECK(make_plan({}).tasks() == 0);
+  CHECK(cpu::make_plan({}).tasks() == 0);
 }
 
 TEST_CASE("sizes around a tile, the smallest and the largest task") {
@@ -85,10 +85,10 @@ TEST_CASE("random lists of tensors") {
 TEST_CASE("thousands of small tensors share tasks") {
   const std::vector<std::int64_t> sizes(20000, 400);
   check_plan(sizes);
-  CHECK(make_plan(sizes).tasks() <= 2 * kTasks);
+  CHECK(cpu::make_plan(sizes).tasks() <= 2 * kTasks);
 }
 
 TEST_CASE("a plan needs no memory of the size of the tensors") {
   const std::int64_t huge = std::int64_t{1} << 40;
-  CHECK(make_plan(std::vector{huge}).tasks() == static_cast<std::size_t>(huge / kLargest));
+  CHECK(cpu::make_plan(std::vector{huge}).tasks() == static_cast<std::size_t>(huge / kLargest));
 }

@@ -25,10 +25,10 @@ Span span_of(std::vector<T>& values) {
           nullptr, kDTypeOf<T>};
 }
 
-ChunkPlan plan_of(const std::vector<Span>& spans) {
+cpu::ChunkPlan plan_of(const std::vector<Span>& spans) {
   std::vector<std::int64_t> bytes;
   for (const Span& span : spans) bytes.push_back(span.nbytes());
-  return make_plan(bytes);
+  return cpu::make_plan(bytes);
 }
 
 Table<NormSum> measure(const std::vector<Span>& spans, const NormOrder& order) {

@@ -45,8 +45,9 @@ std::vector<std::size_t> order_alone(std::size_t tasks, Pass pass) {
 // First, while no helper has been started.
 TEST_CASE("small work starts no thread") {
   cpu::set_num_threads(8);
-  const ChunkPlan small = make_plan(std::vector<std::int64_t>{2 * cpu::kBytesPerThread - 1});
-  cpu::for_each_chunk(small, Pass::forward, [](const Chunk&) {});
+  const cpu::ChunkPlan small =
+      cpu::make_plan(std::vector<std::int64_t>{2 * cpu::kBytesPerThread - 1});
+  cpu::for_each_chunk(small, Pass::forward, [](const cpu::Chunk&) {});
   CHECK(each_ran_once(1, 8));
   CHECK(each_ran_once(100, 1));
   CHECK(cpu::team::num_started() == 0);

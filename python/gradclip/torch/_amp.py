@@ -15,18 +15,9 @@ from torch.amp.grad_scaler import GradScaler, OptState
 from gradclip._api import Thresholds
 from gradclip._dispatch import read
 from gradclip._result import ClipResult
-from gradclip.torch._gradients import (
-    PARAMETERS,
-    WRITING,
-    OnDevice,
-    Tensors,
-    as_number,
-    as_threshold,
-    in_float_environment,
-    read_or_convert,
-    untraced,
-    warn_if_nothing,
-)
+from gradclip.torch._arguments import PARAMETERS, Tensors, as_number, as_threshold, warn_if_nothing
+from gradclip.torch._environment import in_float_environment, untraced
+from gradclip.torch._gradients import WRITING, OnDevice, read_or_convert
 from gradclip.torch._local import EPSILON, clip_gradients_
 from gradclip.torch._module import ModuleGroups, by_name, clip_named_, groups_of
 from gradclip.torch._optimizer import unwrapped

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradclip.torch._gradients import PARAMETERS, TENSORS, Tensors, norm_dtype
+from gradclip.torch._arguments import PARAMETERS, TENSORS, Tensors
 from gradclip.torch._local import clip_gradients_, clip_values_, scale_by_norm_, total_norm_of
+from gradclip.torch._norms import norm_dtype
 
 __all__ = ["clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "get_total_norm"]
 

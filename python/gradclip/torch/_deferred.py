@@ -14,13 +14,8 @@ from torch.amp.grad_scaler import GradScaler
 from torch.utils.hooks import RemovableHandle
 
 from gradclip.torch._amp import begin_unscaling, check_scaler, measured, parameters_of
-from gradclip.torch._gradients import (
-    PARAMETERS,
-    as_threshold,
-    in_float_environment,
-    untraced,
-    warn_if_nothing,
-)
+from gradclip.torch._arguments import PARAMETERS, as_threshold, warn_if_nothing
+from gradclip.torch._environment import in_float_environment, untraced
 from gradclip.torch._local import EPSILON, total_norm_of
 from gradclip.torch._optimizer import unwrapped
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
-from gradclip.torch._gradients import Names, Tensors, UnsupportedGradientError, name_of, refuse_graphs
+from gradclip.torch._arguments import Names, Tensors, name_of
+from gradclip.torch._gradients import UnsupportedGradientError, refuse_graphs
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor

@@ -13,24 +13,21 @@ import torch
 from torch import Tensor
 
 from gradclip.torch import _compile
-from gradclip.torch._dtensor import any_dtensor, whole, writable_parts
-from gradclip.torch._gradients import (
+from gradclip.torch._arguments import (
     PARAMETERS,
     TENSORS,
     Tensors,
-    UnsupportedGradientError,
     as_limit,
     as_list,
     as_threshold,
-    carried,
-    carry,
     gradients_of,
-    in_float_environment,
-    mark_written,
-    untraced,
     warn_if_nothing,
 )
+from gradclip.torch._dtensor import any_dtensor, whole, writable_parts
+from gradclip.torch._environment import in_float_environment, mark_written, untraced
+from gradclip.torch._gradients import UnsupportedGradientError
 from gradclip.torch._local import clip_gradients_, clip_values_, scale_by_norm_, total_norm_of
+from gradclip.torch._norms import carried, carry
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

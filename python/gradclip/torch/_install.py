@@ -23,8 +23,9 @@ import torch
 from torch.nn.utils import clip_grad
 
 from gradclip._result import NonFiniteGradientError
+from gradclip.torch._arguments import PARAMETERS
 from gradclip.torch._functional import clip_grad_value_, clip_grads_with_norm_, get_total_norm
-from gradclip.torch._gradients import PARAMETERS, UnsupportedGradientError
+from gradclip.torch._gradients import UnsupportedGradientError
 
 __all__ = ["Stats", "install", "patched", "stats", "uninstall"]
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from gradclip.distributed._collective import open_group
+from gradclip.torch._arguments import Names, Tensors, name_of
 from gradclip.torch._dtensor import dtensor_type, local_part, without_partial
-from gradclip.torch._gradients import Names, Tensors, name_of, norm_dtype
+from gradclip.torch._norms import norm_dtype
 
 __all__ = ["Layout", "ProcessGroups"]
 

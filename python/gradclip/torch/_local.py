@@ -14,24 +14,10 @@ from torch import Tensor
 
 from gradclip._dispatch import ReadGradients, read
 from gradclip._result import NonFiniteGradientError
-from gradclip.torch._gradients import (
-    PARAMETERS,
-    READING,
-    WRITING,
-    Conversion,
-    Names,
-    OnDevice,
-    Tensors,
-    as_limit,
-    as_norm,
-    as_number,
-    combine,
-    name_of,
-    norm_of,
-    read_or_convert,
-    written,
-)
+from gradclip.torch._arguments import PARAMETERS, Names, Tensors, as_limit, as_norm, as_number, name_of
+from gradclip.torch._gradients import READING, WRITING, Conversion, OnDevice, read_or_convert, written
 from gradclip.torch._nonfinite import count_nonfinite, nonfinite_error
+from gradclip.torch._norms import combine, norm_of
 
 __all__ = ["EPSILON", "clip_gradients_", "clip_values_", "norms_of", "scale_by_norm_", "total_norm_of"]
 

@@ -11,17 +11,10 @@ from torch import Tensor
 from gradclip._api import NonFinite, Reduce, Thresholds
 from gradclip._measured import Policy, clip
 from gradclip._result import ClipResult
+from gradclip.torch._arguments import Tensors, warn_if_nothing
 from gradclip.torch._dtensor import is_dtensor
-from gradclip.torch._gradients import (
-    WRITING,
-    OnDevice,
-    Tensors,
-    UnsupportedGradientError,
-    in_float_environment,
-    read_or_convert,
-    untraced,
-    warn_if_nothing,
-)
+from gradclip.torch._environment import in_float_environment, untraced
+from gradclip.torch._gradients import WRITING, OnDevice, UnsupportedGradientError, read_or_convert
 from gradclip.torch._optimizer import param_groups_of
 
 __all__ = ["ModuleGroups", "by_name", "clip_module_", "clip_named_", "clip_param_groups_", "groups_of"]

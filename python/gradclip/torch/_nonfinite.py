@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gradclip._result import NonFiniteGradientError
-from gradclip.torch._gradients import Names, Tensors, name_of
+from gradclip.torch._arguments import Names, Tensors, name_of
 
 __all__ = ["NonFiniteNormError", "count_nonfinite", "describe", "nonfinite_error"]
 

@@ -21,29 +21,30 @@ from torch.distributed import ProcessGroup
 
 from gradclip._dispatch import ReadGradients
 from gradclip.distributed._collective import device_for, reduced
-from gradclip.torch._dtensor import writable_parts
-from gradclip.torch._gradients import (
-    CHECKING,
+from gradclip.torch._arguments import (
     PARAMETERS,
-    READING,
     TENSORS,
-    Conversion,
     Names,
-    OnDevice,
     Tensors,
-    UnsupportedGradientError,
     as_number,
     as_threshold,
-    carry,
     gradients_of,
-    mark_written,
+)
+from gradclip.torch._dtensor import writable_parts
+from gradclip.torch._environment import mark_written, untraced
+from gradclip.torch._gradients import (
+    CHECKING,
+    READING,
+    Conversion,
+    OnDevice,
+    UnsupportedGradientError,
     read_or_convert,
-    untraced,
     writable,
 )
 from gradclip.torch._layout import Layout, ProcessGroups
 from gradclip.torch._local import EPSILON, norms_of, scale_by_norm_
 from gradclip.torch._nonfinite import count_nonfinite, describe, nonfinite_error
+from gradclip.torch._norms import carry
 
 __all__ = ["clip_grad_norm_", "get_total_norm"]
 

@@ -1,11 +1,11 @@
-#include "core/plan.hpp"
+#include "cpu/plan.hpp"
 
 #include <algorithm>
 #include <stdexcept>
 
 #include "core/reduction_order.hpp"
 
-namespace gradclip {
+namespace gradclip::cpu {
 namespace {
 
 // Small enough that threads end together and a chunk's tiles stay in L2 between reading and
@@ -51,4 +51,4 @@ ChunkPlan make_plan(std::span<const std::int64_t> tensor_bytes) {
   return plan;
 }
 
-}  // namespace gradclip
+}  // namespace gradclip::cpu

@@ -1,4 +1,5 @@
-// Walk over the memory of a chunk: where it lies if it is dense, else tile by tile through a buffer.
+// Walk over the memory of a chunk: where it lies if it is dense, else tile by tile through a buffer. The
+// twin of cuda/memory.cuh, which loads each element where it lies.
 #pragma once
 
 #include <algorithm>
@@ -6,9 +7,9 @@
 #include <cstring>
 #include <type_traits>
 
-#include "core/plan.hpp"
 #include "core/reduction_order.hpp"
 #include "core/span.hpp"
+#include "cpu/plan.hpp"
 
 namespace gradclip::cpu {
 

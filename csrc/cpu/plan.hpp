@@ -1,5 +1,5 @@
-// The chunk table of a list of sizes: who works on what. It knows nothing of pointers, and because
-// tile sums are added exactly, it cannot change a result.
+// The chunk table of a list of sizes: who works on what. It knows nothing of pointers, and because tile
+// sums are added exactly, it cannot change a result. The twin of cuda/plan.hpp, which has no table.
 #pragma once
 
 #include <cstddef>
@@ -8,7 +8,7 @@
 
 #include "core/table.hpp"
 
-namespace gradclip {
+namespace gradclip::cpu {
 
 // A run of whole tiles of one tensor (the last tile may be short).
 struct Chunk {
@@ -33,4 +33,4 @@ struct ChunkPlan {
 // `tensor_bytes[i]`: the bytes of tensor i; tensors of 0 bytes have no chunk.
 ChunkPlan make_plan(std::span<const std::int64_t> tensor_bytes);
 
-}  // namespace gradclip
+}  // namespace gradclip::cpu

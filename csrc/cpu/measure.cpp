@@ -1,4 +1,4 @@
-// Norms: the sum of every tensor in one pass.
+// The sum of every tensor in one pass. The twin of cuda/measure.cuh, which also decides in that pass.
 #include <algorithm>
 #include <cmath>
 
@@ -6,7 +6,7 @@
 #include "cpu/engine.hpp"
 #include "cpu/float_environment.hpp"
 #include "cpu/isa.hpp"
-#include "cpu/tiles.hpp"
+#include "cpu/memory.hpp"
 #include "cpu/workers.hpp"
 
 namespace gradclip::cpu {

@@ -3,7 +3,7 @@
 // The work of a tensor is its tiles, one after the other; a tile costs its rows and a little more.
 // Warp w of W takes the tiles that begin at costs [total * w / W, total * (w + 1) / W): no table of
 // chunks, only the cost at which every tensor begins. Tile sums are added exactly, so none of this
-// can change a result.
+// can change a result. The twin of cpu/plan.hpp.
 #pragma once
 
 #include <cstddef>

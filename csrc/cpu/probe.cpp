@@ -1,0 +1,26 @@
+// The machine's own speed, to compare with. The twin of cuda/probe.cuh, which takes whole rows alone.
+#include <atomic>
+
+#include "cpu/engine.hpp"
+#include "cpu/isa.hpp"
+#include "cpu/workers.hpp"
+
+namespace gradclip::cpu {
+
+std::uint32_t probe_read(std::span<const Span> spans, const ChunkPlan& plan) {
+  std::atomic<std::uint32_t> all{0};
+  for_each_chunk(plan, Pass::forward, [&](const Chunk& chunk) {
+    all |= kernels().read(spans[chunk.tensor].data + chunk.first_byte,
+                          static_cast<std::size_t>(chunk.bytes));
+  });
+  return all;
+}
+
+void probe_read_write(std::span<const Span> spans, const ChunkPlan& plan) {
+  for_each_chunk(plan, Pass::forward, [&](const Chunk& chunk) {
+    kernels().read_write(spans[chunk.tensor].data + chunk.first_byte,
+                         static_cast<std::size_t>(chunk.bytes));
+  });
+}
+
+}  // namespace gradclip::cpu
