@@ -12,11 +12,13 @@ import numpy as np
 import gradclip
 from bench.cases import Array, Load
 from bench.data import GradientBuffer, Pattern
+from bench.machine import describe
 from bench.peers import GPU
 from bench.timing import Clock
 from bench.workload import READ, READ_WRITE, Location
+from gradclip._dispatch import cuda_module
 
-__all__ = ["GpuLocation"]
+__all__ = ["GpuLocation", "describe_gpu"]
 
 _ALIGNMENT = 512  # bytes: what CuPy's and PyTorch's allocators give
 _SCRATCH_BYTES = 256 * 2**20  # several times the second cache
@@ -85,3 +87,19 @@ class GpuLocation(Location):
         """The device's own speed over the same bytes, timed by events."""
         plan: Any = gradclip.Plan(grads)._plan
         return {READ: (plan.probe_read, gpu_clock), READ_WRITE: (plan.probe_read_write, gpu_clock)}
+
+
+def describe_gpu() -> dict[str, Any]:
+    """The machine, its GPU and what is installed."""
+    cuda = cuda_module()
+    assert cuda is not None
+    name, major, minor, multiprocessors, memory = cuda.device_info(cupy.cuda.runtime.getDevice())
+    return describe() | {
+        "gpu": name,
+        "compute_capability": f"{major}.{minor}",
+        "multiprocessors": multiprocessors,
+        "gpu_memory_gb": round(memory / 1e9, 1),
+        "driver_cuda": cuda.driver_version(),
+        "runtime_cuda": cuda.runtime_version(),
+        "cupy": cupy.__version__,
+    }

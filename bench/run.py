@@ -138,7 +138,7 @@ def _measure(
 
 def _describe() -> dict[str, Any]:
     if peers.GPU in {peers.PEERS[key].place for key in peers.present()}:
-        from bench.gpu import describe_gpu  # noqa: PLC0415 (needs CuPy)
+        from bench.device import describe_gpu  # noqa: PLC0415 (needs CuPy)
 
         return describe_gpu()
     return machine.describe()

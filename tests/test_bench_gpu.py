@@ -11,8 +11,8 @@ import cupy
 import numpy as np
 import pytest
 
+import bench.device
 import gradclip
-from bench import gpu
 from bench.cases import CASES, Array, Load
 from bench.data import GradientBuffer
 from bench.jobs import JOBS, NORMS
@@ -21,6 +21,7 @@ from bench.timing import Clock, host_clock
 from bench.workload import READ, READ_WRITE, Location, Workload
 from device import Device, _memory, emulated_device
 from gradclip._dispatch import why_no_gpu
+from tools import gpu
 
 _KEYS = [key for key in PEERS if key.startswith("gradclip-gpu")]
 
@@ -118,9 +119,9 @@ def test_the_current_device_is_described(monkeypatch: pytest.MonkeyPatch) -> Non
         device_info = staticmethod(lambda device: (f"GPU {device}", 9, 0, 132, 80e9))
         driver_version = runtime_version = staticmethod(lambda: 13000)
 
-    monkeypatch.setattr(gpu, "cuda_module", Two)
+    monkeypatch.setattr(bench.device, "cuda_module", Two)
     monkeypatch.setattr(cupy.cuda.runtime, "getDevice", lambda: 1)
-    assert gpu.describe_gpu()["gpu"] == "GPU 1"
+    assert bench.device.describe_gpu()["gpu"] == "GPU 1"
 
 
 def test_every_contender_on_a_gpu_has_a_name_in_its_report() -> None:
@@ -134,7 +135,7 @@ def test_mistakes_are_told_before_a_run(
         (["--rounds", "0"], "--rounds: expected 1 or more, got 0"),
         (["--out", str(tmp_path)], "--out: expected a file that can be written, got "),
     ):
-        monkeypatch.setattr("sys.argv", ["bench.gpu", *arguments])
+        monkeypatch.setattr("sys.argv", ["tools.gpu", *arguments])
         with pytest.raises(SystemExit):
             gpu.main()
         assert told in capsys.readouterr().err

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from bench import commands, docs, tables
+from bench import commands, tables
 from bench.cases import CASES, Load
 from bench.compare import SAME, compare, gone, show_changes
 from bench.errors import BenchError
@@ -27,6 +27,7 @@ from bench.targets import TARGETS, judge
 from bench.timing import Rounds
 from bench.training import shares
 from bench.workload import READ, READ_WRITE, ROOFLINE
+from tools import docs
 
 _MACHINE = {
     "cpu": "A <b>CPU</b>", "threads": 2, "isa": "avx2", "caches": ["L1d 32K"], "memory_gb": 8.0, "seconds": 3,
@@ -298,7 +299,7 @@ def test_every_figure_of_the_pages_is_that_of_the_committed_run() -> None:
     made = docs.sections(load(docs.ROOT / path[0]), Path(path[0]))
     assert set(made) == set(docs.MARKS)
     for name, section in made.items():
-        assert _section(name) == section, f"{name}: run python -m bench.docs {path[0]}"
+        assert _section(name) == section, f"{name}: run python -m tools.docs {path[0]}"
         for image in re.findall(r"\]\(([\w/.-]+\.png)\)", section):
             assert ((docs.ROOT / name).parent / image).is_file()
 

@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 import bench.run
-from bench import docs, guard, instructions, peers, results, tables, worker
+from bench import peers, results, tables, worker
 from bench.cases import CASES, Load
 from bench.jobs import CLIP, NORMS, key
 from bench.peers.with_numpy import NumpyDot
@@ -25,6 +25,7 @@ from bench.suite import Experiment, Training
 from bench.timing import Contender, Protocol, measure
 from bench.worker import Outcome, measure_experiment
 from bench.workload import READ, ROOFLINE, Location
+from tools import docs, guard, instructions
 
 _LOAD = Load(CASES["bytes-4K"])
 _FEW = Experiment((_LOAD,), (NORMS, CLIP), rounds=2, seconds=5)

@@ -14,9 +14,9 @@ from unittest import mock
 import pytest
 from rich.console import Console
 
-from bench import gpu, sweep
 from bench.errors import BenchError
 from gradclip._dispatch import why_no_gpu
+from tools import gpu, sweep
 
 _ROOT = Path(__file__).resolve().parent.parent
 _HEADER = (_ROOT / sweep._TUNING).read_text(encoding="utf-8")
@@ -70,7 +70,7 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     if not why_no_gpu():  # as it is: no skip, since on a GPU the command itself is what runs
         return
     told = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "bench.sweep", "--out", str(tmp_path / "out")],
+        [sys.executable, "-W", "ignore", "-m", "tools.sweep", "--out", str(tmp_path / "out")],
         cwd=_ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert told.returncode == gpu.NO_GPU
@@ -139,7 +139,7 @@ def test_without_what_is_committed_there_is_nothing_to_compare() -> None:
 
 
 def test_what_was_built_is_of_these_sources(tmp_path: Path) -> None:
-    with mock.patch.object(sweep, "_BUILT", tmp_path), mock.patch.object(gpu, "describe_gpu", dict):
+    with mock.patch.object(sweep, "_BUILT", tmp_path), mock.patch.object(sweep, "describe_gpu", dict):
         with pytest.raises(BenchError, match="nothing is built"):
             sweep.measure_built([sweep.Variant()], 1, [], tmp_path / "out")
         (tmp_path / "built.json").write_text(json.dumps({"sources": "others", "left_out": {}}))

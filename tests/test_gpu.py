@@ -1,5 +1,5 @@
 """What only a real GPU can show: streams, graphs, waits, memory, sizes. Together with the `real` half of
-test_device_*.py these are the tests of `python tests/gpu_check.py`.
+test_device_*.py these are the tests of `python -m tools.gpu_check`.
 """
 
 from __future__ import annotations

@@ -11,14 +11,13 @@ from unittest import mock
 
 import pytest
 
-import gpu_check
-from bench import gpu
 from gradclip._dispatch import why_no_gpu
+from tools import gpu, gpu_check
 
 _ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize("command", [["tests/gpu_check.py"], ["-m", "bench.gpu"]])
+@pytest.mark.parametrize("command", [["-m", "tools.gpu_check"], ["-m", "tools.gpu"]])
 def test_without_a_gpu_it_says_so(command: list[str], tmp_path: Path) -> None:
     if not why_no_gpu():  # as it is: no skip, since on a GPU the command itself is what runs
         return

@@ -1,4 +1,4 @@
-"""docs/scaling.md: its examples run, its tables are those of bench/scaling.py, which follows the model."""
+"""docs/scaling.md: its examples run, its tables are those of tools/scaling.py, which follows the model."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import scaling
 from processes import output_of
+from tools import scaling
 
 _DOCUMENT = Path(__file__).parents[1] / "docs" / "scaling.md"
 _EVEN = scaling.ALPHA + scaling.MESSAGE * scaling.BETA
@@ -20,7 +20,7 @@ def _even(count: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
 
 def test_its_tables_are_those_of_the_script() -> None:
     text = _DOCUMENT.read_text()
-    assert scaling.fill(text) == text, "expected the tables of: python -m bench.scaling docs/scaling.md"
+    assert scaling.fill(text) == text, "expected the tables of: python -m tools.scaling docs/scaling.md"
 
 
 def test_its_examples_run() -> None:

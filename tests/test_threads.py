@@ -130,6 +130,7 @@ def test_no_thread_for_small_work() -> None:
 def test_help_is_borrowed_from_torch_while_its_team_looks_for_work() -> None:
     """The threads that the product before had take the chunks: ours are not even started."""
     code = """
+    import os
     import numpy as np
     import torch
     import gradclip
@@ -144,7 +145,7 @@ def test_help_is_borrowed_from_torch_while_its_team_looks_for_work() -> None:
         a @ a
         assert gradclip.tensor_norms(grads).tobytes() == expected
         who.add(_core.helpers_of_last_call())
-    assert "openmp" in who, who
+    assert "openmp" in who or len(os.sched_getaffinity(0)) == 1, who
     print("fine")
     """
     assert output_of(code, GRADCLIP_NUM_THREADS="2") == "fine"

@@ -46,11 +46,22 @@ const Runtime* load() {
   return has_all ? &found : nullptr;
 }
 
+// To look at a team is to make it, if it is not there: for the first threads that call, of which the one
+// that trains is one, and not for every thread of a pool.
+constexpr int kMostTeams = 2;
+std::atomic<int> teams{0};
+
 // Every thread that calls has a team of its own.
 struct BorrowedTeam {
   int threads = 0;                // with which it was looked at last
   std::vector<clockid_t> clocks;  // the processor time of its other threads
   int calls_until_look = 0;
+  bool is_one_of_few = teams.fetch_add(1) < kMostTeams;
+
+  BorrowedTeam() = default;
+  BorrowedTeam(const BorrowedTeam&) = delete;
+  BorrowedTeam& operator=(const BorrowedTeam&) = delete;
+  ~BorrowedTeam() { --teams; }
 };
 thread_local BorrowedTeam the_team;
 
@@ -103,7 +114,7 @@ bool is_awake(int threads) {
   if (has == 1 || 2 * has < threads) return false;
   BorrowedTeam& team = the_team;
   if (team.threads != has || team.clocks.empty()) {
-    if (--team.calls_until_look > 0) return false;
+    if (!team.is_one_of_few || --team.calls_until_look > 0) return false;
     look(*runtime, team);
     if (team.clocks.empty()) return false;
   }

@@ -1,5 +1,5 @@
 // Geometry and tuning: the one place for numbers that change speed and never a result. They are tried out
-// by `python -m bench.sweep`.
+// by `python -m tools.sweep`.
 #pragma once
 
 #include <cstddef>

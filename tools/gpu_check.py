@@ -1,6 +1,6 @@
 """Everything that only a GPU can show, by one command from the root of the repository:
 
-    python tests/gpu_check.py [--out DIRECTORY] [--only PART ...]
+    python -m tools.gpu_check [--out DIRECTORY] [--only PART ...]
 
 Runs the tests that are marked `gpu`, compute-sanitizer (memcheck, racecheck, synccheck) over the kernels,
 and the benchmark of the GPU; writes report.json and report.md with the machine's description. Exit
@@ -121,7 +121,7 @@ def check(out: Path, chosen: Sequence[str] = PARTS) -> list[dict[str, Any]]:
             part = run(kind, command, out / f"{kind}.log", GRADCLIP_TESTS_WITHOUT_POOL="1")
         parts.append(part)
     if "benchmark" in chosen:
-        bench = [sys.executable, "-m", "bench.gpu", "--out", str(out / "bench.json")]
+        bench = [sys.executable, "-m", "tools.gpu", "--out", str(out / "bench.json")]
         parts.append(run("benchmark", bench, out / "bench.md"))
     return parts
 
@@ -143,7 +143,7 @@ def report(parts: list[dict[str, Any]], machine: dict[str, Any], out: Path) -> N
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python tests/gpu_check.py", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.gpu_check", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("gpu-check"), help="where the report goes")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="the parts to run")
     arguments = parser.parse_args()
@@ -151,8 +151,7 @@ def main() -> int:
     if missing:
         print(f"no GPU: {missing}. Nothing was checked.", file=sys.stderr)
         return NO_GPU
-    sys.path.insert(0, str(ROOT))
-    from bench.gpu import describe_gpu  # noqa: PLC0415 (needs a GPU)
+    from bench.device import describe_gpu  # noqa: PLC0415 (needs a GPU)
 
     out = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""``python -m bench.docs FILE``: the figures of README.md and docs/performance.md, out of a result file.
+"""``python -m tools.docs FILE``: the figures of README.md and docs/performance.md, out of a result file.
 
 No figure of a run is written by hand: what stands between two markers is made here, and a test compares
 it with the file that it names. The plots that the pages show are written beside them.
@@ -31,8 +31,8 @@ _SHOWN = (
 )  # fmt: skip
 # File, and what stands around the part that is made here.
 MARKS = {
-    "README.md": ("<!-- speed: python -m bench.docs -->\n", "<!-- end of speed -->\n"),
-    "docs/performance.md": ("<!-- results: python -m bench.docs -->\n", "<!-- end of results -->\n"),
+    "README.md": ("<!-- speed: python -m tools.docs -->\n", "<!-- end of speed -->\n"),
+    "docs/performance.md": ("<!-- results: python -m tools.docs -->\n", "<!-- end of results -->\n"),
 }
 _SPEED_LOADS = (
     "gpt2/float32",
@@ -149,7 +149,7 @@ def sections(results: Results, path: Path) -> dict[str, str]:
 
 def main() -> int:
     """Write both pages and their plots."""
-    parser = argparse.ArgumentParser(prog="python -m bench.docs", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.docs", description=__doc__)
     parser.add_argument("file", type=Path, help="a result of python -m bench in bench/results")
     path = parser.parse_args().file.resolve()
     try:
@@ -162,7 +162,7 @@ def main() -> int:
                 replaced(page.read_text(encoding="utf-8"), MARKS[name], section), encoding="utf-8"
             )
     except BenchError as error:
-        print(f"python -m bench.docs: {error}", file=sys.stderr)
+        print(f"python -m tools.docs: {error}", file=sys.stderr)
         return 2
     (ROOT / _IMAGES).mkdir(parents=True, exist_ok=True)
     for name, _, figure in plots(results):

@@ -1,7 +1,7 @@
 """What joining norms over many ranks costs, on paper: a model, a simulation, and rounding.
 
-    python -m bench.scaling                    # prints the tables of docs/scaling.md
-    python -m bench.scaling docs/scaling.md    # puts them there
+    python -m tools.scaling                    # prints the tables of docs/scaling.md
+    python -m tools.scaling docs/scaling.md    # puts them there
 
 Nothing is measured here. The latency and the bandwidth of a hop are assumptions; what is random has a
 fixed seed, so that the tables are always the same.
@@ -277,7 +277,7 @@ def fill(text: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.scaling", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.scaling", description=__doc__)
     parser.add_argument("document", nargs="?", type=Path, help="where to put the tables; else print them")
     document = parser.parse_args().document
     if document is None:

@@ -1,6 +1,6 @@
 """Instructions of a call, counted by callgrind: the same on a busy machine as on a quiet one.
 
-``python -m bench.instructions`` makes the calls; ``count`` runs it under callgrind and reads what it
+``python -m tools.instructions`` makes the calls; ``count`` runs it under callgrind and reads what it
 wrote. Only instructions of gradclip's own library count, on one thread, with the AVX2 kernels (valgrind
 knows no AVX-512), so that neither Python's version nor the processor matters. A call of ``getppid``
 between two phases makes callgrind write a part of its profile.
@@ -70,7 +70,7 @@ def count() -> dict[str, int]:
         output = Path(directory) / "profile"
         command = [
             "valgrind", "--tool=callgrind", "--dump-before=getppid", "--combine-dumps=no",
-            f"--callgrind-out-file={output}", sys.executable, "-m", "bench.instructions",
+            f"--callgrind-out-file={output}", sys.executable, "-m", "tools.instructions",
         ]  # fmt: skip
         done = subprocess.run(
             command, cwd=_ROOT, env=environment, capture_output=True, text=True, check=False

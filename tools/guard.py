@@ -1,8 +1,8 @@
-"""``python -m bench.guard``: fails on a real loss of speed, also on a noisy shared machine.
+"""``python -m tools.guard``: fails on a real loss of speed, also on a noisy shared machine.
 
 Ratios of minima within one process, against the machine's own read of the same bytes and against a NumPy
 loop, with bounds two to three times what a quiet machine shows; a bound that is missed has two more
-chances. And instructions of small calls, counted by callgrind, against ``bench/instructions.json``: those
+chances. And instructions of small calls, counted by callgrind, against ``tools/instructions.json``: those
 do not depend on who else is on the machine.
 """
 
@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.cases import CASES, Load
-from bench.instructions import ISA, count
 from bench.jobs import CLIP, JOBS, NO_CLIP, NORMS, key
 from bench.timing import Rounds, measure
 from bench.workload import READ, READ_WRITE, ROOFLINE, Workload
+from tools.instructions import ISA, count
 
 __all__ = ["BOUNDS", "Bound", "check_instructions", "check_ratios", "main"]
 
@@ -122,7 +122,7 @@ def check_instructions(counted: Mapping[str, int], baseline: Mapping[str, int]) 
 
 def main() -> int:
     """0 if nothing was lost, 1 if something was."""
-    parser = argparse.ArgumentParser(prog="python -m bench.guard", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.guard", description=__doc__)
     parser.add_argument("--update", action="store_true", help=f"write {_BASELINE.name} anew")
     arguments = parser.parse_args()
     if arguments.update:

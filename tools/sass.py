@@ -4,7 +4,7 @@ Every kernel for sm_90 has no stack, no local memory, no spills, and few enough 
 that shall be resident at once. The hot loops of every dtype read (and write) 16 bytes a thread at a time,
 several before the first is used. What a kernel writes it does not read through the read-only cache.
 
-    python .ci/sass.py FILE      # an object file, a library, or the module
+    python tools/sass.py FILE      # an object file, a library, or the module
 """
 
 from __future__ import annotations

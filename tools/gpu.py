@@ -1,4 +1,4 @@
-"""``python -m bench.gpu``: what is promised of a GPU, against its own speed, CuPy and PyTorch, in one run.
+"""``python -m tools.gpu``: what is promised of a GPU, against its own speed, CuPy and PyTorch, in one run.
 
 The contenders, checks and turns are those of ``python -m bench``, which also measures a GPU where there
 is one; here are the cases, the promises about them, and the verdicts. A call's time is taken three ways:
@@ -21,14 +21,14 @@ import cupy
 
 import gradclip
 from bench.cases import CASES, Case, Load
+from bench.device import describe_gpu
 from bench.errors import BenchError
 from bench.jobs import CLIP, NO_CLIP, NORMS, key
-from bench.machine import describe
 from bench.peers import GPU, PEERS, present
 from bench.results import check_writable
 from bench.timing import Protocol, Rounds, measure
 from bench.workload import READ, READ_WRITE, Workload, roofline_of
-from gradclip._dispatch import cuda_module, why_no_gpu
+from gradclip._dispatch import why_no_gpu
 
 ROUNDS = 30
 WARM_UP = 3  # calls at the start of a turn
@@ -169,22 +169,6 @@ def judge(results: dict[str, Any]) -> list[tuple[str, str, str]]:
     return rows
 
 
-def describe_gpu() -> dict[str, Any]:
-    """The machine, its GPU and what is installed."""
-    cuda = cuda_module()
-    assert cuda is not None
-    name, major, minor, multiprocessors, memory = cuda.device_info(cupy.cuda.runtime.getDevice())
-    return describe() | {
-        "gpu": name,
-        "compute_capability": f"{major}.{minor}",
-        "multiprocessors": multiprocessors,
-        "gpu_memory_gb": round(memory / 1e9, 1),
-        "driver_cuda": cuda.driver_version(),
-        "runtime_cuda": cuda.runtime_version(),
-        "cupy": cupy.__version__,
-    }
-
-
 def run(rounds: int, cases: Collection[str] = SHAPES, only: Collection[str] = ()) -> dict[str, Any]:
     """Measure every job and case that fits into the device's memory, of ``only`` those peers if not empty."""
     from bench.device import GpuLocation  # noqa: PLC0415 (needs a GPU)
@@ -243,7 +227,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.gpu", description=__doc__)
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="samples of each contender")
     parser.add_argument("--out", type=Path, default=Path("gpu-bench.json"), help="where every sample goes")
     arguments = parser.parse_args()

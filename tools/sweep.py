@@ -1,4 +1,4 @@
-"""``python -m bench.sweep``: the constants of ``csrc/cuda/tuning.hpp``, tried out on the GPU that is there.
+"""``python -m tools.sweep``: the constants of ``csrc/cuda/tuning.hpp``, tried out on the GPU that is there.
 
 Each constant is varied by itself. Every variant is compiled for this GPU alone, has to give the CPU's bits,
 and is timed in turns with the others, each in a process of its own. Needs an nvcc; ``--build`` needs no GPU,
@@ -27,11 +27,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from bench import gpu
+from bench.device import describe_gpu
 from bench.errors import BenchError
 from bench.results import check_writable
 from bench.timing import spread
 from gradclip._dispatch import why_no_gpu
+from tools import gpu
 
 _ROOT = Path(__file__).resolve().parent.parent
 _SOURCES = ("CMakeLists.txt", "cmake", "csrc")
@@ -215,7 +216,7 @@ def measure(
 
 def _turn(variant: Variant, cases: Sequence[str]) -> Any:
     """In a process of its own."""
-    command = [sys.executable, "-m", "bench.sweep", "--turn", str(variant.module), "--cases", *cases]
+    command = [sys.executable, "-m", "tools.sweep", "--turn", str(variant.module), "--cases", *cases]
     try:
         done = subprocess.run(
             command, cwd=_ROOT, capture_output=True, text=True, check=False, timeout=_TURN_SECONDS
@@ -257,7 +258,7 @@ def tables(results: Mapping[str, Any]) -> Iterator[Table]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.sweep", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.sweep", description=__doc__)
     parser.add_argument(
         "--constants", nargs="+", default=list(VALUES), metavar="NAME", help="all, if not given"
     )
@@ -314,7 +315,7 @@ def measure_built(chosen: Sequence[Variant], rounds: int, cases: Sequence[str], 
         raise BenchError("nothing is built: run without --measure, or with --build first") from None
     if built["sources"] != hash_of_sources():
         raise BenchError("the sources are not those that were built: build again")
-    results = {"machine": gpu.describe_gpu(), "cases": list(cases), "left_out": built["left_out"]}
+    results = {"machine": describe_gpu(), "cases": list(cases), "left_out": built["left_out"]}
 
     def keep(measured: dict[str, Any]) -> None:
         out.write_text(json.dumps(results | measured, indent=1) + "\n", encoding="utf-8")
@@ -324,7 +325,7 @@ def measure_built(chosen: Sequence[Variant], rounds: int, cases: Sequence[str], 
 
 
 def _architecture() -> str:
-    return str(gpu.describe_gpu()["compute_capability"]).replace(".", "")
+    return str(describe_gpu()["compute_capability"]).replace(".", "")
 
 
 if __name__ == "__main__":
