@@ -1,22 +1,16 @@
 """The parameter lists of real models, derived from the published definition of each architecture.
 
-``python -m bench.architectures`` writes them to ``bench/models/*.json``, which is what the suite reads.
 Every list has the names and the order of the implementation that its source names.
 """
 
 from __future__ import annotations
 
-import json
-import math
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-__all__ = ["MODELS", "Architecture", "write"]
+__all__ = ["MODELS", "Architecture"]
 
 Shapes: TypeAlias = dict[str, tuple[int, ...]]
-
-DIRECTORY = Path(__file__).resolve().parent / "models"
 
 
 @dataclass(frozen=True)
@@ -34,10 +28,6 @@ class Architecture:
     source: str
     published: str
     shapes: Shapes
-
-    @property
-    def parameters(self) -> int:
-        return sum(map(math.prod, self.shapes.values()))
 
 
 def _linear(name: str, outputs: int, inputs: int) -> Shapes:
@@ -177,6 +167,12 @@ _GPT2 = "Radford et al. 2019, Language Models are Unsupervised Multitask Learner
 _MIXTRAL = "Jiang et al. 2024, arXiv:2401.04088, table 1, as transformers' MixtralForCausalLM"
 
 MODELS: dict[str, Architecture] = {
+    "gpt2": Architecture(
+        "GPT-2 124M",
+        _GPT2 + "src/model.py: 12 layers, width 768; as transformers' GPT2Model, gpt2",
+        "124,439,808",
+        gpt2(768, 12),
+    ),
     "resnet50": Architecture(
         "ResNet-50",
         "He et al. 2015, arXiv:1512.03385, table 1; as torchvision's resnet50",
@@ -195,17 +191,17 @@ MODELS: dict[str, Architecture] = {
         "109,482,240",
         bert(),
     ),
-    "gpt2": Architecture(
-        "GPT-2 124M",
-        _GPT2 + "src/model.py: 12 layers, width 768; as transformers' GPT2Model, gpt2",
-        "124,439,808",
-        gpt2(768, 12),
+    "lstm": Architecture(
+        "LSTM, 2 x 1500",
+        "Zaremba et al. 2014, arXiv:1409.2329, the large model; as torch.nn.LSTM",
+        "66 M",
+        lstm(),
     ),
-    "gpt2-xl": Architecture(
-        "GPT-2 XL",
-        _GPT2 + "src/model.py: 48 layers, width 1600; as transformers' GPT2Model, gpt2-xl",
-        "1,557,611,200",
-        gpt2(1600, 48),
+    "mixtral-16th": Architecture(
+        "Mixtral, widths / 16",
+        f"{_MIXTRAL}: 32 layers, 8 experts, vocabulary 32000; widths 4096 and 14336 divided by 16 to fit",
+        "none at this size; the same derivation has 46,702,792,704 at full width",
+        mixtral(shrink=16),
     ),
     "llama-3.2-1b": Architecture(
         "Llama-3.2-1B",
@@ -214,40 +210,10 @@ MODELS: dict[str, Architecture] = {
         "1,235,814,400",
         llama(),
     ),
-    "mixtral-16th": Architecture(
-        "Mixtral, widths / 16",
-        f"{_MIXTRAL}: 32 layers, 8 experts, vocabulary 32000; widths 4096 and 14336 divided by 16 to fit",
-        "none at this size; the same derivation has 46,702,792,704 at full width",
-        mixtral(shrink=16),
-    ),
-    "lstm": Architecture(
-        "LSTM, 2 x 1500",
-        "Zaremba et al. 2014, arXiv:1409.2329, the large model; as torch.nn.LSTM",
-        "66 M",
-        lstm(),
+    "gpt2-xl": Architecture(
+        "GPT-2 XL",
+        _GPT2 + "src/model.py: 48 layers, width 1600; as transformers' GPT2Model, gpt2-xl",
+        "1,557,611,200",
+        gpt2(1600, 48),
     ),
 }  # fmt: skip
-
-
-def _text(model: Architecture) -> str:
-    """JSON with a line for each parameter."""
-    head: dict[str, Any] = {
-        "title": model.title,
-        "source": model.source,
-        "published": model.published,
-        "parameters": model.parameters,
-    }
-    lines = [f" {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
-    shapes = [f"  {json.dumps(name)}: {json.dumps(shape)}" for name, shape in model.shapes.items()]
-    return "\n".join(["{", *lines, ' "shapes": {', ",\n".join(shapes), " }", "}"]) + "\n"
-
-
-def write() -> None:
-    """Write every list into ``bench/models``."""
-    DIRECTORY.mkdir(exist_ok=True)
-    for key, model in MODELS.items():
-        (DIRECTORY / f"{key}.json").write_text(_text(model), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    write()

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from bench.architectures import MODELS
 from bench.errors import BenchError
 
 __all__ = [
@@ -26,7 +25,6 @@ __all__ = [
     "Load",
     "choose",
     "dtype_of",
-    "read_model",
     "readable_bytes",
     "readable_count",
     "readable_power",
@@ -36,7 +34,6 @@ Array: TypeAlias = npt.NDArray[Any]
 Shape: TypeAlias = tuple[int, ...]
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-MODELS = Path(__file__).resolve().parent / "models"
 
 ALONE, PAUSE, PRODUCT = "alone", "pause", "product"
 
@@ -113,26 +110,9 @@ def dtype_of(name: str) -> np.dtype[Any]:
     return np.dtype(name)
 
 
-def read_model(path: Path) -> dict[str, Any]:
-    """A parameter list: title, source, parameters, and shapes by name."""
-    try:
-        model: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if sum(map(math.prod, model["shapes"].values())) != model["parameters"]:
-            raise ValueError("the shapes do not have as many elements as it says")
-    except FileNotFoundError:
-        exist = ", ".join(sorted(p.stem for p in path.parent.glob("*.json"))) or "no file"
-        raise BenchError(f"{path}: expected a file; in that directory there is {exist}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BenchError(
-            f"{path}: expected JSON with title, source, parameters and shapes: {error}"
-        ) from None
-    return model
-
-
 def _model(key: str) -> Case:
-    model = read_model(MODELS / f"{key}.json")
-    shapes = tuple(tuple(shape) for shape in model["shapes"].values())
-    return Case(key, model["title"], model["source"], shapes, cold=True)
+    model = MODELS[key]
+    return Case(key, model.title, model.source, tuple(model.shapes.values()), cold=True)
 
 
 def _count(count: int) -> Case:
@@ -166,9 +146,6 @@ def readable_count(count: int) -> str:
 
 _COUNTS = (1, 10, 100, 1000, 10_000, 20_000)
 _BYTES = tuple(2**power for power in (12, 16, 20, 24, 28, 32))
-_MODEL_KEYS = (
-    "gpt2", "resnet50", "vit-b16", "bert-base", "lstm", "mixtral-16th", "llama-3.2-1b", "gpt2-xl"
-)  # fmt: skip
 
 
 def _states(case: Case) -> Iterable[Case]:
@@ -181,7 +158,7 @@ def _states(case: Case) -> Iterable[Case]:
 def _all() -> dict[str, Case]:
     huge: tuple[Shape, ...] = ((8192, 8192), *((64,),) * 900)
     cases = (
-        *map(_model, _MODEL_KEYS),
+        *map(_model, MODELS),
         *_states(Case("mlp", "MLP", "weights and biases of 40 layers, width 183", ((183, 183), (183,)) * 40)),
         *_states(Case("tiny", "300 of 64", "synthetic", ((64,),) * 300)),
         Case("many", "20 000 of 100", "synthetic", ((100,),) * 20_000),
