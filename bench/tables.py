@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ __all__ = [
     "headline",
     "losses",
     "markdown",
+    "markdown_table",
     "number",
     "of_load",
     "promises",
@@ -252,6 +253,10 @@ def show(results: Results, console: Console) -> None:
 
 def markdown(table: ReportTable, titled: bool = True) -> str:
     """A table for the documentation."""
-    lines = [table.header, ("---",) * len(table.header), *table.rows]
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    text = markdown_table(table.header, table.rows)
     return f"**{table.title}**\n\n{text}" if titled else text
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
+    """Cells of text, with a line between the header and the rows."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows))

@@ -51,7 +51,7 @@ def speed_section(results: Results, path: Path) -> str:
     ours = OURS[CPU]
     found = {(row.load, row.job, row.peer): row for row in rows(results)}
     header = ["", "", "gradclip", *(PEERS[peer].title for peer in _SPEED_PEERS)]
-    lines = [header, ["---"] * len(header)]
+    lines = []
     for name in _SPEED_LOADS:
         for job in _SPEED_JOBS:
             row = found.get((name, job, ours))
@@ -60,7 +60,6 @@ def speed_section(results: Results, path: Path) -> str:
                 others = (_times(found.get((name, job, peer))) for peer in _SPEED_PEERS)
                 time = tables.readable_time(row.seconds.median)
                 lines.append([first, JOBS[job].title, time, *others])
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     machine = results.machine
     return f"""
 Time of a call with a plain list of arrays, and how many times as long the others take: medians of one run
@@ -68,7 +67,7 @@ with {machine["threads"]} threads on {machine["cpu"]}, {machine["isa"]}, every a
 (optax's `jit` knows its arrays beforehand; gradclip's `Plan` does too and takes about half the time of the
 list where there are many small arrays.)
 
-{table}
+{tables.markdown_table(header, lines)}
 
 {_of_roofline(found)}
 

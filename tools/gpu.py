@@ -26,6 +26,7 @@ from bench.errors import BenchError
 from bench.jobs import CLIP, NO_CLIP, NORMS, key
 from bench.peers import GPU, PEERS, present
 from bench.results import check_writable
+from bench.tables import markdown_table
 from bench.timing import Protocol, Rounds, measure
 from bench.workload import READ, READ_WRITE, Workload, roofline_of
 from gradclip._dispatch import why_no_gpu
@@ -204,23 +205,25 @@ def run(rounds: int, cases: Collection[str] = SHAPES, only: Collection[str] = ()
 def markdown(results: dict[str, Any]) -> str:
     """The tables of a result."""
     machine = results["machine"]
-    lines = [
-        f"{machine['gpu']} ({machine['multiprocessors']} multiprocessors), driver for CUDA "
-        f"{machine['driver_cuda']}, {machine['date']}, commit {machine['commit']}",
-        "",
-        "| case | job | contender | device µs | host µs | until done µs | ceiling / time |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    cells = []
     for case, rows in results["cases"].items():
         for job in JOBS:
             ceiling = statistics.median(rows[job]["ceiling"]["device"])
             for name, samples in rows[job].items():
                 device, host, wall = (statistics.median(samples[kind]) for kind in ("device", "host", "wall"))
-                cells = [f"{seconds * 1e6:.1f}" for seconds in (device, host, wall)]
-                lines.append(f"| {case} | {job} | {name} | {' | '.join(cells)} | {ceiling / device:.2f} |")
-    lines += ["", "| target | measured | |", "| --- | --- | --- |"]
-    lines += [f"| {' | '.join(row)} |" for row in judge(results)]
-    lines += ["", *(f"Left out: {line}" for line in results["left_out"])]
+                times = (f"{seconds * 1e6:.1f}" for seconds in (device, host, wall))
+                cells.append((case, job, name, *times, f"{ceiling / device:.2f}"))
+    header = ("case", "job", "contender", "device µs", "host µs", "until done µs", "ceiling / time")
+    lines = [
+        f"{machine['gpu']} ({machine['multiprocessors']} multiprocessors), driver for CUDA "
+        f"{machine['driver_cuda']}, {machine['date']}, commit {machine['commit']}",
+        "",
+        markdown_table(header, cells),
+        "",
+        markdown_table(("target", "measured", ""), judge(results)),
+        "",
+        *(f"Left out: {line}" for line in results["left_out"]),
+    ]
     for case, rows in results["cases"].items():
         lines += [f"Failed: {case}, {name}: {why}" for name, why in rows.get("failures", {}).items()]
     return "\n".join(lines) + "\n"

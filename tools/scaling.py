@@ -19,6 +19,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from bench.tables import markdown_table
+
 __all__ = ["ALPHA", "BETA", "doubling", "fill", "model", "ring", "tables", "tree"]
 
 ALPHA = 5e-6  # seconds for a hop, however short the message
@@ -147,12 +149,6 @@ def _relative_error(total: float, sums: npt.NDArray[np.floating]) -> float:
 # --- Tables -------------------------------------------------------------------------------------------
 
 
-def _markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    lines = [list(header)]
-    lines += [["---"] * len(lines[0]), *map(list, rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def _bytes(count: float) -> str:
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if count < 1000:
@@ -180,7 +176,7 @@ def _traffic() -> str:
             )
         )
     header = ("parameters", "tensors", "ranks", "bf16 gradients a rank reads", "gradclip sends")
-    return _markdown((*header, "PyTorch sends", "every tensor's norm, float64"), rows)
+    return markdown_table((*header, "PyTorch sends", "every tensor's norm, float64"), rows)
 
 
 def _latency() -> str:
@@ -188,7 +184,7 @@ def _latency() -> str:
         [f"{ranks:,}", *(_us(model(a, ranks, MESSAGE)) for a in ("doubling", "tree", "ring"))]
         for ranks in _RANKS
     ]
-    return _markdown(("ranks", "recursive doubling", "tree", "ring"), rows)
+    return markdown_table(("ranks", "recursive doubling", "tree", "ring"), rows)
 
 
 def _many_norms() -> str:
@@ -196,7 +192,7 @@ def _many_norms() -> str:
     rows = []
     for text, nbytes in (("one sum", MESSAGE), ("PyTorch, 10^5", TORCH * 1e5), ("float64, 10^5", WIDE * 1e5)):
         rows.append([text, _bytes(nbytes), *(_us(model(name, 10_000, nbytes)) for name in names)])
-    return _markdown(("norms", "message", "doubling", "tree", "halving and doubling", "ring"), rows)
+    return markdown_table(("norms", "message", "doubling", "tree", "halving and doubling", "ring"), rows)
 
 
 def _simulation() -> str:
@@ -211,7 +207,7 @@ def _simulation() -> str:
             spread = [f"{_us(float(np.median(times)))} / {_us(times.max())}" for times in (jitter, delays)]
             late = f"{np.mean(delays > _DELAY):.0%}"
             rows.append((f"{ranks:,}", name, _us(even[0]), *spread, late))
-    return _markdown(
+    return markdown_table(
         ("ranks", "algorithm", "even hops", "jitter", "jitter and delays", "hit by a delay"), rows
     )
 
@@ -230,7 +226,7 @@ def _rounding() -> str:
             row += [f"{in_order:.1e} ({(ranks - 1) * unit:.1e})"]
             row += [f"{doubled:.1e} ({math.ceil(math.log2(ranks)) * unit:.1e})"]
         rows.append(row)
-    return _markdown(
+    return markdown_table(
         ("ranks", "float64, in order", "float64, doubling", "float32, in order", "float32, doubling"), rows
     )
 
@@ -250,7 +246,7 @@ def _same_bits() -> str:
         ("100 replicas of 100 shards: each group's ring starts elsewhere", distinct(replicas)),
         ("the same, after the greatest was taken", distinct([max(replicas)] * len(replicas))),
     ]
-    return _markdown(("what", "different results"), rows)
+    return markdown_table(("what", "different results"), rows)
 
 
 @functools.cache
