@@ -169,6 +169,7 @@ void Gradients::make_plan_of_spans() {
   Table<std::int64_t> bytes(spans_.size());
   for (std::size_t i = 0; i < spans_.size(); ++i) bytes[i] = spans_[i].nbytes();
   plan_ = cpu::make_plan(bytes);
+  nbytes_ = plan_.total_bytes;
 }
 
 std::vector<std::size_t> Gradients::missing() const {

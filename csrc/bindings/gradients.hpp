@@ -168,8 +168,10 @@ class Gradients {
     }
     // An export runs code of its own, which may have given another entry other memory.
     if (ran_code) require_unchanged(reader);
-    count_bytes();
-    if constexpr (std::remove_cvref_t<Reader>::kRunsChunks) make_plan_of_spans();
+    if constexpr (std::remove_cvref_t<Reader>::kRunsChunks)
+      make_plan_of_spans();
+    else
+      count_bytes();
   }
   // The layouts of spans point into the object.
   Gradients(const Gradients&) = delete;

@@ -29,7 +29,7 @@ bool is_masked(PyObject* array) {
 }
 
 // The element type of a dtype in native byte order.
-std::optional<DType> find(const py::detail::PyArrayDescr1_Proxy& descr) {
+GRADCLIP_INLINE std::optional<DType> find(const py::detail::PyArrayDescr1_Proxy& descr) {
   if (descr.byteorder != '=' && descr.byteorder != '|') return std::nullopt;
   switch (descr.type_num) {
     case 23: return DType::float16;  // NPY_HALF

@@ -49,7 +49,7 @@ NormSum norm_sum(const ExactSum& sum) {
   return {rounded.value, rounded.exponent, 0.0};
 }
 
-// The sum of every tensor; `units` are the largest magnitudes of slow tensors.
+// The sum of every tensor; `units` are the largest magnitudes of slow tensors, if there are any.
 Table<NormSum> sums_of(std::span<const Span> spans, const ChunkPlan& plan, const NormOrder& order,
                        const Table<double>& units) {
   Table<NormSum> sums(spans.size());
@@ -59,7 +59,7 @@ Table<NormSum> sums_of(std::span<const Span> spans, const ChunkPlan& plan, const
     const TypeKernels& type = kernels().of(span.dtype);
     const auto sum_tile = order.kind == NormOrder::two ? type.sum_squares : type.sum_magnitudes;
     const bool whole = chunk.partial == kWholeTensor;
-    const bool slow = needs_unit(order, is_complex(span.dtype));
+    const bool slow = !units.empty() && needs_unit(order, is_complex(span.dtype));
     if (whole && !slow && !span.layout &&
         chunk.bytes <= static_cast<std::int64_t>(order::kTileBytes)) {
       // A tensor of one tile, of which there are often thousands: nothing to add.
@@ -108,7 +108,8 @@ Table<NormSum> measure(std::span<const Span> spans, const ChunkPlan& plan, const
     return result;
   }
   const auto slow = [&](const Span& span) { return needs_unit(order, is_complex(span.dtype)); };
-  if (std::none_of(spans.begin(), spans.end(), slow)) return sums_of(spans, plan, order, {});
+  if (order.kind == NormOrder::two || std::none_of(spans.begin(), spans.end(), slow))
+    return sums_of(spans, plan, order, {});
 
   const auto largest = [&](const Chunk& chunk) {
     const Span& span = spans[chunk.tensor];

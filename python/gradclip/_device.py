@@ -163,53 +163,22 @@ class _Layout(NamedTuple):
 # --- Calls --------------------------------------------------------------------------------------------
 
 
-class GpuMeasured:
-    """What was measured of gradients on a GPU: what :class:`gradclip.Measured` stands on there."""
+class GpuMeasured(DeviceClipResult):
+    """What was measured of gradients on a GPU: what :class:`gradclip.Measured` stands on there.
 
-    __slots__ = ("_gradients", "_measured", "_norms")
+    A result whose coefficients are not written yet.
+    """
+
+    __slots__ = ("_gradients", "_measured")
+    _gradients: GpuGradients
+    _measured: Any
 
     def __init__(self, gradients: GpuGradients, measured: Any, stream: tuple[int, object]) -> None:
-        self._gradients = gradients
-        self._measured = measured
-        # Its coefficients are not written yet.
-        self._norms = DeviceClipResult(
+        super().__init__(
             gradients, measured.memory, stream, measured.groups, measured.is_global, measured.group_names
         )
-
-    @property
-    def total_norm(self) -> Any:
-        return self._norms.total_norm
-
-    @property
-    def norms(self) -> Any:
-        return self._norms.norms
-
-    @property
-    def group_norms(self) -> Any:
-        return self._norms.group_norms
-
-    @property
-    def group_sums(self) -> Any:
-        return self._norms.group_sums
-
-    @property
-    def nonfinite(self) -> tuple[int, ...] | tuple[str, ...]:
-        return self._norms.nonfinite
-
-    @property
-    def missing(self) -> tuple[int, ...] | tuple[str, ...]:
-        return self._norms.missing
-
-    @property
-    def names(self) -> tuple[str, ...] | None:
-        return self._norms.names
-
-    @property
-    def group_names(self) -> tuple[str, ...] | None:
-        return self._norms.group_names
-
-    def to_host(self) -> ClipResult:
-        return self._norms.to_host()
+        object.__setattr__(self, "_gradients", gradients)
+        object.__setattr__(self, "_measured", measured)
 
     def clip(self, max_norm: object, nonfinite: object, epsilon: float = 0.0) -> DeviceClipResult:
         stream = self._gradients.stream()
