@@ -151,6 +151,36 @@ def test_help_is_borrowed_from_torch_while_its_team_looks_for_work() -> None:
     assert output_of(code, GRADCLIP_NUM_THREADS="2") == "fine"
 
 
+def test_the_child_of_a_fork_borrows_nobody() -> None:
+    """The threads of the parent's team do not exist there."""
+    code = """
+    import os, signal
+    import torch
+    import gradclip
+    from gradclip import _core
+    torch.set_num_threads(2)
+    grads = [torch.ones(100_000) for _ in range(20)]
+    a = torch.ones(400, 400)
+    expected = gradclip.tensor_norms(grads).tobytes()
+    for _ in range(200):
+        a @ a
+        gradclip.tensor_norms(grads)
+        if _core.helpers_of_last_call() == "openmp":
+            break
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(20)
+        fine = True
+        for _ in range(200):
+            fine = fine and gradclip.tensor_norms(grads).tobytes() == expected
+            fine = fine and _core.helpers_of_last_call() != "openmp"
+        os._exit(0 if fine else 1)
+    assert os.waitpid(pid, 0)[1] == 0
+    print("fine")
+    """
+    assert output_of(code, GRADCLIP_NUM_THREADS="2") == "fine"
+
+
 _FORK = """
 import os, signal, sys, threading, time, warnings
 import numpy as np

@@ -29,19 +29,19 @@ class Experience {
   void learn(bool helped, double seconds) { (helped ? helped_ : alone_).add(seconds); }
 
  private:
-  static constexpr int kTrials = 3;
+  static constexpr unsigned kTrials = 3;
   static constexpr int kCallsBetweenTrials = 32;
 
   // The last few, of which one that was disturbed does not count, but every fourth does: somebody
   // waits for the slowest of many.
   struct Times {
     std::array<double, 7> last{};
-    int count = 0;
+    unsigned count = 0;  // begins anew after 2^32
 
-    void add(double seconds) { last[static_cast<std::size_t>(count++) % last.size()] = seconds; }
+    void add(double seconds) { last[count++ % last.size()] = seconds; }
     double expected() const {
       std::array<double, 7> sorted = last;
-      const auto size = std::min(static_cast<std::size_t>(count), sorted.size());
+      const auto size = std::min<std::size_t>(count, sorted.size());
       std::sort(sorted.begin(), sorted.begin() + static_cast<std::ptrdiff_t>(size));
       return (sorted[size / 2] + sorted[size * 3 / 4]) / 2;
     }
@@ -59,9 +59,11 @@ class Experiences {
   // For less nobody is woken; to more help always pays.
   static bool is_open(std::int64_t bytes) { return bytes >= kLeast && bytes < kMost; }
 
-  Experience& of(Helpers helpers, std::int64_t bytes, int threads) {
-    if (threads_ != threads) *this = {};
-    threads_ = threads;
+  // `allowed_threads`: the user's setting, not what a call of this size is worth. Another one makes all
+  // that was learned void.
+  Experience& of(Helpers helpers, std::int64_t bytes, int allowed_threads) {
+    if (allowed_threads_ != allowed_threads) *this = {};
+    allowed_threads_ = allowed_threads;
     const auto size = std::bit_width(static_cast<std::uint64_t>(bytes / kLeast)) - 1;
     return kinds_[static_cast<std::size_t>(helpers)][static_cast<std::size_t>(size)];
   }
@@ -69,7 +71,7 @@ class Experiences {
  private:
   static constexpr std::size_t kSizes =
       std::bit_width(static_cast<std::uint64_t>(kMost / kLeast)) - 1;
-  int threads_ = 0;
+  int allowed_threads_ = 0;
   std::array<std::array<Experience, kSizes>, 3> kinds_;
 };
 

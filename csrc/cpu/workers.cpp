@@ -92,7 +92,7 @@ void run_tasks(std::size_t tasks, int threads, Pass pass, const Task& work, std:
   }
   // To start a thread is not what the next call pays for.
   const bool is_first = helpers == Helpers::asleep && team::num_started() < threads - 1;
-  Experience& experience = experiences->of(helpers, bytes, threads);
+  Experience& experience = experiences->of(helpers, bytes, num_threads());
   const bool help = experience.chooses_help();
   using Clock = std::chrono::steady_clock;
   const Clock::time_point start = Clock::now();

@@ -178,6 +178,21 @@ TEST_CASE("each kind of call learns for itself, and anew for another number of t
   CHECK(experiences.of(Helpers::awake, kLeast, 3).chooses_help());
 }
 
+TEST_CASE("calls of several sizes by turns learn, too, though they are worth several threads") {
+  cpu::set_num_threads(4);
+  Experiences experiences;
+  std::string seen;
+  for (int call = 0; call < 20; ++call)
+    for (const int threads : {2, 4}) {
+      run_tasks(
+          64, threads, Pass::forward, [](std::size_t) {}, threads * Experiences::kLeast,
+          &experiences);
+      seen += cpu::helpers_of_last_call();
+    }
+  CHECK(seen.find("team") != std::string::npos);
+  CHECK(seen.find("none") != std::string::npos);
+}
+
 TEST_CASE("the number of threads is checked and kept") {
   cpu::set_num_threads(3);
   CHECK(cpu::num_threads() == 3);
