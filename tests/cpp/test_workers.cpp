@@ -152,6 +152,19 @@ TEST_CASE("help that is late now and then does not pay, however fast it is else"
   CHECK(helped(experience, 1000, seconds) < 100);
 }
 
+TEST_CASE("of seven calls one that was disturbed does not count, two do") {
+  const auto helps_after = [](int disturbed) {
+    Experience experience;
+    for (int call = 0; call < 7; ++call) {
+      experience.learn(true, 2.0);
+      experience.learn(false, call < disturbed ? 100.0 : 1.0);
+    }
+    return experience.chooses_help();
+  };
+  CHECK_FALSE(helps_after(1));
+  CHECK(helps_after(2));
+}
+
 TEST_CASE("what was learned is unlearned when the machine changes") {
   Experience experience;
   helped(experience, 100, [](bool help, int) { return help ? 2.0 : 1.0; });
