@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -55,14 +56,20 @@ class Location:
     """The host: where gradients lie, how its time is taken, how fast it can be."""
 
     name = CPU
-    clock: Clock = staticmethod(host_clock)
-    clocks: tuple[str, ...] = ("",)
     make: type[GradientBuffer] = GradientBuffer
     scratch: Callable[[], Any] = staticmethod(lambda: np.ones(_SCRATCH_BYTES // 8))
 
     def __init__(self, load: Load) -> None:
         self._scratch: Any = self.scratch() if load.case.cold else None
         self._enter_state = _STATES[load.case.state]()
+
+    @staticmethod
+    def clocks(waits: bool) -> Mapping[Clock, tuple[str, ...]]:
+        """The clocks that a contender is timed by, and what follows its key in the samples of each.
+
+        ``waits``: whether its calls wait for a device themselves.
+        """
+        return {host_clock: ("",)}
 
     @staticmethod
     def free_memory() -> int:
@@ -121,16 +128,19 @@ class Workload:
         """The machine's own speed over the same bytes."""
         return [
             Contender(
-                key(self.load.key, name, roofline_of(self.place.name)), call,
-                before=self.place.prepare, clock=clock, clocks=self.place.clocks,
+                key(self.load.key, name, roofline_of(self.place.name)),
+                call,
+                before=self.place.prepare,
+                clock=clock,
             )
             for name, (call, clock) in self.place.rooflines(self.gradients.arrays).items()
-        ]  # fmt: skip
+        ]
 
     def contenders(
         self, pairs: Iterable[tuple[str, str]], tick: Callable[[str], None] = lambda _: None
     ) -> Iterator[Contender]:
-        """Of these pairs of peer and job those that answer rightly; the others are in ``failures``.
+        """Of these pairs of peer and job those that answer rightly, once for each clock of the place; the
+        others are in ``failures``.
 
         ``tick`` is told who is next.
         """
@@ -141,11 +151,14 @@ class Workload:
                 self.failures[name] = "not tried: see its norms"
                 continue
             try:
-                yield self.contender(peer, JOBS[job])
+                contender = self.contender(peer, JOBS[job])
             except Exception as error:
                 self.failures[name] = describe_error(error)
                 with suppress(Exception):  # arrays that it gave away are missed in its other jobs
                     self._peers[peer].restore()
+                continue
+            for clock, names in self.place.clocks(PEERS[peer].waits).items():
+                yield replace(contender, clock=clock, clocks=names)
 
     def contender(self, peer_key: str, job: Job) -> Contender:
         """A contender that has answered rightly; raises if it has not."""
@@ -177,10 +190,7 @@ class Workload:
                 peer.restore()
 
         after(answer)
-        return Contender(
-            name, call, before_turn, self.place.prepare, after, undo,
-            self.place.clock, self.place.clocks,
-        )  # fmt: skip
+        return Contender(name, call, before_turn, self.place.prepare, after, undo)
 
     def _check(self, name: str, peer: Peer, job: Job, answer: Any) -> None:
         total, norms = peer.total(answer), peer.layer_norms(answer)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
 
 import gradclip
-from device import Device, emulated_device, real_device
 from gradclip import _core
 from gradclip._dispatch import why_no_gpu
+
+if TYPE_CHECKING:
+    from device import Device
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network; read when transformers is imported
 
@@ -40,6 +43,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(params=["emulated", pytest.param("real", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> Iterator[Device]:
     """A GPU: the emulator, and the machine's own where it has one."""
+    from device import emulated_device, real_device  # noqa: PLC0415 (needs CuPy, which others do not)
+
     if request.param == "real":
         with real_device() as real:
             yield real

@@ -13,6 +13,8 @@ from unittest import mock
 
 import numpy as np
 
+from bench.cases import Load
+from bench.data import GradientBuffer
 from gradclip import _dispatch, _frameworks
 from matrices import Array
 
@@ -112,6 +114,21 @@ class EmulatedDevice:
 
 
 Device = RealDevice | EmulatedDevice
+
+
+class EmulatedBuffer(GradientBuffer):
+    """Gradients of the benchmark: CuPy's arrays over the host's memory, which the emulated kernels reach."""
+
+    def __init__(self, load: Load) -> None:
+        super().__init__(load)
+        self.on_host = {array.ctypes.data: array for array in self.arrays}
+        self.arrays = [
+            cupy.ndarray(array.shape, array.dtype, _memory(array)) for array in self.on_host.values()
+        ]
+
+    def to_host(self, array: Any) -> Array:  # type: ignore[override]
+        found: Array = self.on_host[array.data.ptr]
+        return found
 
 
 def _memory(owner: Array) -> Any:

@@ -199,7 +199,10 @@ def test_the_cases_of_pytest(cases: str, status: int, told: str) -> None:
 
 
 def test_the_gpu_place_imports_without_a_gpu() -> None:
-    assert importlib.import_module("bench.device").GpuLocation.clocks == ("", "@host", "@done")
+    """What is put on the stream before a call is not, where the call waits for the device itself."""
+    device = importlib.import_module("bench.device")
+    for waits, clock in ((False, device.device_clock), (True, device.waiting_clock)):
+        assert device.GpuLocation.clocks(waits) == {clock: ("",), device.host_clock: ("@host", "@done")}
 
 
 @pytest.mark.parametrize(

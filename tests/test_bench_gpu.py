@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 import bench.device
-import gradclip
-from bench.cases import CASES, Array, Load
+from bench.cases import CASES, Load
 from bench.data import GradientBuffer
+from bench.device import FLAT_SUM
 from bench.jobs import JOBS, NORMS
 from bench.peers import GPU, OURS, PEERS, ours, present, with_jax
-from bench.timing import Clock, host_clock
+from bench.timing import Clock
 from bench.workload import READ, READ_WRITE, Location, Workload
-from device import Device, _memory, emulated_device
+from device import Device, EmulatedBuffer, emulated_device
 from gradclip._dispatch import why_no_gpu
 from tools import gpu
 
@@ -84,32 +84,23 @@ def test_how_many_tensors_a_contender_takes(key: str) -> None:
     assert most is None or not PEERS[key].takes(most + 1)
 
 
-class _EmulatedBuffer(GradientBuffer):
-    """CuPy's arrays over the host's memory, which the emulated kernels reach."""
+def _device_clock(call: Callable[[], Any]) -> tuple[Any, tuple[float]]:
+    return call(), (1.0,)
 
-    def __init__(self, load: Load) -> None:
-        super().__init__(load)
-        self.on_host = {array.ctypes.data: array for array in self.arrays}
-        self.arrays = [
-            cupy.ndarray(array.shape, array.dtype, _memory(array)) for array in self.on_host.values()
-        ]
 
-    def to_host(self, array: Any) -> Array:  # type: ignore[override]
-        found: Array = self.on_host[array.data.ptr]
-        return found
+def _host_clock(call: Callable[[], Any]) -> tuple[Any, tuple[float, float]]:
+    return call(), (2.0, 3.0)
 
 
 class _EmulatedPlace(Location):
-    name, make, clocks = GPU, _EmulatedBuffer, ("", "@host", "@done")
+    name, make = GPU, EmulatedBuffer
 
     @staticmethod
-    def clock(call: Callable[[], Any]) -> tuple[Any, tuple[float, ...]]:
-        answer, (seconds,) = host_clock(call)
-        return answer, (seconds, seconds / 2, seconds * 2)
+    def clocks(waits: bool) -> Mapping[Clock, tuple[str, ...]]:
+        return {_device_clock: ("",), _host_clock: ("@host", "@done")}
 
     def rooflines(self, grads: Sequence[Any]) -> dict[str, tuple[Callable[[], Any], Clock]]:
-        plan: Any = gradclip.Plan(grads)._plan
-        return {READ: (plan.probe_read, self.clock), READ_WRITE: (plan.probe_read_write, self.clock)}
+        return {what: (lambda: None, _device_clock) for what in (READ, READ_WRITE, FLAT_SUM)}
 
 
 def test_the_current_device_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,8 +111,14 @@ def test_the_current_device_is_described(monkeypatch: pytest.MonkeyPatch) -> Non
         driver_version = runtime_version = staticmethod(lambda: 13000)
 
     monkeypatch.setattr(bench.device, "cuda_module", Two)
+    # Of an H100, in kHz and bits: two edges of the clock.
+    attributes = {cupy.cuda.runtime.cudaDevAttrMemoryClockRate: 2619000}
+    attributes[cupy.cuda.runtime.cudaDevAttrGlobalMemoryBusWidth] = 5120
     monkeypatch.setattr(cupy.cuda.runtime, "getDevice", lambda: 1)
-    assert bench.device.describe_gpu()["gpu"] == "GPU 1"
+    monkeypatch.setattr(cupy.cuda.runtime, "deviceGetAttribute", lambda what, device: attributes[what])
+    described = bench.device.describe_gpu()
+    assert described["gpu"] == "GPU 1"
+    assert described["peak_bytes_per_s"] == pytest.approx(3.35e12, rel=1e-3)
 
 
 def test_every_contender_on_a_gpu_has_a_name_in_its_report() -> None:
@@ -149,16 +146,18 @@ def test_a_gpus_run_has_three_times_of_everybody(monkeypatch: pytest.MonkeyPatch
             ours, "on_host", lambda a: on_host(a) if hasattr(a, "to_host") else device.host(a)
         )
         workload = Workload(Load(CASES["bytes-4K"]), _EmulatedPlace)
-        gpu.check(workload)
+        assert gpu.check(workload.gradients) == pytest.approx(workload.total, rel=1e-7)
         found = gpu._measure(workload, 2, [key for key in present() if PEERS[key].place == GPU])
-    for job in gpu.JOBS:
-        assert list(found[job]) == ["ceiling", "gradclip", "gradclip Plan"]
-        for times in found[job].values():
-            assert [len(samples) for samples in times.values()] == [2, 2, 2]
-            assert times["wall"][0] == pytest.approx(4 * times["host"][0])
-    assert found["clipping"]["ceiling"]["device"][0] > found["norms"]["ceiling"]["device"][0]
+    one = {"device": [1.0, 1.0]}
+    taken = one | {"host": [2.0, 2.0], "wall": [3.0, 3.0]}
+    rooflines = {"ceiling": one, "CUB sum of one array": one}
+    assert found["norms"] == found["not clipping"] == rooflines | {"gradclip": taken, "gradclip Plan": taken}
+    assert found["clipping"] == {"ceiling": {"device": [2.0, 2.0]}, "gradclip": taken, "gradclip Plan": taken}
     assert {name.split("/")[-1] for name in found["failures"]} == {"cupy-nrm2", "cupy-sum"}
     machine = {"gpu": "A", "multiprocessors": 1, "driver_cuda": 1, "date": "d", "commit": "c"}
-    text = gpu.markdown({"machine": machine, "cases": {"a case": found}, "left_out": []})
-    assert "| a case | clipping | gradclip Plan | " in text
+    cases = {"a case": found | {"nbytes": 4096}}
+    results = {"machine": machine | {"peak_bytes_per_s": 12288}, "cases": cases, "left_out": []}
+    text = gpu.markdown(results)
+    assert "| a case | clipping | gradclip Plan | 1000000.0 | 2000000.0 | 3000000.0 | 2.00 | 1.00 |" in text
+    assert "| a case | norms | CUB sum of one array | 1000000.0 | - | - | 1.00 | 0.33 |" in text
     assert "Failed: a case, bytes-4K/float32/clip/cupy-sum: not tried: see its norms" in text

@@ -6,7 +6,9 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -30,18 +32,29 @@ def test_without_a_gpu_it_says_so(command: list[str], tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def _part(title: str, code: str, **more: Any) -> gpu_check.Part:
+    return gpu_check.Part(title, [[sys.executable, "-c", code]], f"{title}.log", **more)
+
+
 def test_a_part_that_fails_or_hangs_is_reported(tmp_path: Path) -> None:
-    good = gpu_check.run("good", [sys.executable, "-c", "print(5)"], tmp_path / "good.log")
-    bad = gpu_check.run("bad", [sys.executable, "-c", "raise SystemExit(9)"], tmp_path / "bad.log")
+    """The second command of a part does not run where the first has failed."""
+    parts = [_part("build", "print(5)"), _part("tests", "raise SystemExit(9)"), _part("torch", "print(6)")]
+    parts[1] = replace(parts[1], commands=[*parts[1].commands, *parts[2].commands])
+    results = [gpu_check.judge(gpu_check.run(part, tmp_path), dry=False) for part in parts]
     with mock.patch.object(gpu_check, "TIMEOUT", 0.2):
-        late = gpu_check.run("late", [sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "l")
-    assert [part["status"] for part in (good, bad, late)] == [0, 9, -1]
-    gpu_check.report([good, bad, late], {"gpu": "none"}, tmp_path)
-    assert (tmp_path / "good.log").read_text() == "5\n"
+        late = gpu_check.run(_part("sweep", "import time; time.sleep(60)"), tmp_path)
+    absent = gpu_check.run(gpu_check.Part("memcheck", [["no-such-tool"]], "memcheck.log"), tmp_path)
+    results += [gpu_check.judge(each, dry=False) for each in (late, absent)]
+    assert [each["status"] for each in results] == [0, 9, 0, -1, gpu_check.FAILED]
+    assert [each["passed"] for each in results] == [True, False, True, False, False]
+    gpu_check.report(results, {"gpu": "none"}, tmp_path)
+    assert (tmp_path / "build.log").read_text() == "5\n"
+    assert (tmp_path / "tests.log").read_text() == ""
+    assert "no-such-tool" in (tmp_path / "memcheck.log").read_text()
     report = (tmp_path / "report.md").read_text()
-    assert "| good | passed |" in report
-    assert "| bad | failed (9) |" in report
-    assert json.loads((tmp_path / "report.json").read_text())["parts"][2]["title"] == "late"
+    assert "| build | passed |" in report
+    assert "| tests | failed (9) |" in report
+    assert json.loads((tmp_path / "report.json").read_text())["parts"][3]["title"] == "sweep"
 
 
 def test_what_a_late_part_has_started_is_ended_too(tmp_path: Path) -> None:
@@ -53,8 +66,8 @@ def test_what_a_late_part_has_started_is_ended_too(tmp_path: Path) -> None:
         "time.sleep(60)\n"
     )
     with mock.patch.object(gpu_check, "TIMEOUT", 3):
-        assert gpu_check.run("late", [sys.executable, "-c", code], tmp_path / "log")["status"] == -1
-    status = Path("/proc", (tmp_path / "log").read_text().strip(), "status")
+        assert gpu_check.run(_part("late", code), tmp_path)["status"] == -1
+    status = Path("/proc", (tmp_path / "late.log").read_text().strip(), "status")
     deadline = time.monotonic() + 10
     while status.exists() and "zombie" not in status.read_text() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -62,20 +75,49 @@ def test_what_a_late_part_has_started_is_ended_too(tmp_path: Path) -> None:
 
 
 def test_the_parts_that_are_chosen(tmp_path: Path) -> None:
-    ran: list[tuple[str, list[str], dict[str, str]]] = []
+    with mock.patch.object(gpu_check, "sanitizer", return_value="cs"):
+        parts = gpu_check.parts_of(("synccheck", "memcheck"), tmp_path, "90", dry=False)
+    assert [part.title for part in parts] == ["memcheck", "synccheck"]
+    assert list(parts[0].commands[0][:3]) == ["cs", "--tool", "memcheck"]
+    assert all(part.environment == {"GRADCLIP_TESTS_WITHOUT_POOL": "1"} for part in parts)
 
-    def note(title: str, command: list[str], log: Path, **environment: str) -> dict[str, object]:
-        ran.append((title, command, environment))
-        return {"title": title, "status": 0, "seconds": 0.0, "log": log.name}
 
-    with (
-        mock.patch.object(gpu_check, "run", note),
-        mock.patch.object(gpu_check, "sanitizer", return_value="cs"),
-    ):
-        gpu_check.check(tmp_path, ("synccheck", "memcheck"))
-    assert [title for title, _, _ in ran] == ["memcheck", "synccheck"]
-    assert ran[0][1][:3] == ["cs", "--tool", "memcheck"]
-    assert all(environment == {"GRADCLIP_TESTS_WITHOUT_POOL": "1"} for _, _, environment in ran)
+def test_the_files_are_those_that_have_tests_for_a_gpu() -> None:
+    """All of them and no others: each one costs minutes that are lent."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", "tests"]
+    told = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=True)
+    found = {line.split("::")[0] for line in told.stdout.splitlines() if "::" in line}
+    assert found == {*gpu_check.TESTS, *gpu_check.TORCH_TESTS}
+
+
+def test_parts_are_reported_one_by_one_beside_those_of_before(tmp_path: Path) -> None:
+    """A report has what ran before, of the same commit and GPU."""
+    seen: list[list[str]] = []
+
+    def run(part: gpu_check.Part, out: Path) -> dict[str, Any]:
+        report = out / "report.json"
+        before = json.loads(report.read_text())["parts"] if report.exists() else []
+        seen.append([part["title"] for part in before])
+        return {"title": part.title, "status": 0, "seconds": 0.0, "log": part.log}
+
+    with mock.patch.object(gpu_check, "run", run), mock.patch.object(gpu_check, "describe") as describe:
+        describe.return_value = {"commit": "a", "gpu": "H100"}
+        gpu_check.check(("sweep",), tmp_path, "90", False)
+        gpu_check.check(("build", "benchmark"), tmp_path, "90", False)
+        describe.return_value = {"commit": "b", "gpu": "H100"}
+        assert [part["title"] for part in gpu_check.check(("memcheck",), tmp_path, "90", False)] == [
+            "memcheck"
+        ]
+    assert seen == [[], ["sweep"], ["build", "sweep"], ["build", "benchmark", "sweep"]]
+
+
+def test_conftest_imports_neither_cupy_nor_ml_dtypes() -> None:
+    code = (
+        "import sys; sys.path.insert(0, 'tests'); import conftest\n"
+        "print(sorted({'cupy', 'ml_dtypes', 'torch', 'jax'} & set(sys.modules)))"
+    )
+    told = subprocess.run([sys.executable, "-c", code], cwd=_ROOT, capture_output=True, text=True, check=True)
+    assert told.stdout == "[]\n"
 
 
 def test_the_sanitizer_knows_its_options() -> None:
@@ -91,17 +133,15 @@ def test_the_sanitizer_knows_its_options() -> None:
         assert "Usage:" not in told.stdout + told.stderr
 
 
-def test_tests_that_were_all_skipped_are_a_failure(tmp_path: Path) -> None:
-    def skipped(title: str, command: object, log: Path, **environment: str) -> dict[str, object]:
-        (tmp_path / "tests.xml").write_text(
-            '<testsuites><testsuite tests="7" failures="0" errors="0" skipped="7"/></testsuites>'
-        )
-        return {"title": title, "status": 0, "seconds": 0.0, "log": log.name}
-
-    with mock.patch.object(gpu_check, "run", skipped):
-        parts = gpu_check.check(tmp_path)
-    assert parts[0]["status"] == gpu_check.FAILED
-    assert [part["title"] for part in parts[1:]] == [*gpu_check.SANITIZERS, "benchmark"]
+def test_tests_that_were_all_skipped_are_a_failure_but_in_a_dry_run() -> None:
+    """There they have been collected; and a command that ends because there is no GPU has started."""
+    result: dict[str, Any] = {"status": 0, "counts": {"tests": 7, "failures": 0, "errors": 0, "skipped": 7}}
+    assert not gpu_check.judge(result, dry=False)["passed"]
+    assert gpu_check.judge(result, dry=True)["passed"]
+    assert not gpu_check.judge(result | {"counts": {}}, dry=True)["passed"]
+    assert not gpu_check.judge(result | {"status": 1}, dry=True)["passed"]
+    no_gpu = {"status": gpu_check.NO_GPU}
+    assert [gpu_check.judge(no_gpu, dry)["passed"] for dry in (False, True)] == [False, True]
 
 
 def test_targets_are_judged() -> None:
@@ -114,16 +154,19 @@ def test_targets_are_judged() -> None:
     }
     machine = {"gpu": "A", "multiprocessors": 1, "driver_cuda": 1, "date": "d", "commit": "c"}
     results = {
-        "machine": machine,
-        "cases": {case: dict.fromkeys(gpu.JOBS, samples)},
+        "machine": machine | {"peak_bytes_per_s": 2e6},
+        "cases": {case: dict.fromkeys(gpu.JOBS, samples) | {"nbytes": 1_000_000}},
         "left_out": ["a case: too large"],
     }
     judged = {row[0]: row[1:] for row in gpu.judge(results)}
     title = f"{case}, {{}}: torch foreach / gradclip >= {{}} (device)"
     assert judged[title.format("clipping", 1.5)] == ("2.00", "reached")
     assert judged[title.format("not clipping", 2.5)] == ("2.00", "missed")
-    assert len(judged) == len(gpu.TARGETS) + len(gpu.HOST_TARGETS) * len(gpu.JOBS)
+    assert len(judged) == len(gpu.TARGETS) + len(gpu.HOST_CASES) * len(gpu.HOST_TARGETS) * len(gpu.JOBS)
     assert sum(row[1] == "-" for row in judged.values()) == len(judged) - 2
     table = gpu.markdown(results)
-    assert "| GPT-2 124M float32 | clipping | gradclip | 1200000.0 | 1000000.0 | 1000000.0 | 1.00 |" in table
+    assert (
+        "| GPT-2 124M float32 | clipping | gradclip | 1200000.0 | 1000000.0 | 1000000.0 | 1.00 | 1.25 |"
+        in table
+    )
     assert table.endswith("Left out: a case: too large\n")

@@ -23,8 +23,8 @@ REGISTERS = 65536  # of a multiprocessor
 BLOCKS = 3
 BLOCKS_OF_LARGE_KERNELS = 2
 LARGE_KERNELS = ("measure_kernelILNS0_7MeasureE3", "clip_by_value_kernel")
-WRITING_KERNELS = ("change_kernel", "clip_by_value_kernel", "probe_read_write_kernel")
-KERNELS = 19
+WRITING_KERNELS = ("change_kernel", "clip_by_value_kernel")
+KERNELS = 15
 # Kernel, how many hot loops it has at least, and what each of them holds at least. nvcc unrolls loops over
 # what is left of a tile into such loops too: fewer than today mean that some dtype has lost its own.
 HOT_LOOPS = (

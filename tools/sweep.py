@@ -1,8 +1,8 @@
 """``python -m tools.sweep``: the constants of ``csrc/cuda/tuning.hpp``, tried out on the GPU that is there.
 
-Each constant is varied by itself. Every variant is compiled for this GPU alone, has to give the CPU's bits,
-and is timed in turns with the others, each in a process of its own. Needs an nvcc; ``--build`` needs no GPU,
-and ``--measure`` no nvcc.
+Each constant is varied by itself, and some together. Every variant is compiled for this GPU alone, has to
+give the CPU's bits, and is timed in turns with the others, each in a process of its own. Needs an nvcc;
+``--build`` needs no GPU, and ``--measure`` no nvcc.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from bench.device import describe_gpu
+import gradclip
+from bench.device import GpuBuffer, describe_gpu, device_clock
 from bench.errors import BenchError
 from bench.results import check_writable
 from bench.timing import spread
@@ -40,6 +44,7 @@ _TUNING = Path("csrc", "cuda", "tuning.hpp")
 _BUILT = _ROOT / "build" / "sweep"
 
 BASE = "as committed"
+_CALLS = 7  # of each job in a turn
 _TURN_SECONDS = 120  # after which a variant hangs
 # What each constant is tried at.
 VALUES: dict[str, tuple[str, ...]] = {
@@ -52,89 +57,125 @@ VALUES: dict[str, tuple[str, ...]] = {
     "kArgumentEntries": ("160", "480", "960"),
     "kChangesBackward": ("false", "true"),
 }
+Settings = tuple[tuple[str, str], ...]
+# And together: the same warps in more blocks; registers for more bytes in flight, or for more warps.
+COMBINATIONS: tuple[Settings, ...] = (
+    (("kThreads", "128"), ("kBlocksPerMultiprocessor", "6")),
+    (("kThreads", "128"), ("kBlocksPerMultiprocessor", "8")),
+    (("rows_in_flight", "4"), ("kBlocksPerMultiprocessor", "4")),
+    (("rows_in_flight", "16"), ("kBlocksPerMultiprocessor", "2")),
+    (("vectors_in_flight", "8"), ("kBlocksPerMultiprocessor", "2")),
+    (("rows_in_flight", "4"), ("vectors_in_flight", "2"), ("kBlocksPerMultiprocessor", "4")),
+)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One constant of another value; none for what is committed."""
+    """Constants of other values; none for what is committed."""
 
-    constant: str = ""
-    value: str = ""
+    settings: Settings = ()
 
     @property
     def name(self) -> str:
-        return f"{self.constant} = {self.value}" if self.constant else BASE
+        return ", ".join(f"{constant} = {value}" for constant, value in self.settings) or BASE
+
+    @property
+    def folder(self) -> Path:
+        """Where it is built."""
+        return _BUILT / re.sub(r"[^A-Za-z0-9]+", "_", self.name)
 
     @property
     def module(self) -> Path:
-        """Where its CUDA module lies once it is built."""
-        return _BUILT / f"{re.sub(r'[^A-Za-z0-9]+', '_', self.name)}.so"
+        """Its CUDA module, once it is built."""
+        return self.folder / "_cuda.so"
 
     def applied_to(self, tuning: str) -> str:
-        """The header with the constant changed, wherever it is set."""
-        if not self.constant:
-            return tuning
-        changed, count = re.subn(rf"\b({self.constant} = )[^;,}}]+", rf"\g<1>{self.value}", tuning)
-        if count == 0:
-            raise BenchError(f"{self.constant}: expected a constant that {_TUNING} sets")
-        return changed
+        """The header with the constants changed, wherever they are set."""
+        for constant, value in self.settings:
+            tuning, count = re.subn(rf"\b({constant} = )[^;,}}]+", rf"\g<1>{value}", tuning)
+            if count == 0:
+                raise BenchError(f"{constant}: expected a constant that {_TUNING} sets")
+        return tuning
 
 
 def variants(constants: Sequence[str], tuning: str) -> list[Variant]:
-    """What is committed, and each value of each constant that makes a difference."""
+    """What is committed, each value of each constant, and combinations of these; what makes a difference."""
     unknown = sorted(set(constants) - set(VALUES))
     if unknown:
         raise BenchError(f"unknown constant {', '.join(unknown)}; there are {', '.join(VALUES)}")
-    found = [Variant(constant, value) for constant in constants for value in VALUES[constant]]
-    return [Variant(), *(variant for variant in found if variant.applied_to(tuning) != tuning)]
+    alone = [Variant(((constant, value),)) for constant in constants for value in VALUES[constant]]
+    together = [Variant(each) for each in COMBINATIONS if all(constant in constants for constant, _ in each)]
+    return [
+        Variant(),
+        *(variant for variant in alone + together if variant.applied_to(tuning) != tuning),
+    ]
 
 
 # --- Building -------------------------------------------------------------------------------------------
 
 
-def build(chosen: Sequence[Variant], architecture: str) -> dict[str, str]:
-    """Compile the CUDA module of every variant; why some have none, by their names.
+def build(chosen: Sequence[Variant], architecture: str, tree: Path) -> dict[str, str]:
+    """Compile the CUDA module of every variant, several at a time; why some have none, by their names.
+
+    ``tree``: where what they share is built, unless it is there.
 
     Raises:
         BenchError: What is committed cannot be built.
     """
-    cmake = shutil.which("cmake")
-    if cmake is None or importlib.util.find_spec("pybind11") is None:
-        raise BenchError("building: expected cmake and pybind11: pip install cmake pybind11")
+    cmake, ninja = shutil.which("cmake"), shutil.which("ninja")
+    if cmake is None or ninja is None or importlib.util.find_spec("pybind11") is None:
+        raise BenchError("building: expected cmake, ninja and pybind11: pip install cmake ninja pybind11")
     shutil.rmtree(_BUILT, ignore_errors=True)
-    tree = _BUILT / "tree"
-    tree.mkdir(parents=True)
-    for source in _SOURCES:
-        copy = shutil.copytree if (_ROOT / source).is_dir() else shutil.copy
-        copy(_ROOT / source, tree / source)
     configure = [
-        cmake, "-S", str(tree), "-B", str(tree / "build"), "-DCMAKE_BUILD_TYPE=Release",
+        cmake, "-G", "Ninja", "-S", str(_ROOT), "-B", str(tree), "-DCMAKE_BUILD_TYPE=Release",
         "-DGRADCLIP_CUDA=ON", f"-DCMAKE_CUDA_ARCHITECTURES={architecture}-real",
         f"-Dpybind11_DIR={importlib.import_module('pybind11').get_cmake_dir()}",
         f"-DPython_EXECUTABLE={sys.executable}",
     ]  # fmt: skip
-    problem = _run(configure)
-    if problem:
-        raise BenchError(f"cmake: {problem}")
-    tuning = (_ROOT / _TUNING).read_text(encoding="utf-8")
-    make = [cmake, "--build", str(tree / "build"), "--target", "_cuda", "-j", str(os.cpu_count() or 1)]
-    left_out = {}
-    for variant in track(chosen, "building", console=Console(stderr=True)):
-        (tree / _TUNING).write_text(variant.applied_to(tuning), encoding="utf-8")
-        problem = _run(make)
-        if problem and variant.name == BASE:
-            raise BenchError(f"{BASE}: {problem}")
+    steps = [] if (tree / "build.ninja").exists() else [configure]
+    for command in (*steps, [cmake, "--build", str(tree), "--target", "_cuda"]):
+        problem = _run(command)
         if problem:
-            left_out[variant.name] = problem
-            continue
-        (module,) = (tree / "build").glob("_cuda.*.so")
-        if variant.name != BASE and module.read_bytes() == Variant().module.read_bytes():
+            raise BenchError(f"{BASE}: {problem}")
+    listing = [ninja, "-C", str(tree), "-t", "commands", "_cuda"]
+    told = subprocess.run(listing, capture_output=True, text=True, check=True)
+    commands = told.stdout.splitlines()
+    (compiling,) = (line for line in commands if "-c " in line and "/engine.cu.o" in line)
+    linking = commands[-1]
+    tuning = (_ROOT / _TUNING).read_text(encoding="utf-8")
+    for variant in chosen:
+        header = variant.folder / "include" / "cuda" / "tuning.hpp"
+        header.parent.mkdir(parents=True)
+        header.write_text(variant.applied_to(tuning), encoding="utf-8")
+    make = partial(_build_variant, tree=tree, compiling=compiling, linking=linking)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        problems = dict(zip(chosen, track(pool.map(make, chosen), "building", len(chosen)), strict=True))
+    if problems[Variant()]:
+        raise BenchError(f"{BASE}: {problems[Variant()]}")
+    base = Variant().module.read_bytes()
+    left_out = {variant.name: problem for variant, problem in problems.items() if problem}
+    for variant in chosen:
+        if variant != Variant() and variant.module.exists() and variant.module.read_bytes() == base:
             left_out[variant.name] = f"the same code as {BASE} for this GPU"
-            continue
-        shutil.copy(module, variant.module)
+            variant.module.unlink()
     built = {"sources": hash_of_sources(), "left_out": left_out}
     (_BUILT / "built.json").write_text(json.dumps(built), encoding="utf-8")
     return left_out
+
+
+def _build_variant(variant: Variant, tree: Path, compiling: str, linking: str) -> str:
+    """By the commands of what is committed: its header is found first, its object before the library's."""
+    folder = variant.folder
+    own = re.sub(r" -o \S+| -MF \S+| -MD| -MT \S+", "", compiling)
+    own = own.replace(" ", f" -I{folder / 'include'} ", 1) + f" -o {folder / 'engine.o'}"
+    link = linking.split(" && cd ", maxsplit=1)[0]  # what follows strips the module of names
+    link = re.sub(r" -o \S+", f" -o {variant.module}", link)
+    link = re.sub(r" (\S*libgradclip_cuda\.a)", rf" {folder / 'engine.o'} \1", link)
+    for command in (own, link):
+        problem = _run(["bash", "-c", command], tree)
+        if problem:
+            return problem
+    return ""
 
 
 def hash_of_sources() -> str:
@@ -148,9 +189,9 @@ def hash_of_sources() -> str:
     return found.hexdigest()
 
 
-def _run(command: Sequence[str]) -> str:
+def _run(command: Sequence[str], where: Path = _ROOT) -> str:
     """Nothing if the command ends well, else what it says of its first error."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=where, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return ""
     lines = (done.stdout + done.stderr).splitlines()
@@ -172,22 +213,38 @@ def take_module(path: Path) -> None:
 
 
 def measure_here(path: Path, cases: Sequence[str]) -> dict[str, Any]:
-    """Seconds on the device of each case and job, with that module: a turn of one variant."""
+    """Seconds on the device of each case and job, by a `Plan`, with that module: a turn of one variant."""
     take_module(path)
-    results = gpu.run(rounds=5, cases=cases, only=["gradclip-gpu"])
-    for case, rows in results["cases"].items():
-        if rows["failures"]:
-            raise AssertionError(f"{case}: {rows['failures']}")
-    return {
-        case: {job: rows[job]["gradclip"]["device"] for job in gpu.JOBS}
-        for case, rows in results["cases"].items()
-    }
+    found: dict[str, Any] = {}
+    for case in cases:
+        gradients = GpuBuffer(gpu.load_of(case))
+        total = gpu.check(gradients)
+        plan = gradclip.Plan(gradients.arrays)
+        jobs: dict[str, Callable[[], Any]] = {
+            "norms": plan.tensor_norms,
+            "clipping": partial(plan.clip_by_global_norm_, total / 2, nonfinite="skip"),
+            "not clipping": partial(plan.clip_by_global_norm_, total * 2, nonfinite="skip"),
+        }
+        found[case] = {job: _seconds(call, gradients) for job, call in jobs.items()}
+    return found
+
+
+def _seconds(call: Callable[[], Any], gradients: GpuBuffer) -> list[float]:
+    taken = []
+    for _ in range(_CALLS + 1):  # the first one is warm-up
+        gradients.restore()
+        taken.append(device_clock(call)[1][0])
+    return taken[1:]
 
 
 def measure(
-    chosen: Sequence[Variant], rounds: int, cases: Sequence[str], keep: Callable[[dict[str, Any]], None]
+    chosen: Sequence[Variant],
+    rounds: int,
+    cases: Sequence[str],
+    seconds: float,
+    keep: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
-    """Every variant has one turn in each round, in an order drawn anew.
+    """Every variant has one turn in each round, in an order drawn anew; after ``seconds`` no turn begins.
 
     ``keep`` gets what there is after every round: samples by variant, and why some have none.
 
@@ -195,12 +252,15 @@ def measure(
         BenchError: What is committed fails.
     """
     order = random.Random(0)
+    end = time.monotonic() + seconds
     measured: dict[str, Any] = {"samples": {variant.name: [] for variant in chosen}, "failures": {}}
     for round_ in range(rounds):
         racing = [variant for variant in chosen if variant.name in measured["samples"]]
         turns = order.sample(racing, len(racing))
         title = f"round {round_ + 1} of {rounds}"
         for variant in track(turns, title, console=Console(stderr=True)):
+            if time.monotonic() > end:
+                break
             try:
                 turn = _turn(variant, cases)
             except BenchError as error:
@@ -211,6 +271,8 @@ def measure(
                 continue
             measured["samples"][variant.name].append(turn)
         keep(measured)
+        if time.monotonic() > end:
+            break
     return measured
 
 
@@ -233,7 +295,10 @@ def _turn(variant: Variant, cases: Sequence[str]) -> Any:
 
 
 def ratios(samples: Mapping[str, Any], name: str, case: str, job: str) -> list[float]:
-    """The time of a variant over that of what is committed, one for each round that has both."""
+    """The time of a variant over that of what is committed, one for each round that has both.
+
+    Of a round that was cut short some have no turn, which is the last one: pairs are counted from the first.
+    """
 
     def median(turn: Mapping[str, Any]) -> float | None:
         seconds = turn.get(case, {}).get(job)
@@ -264,8 +329,15 @@ def main() -> int:
     )
     parser.add_argument("--cases", nargs="+", choices=gpu.SHAPES, default=list(gpu.SHAPES), metavar="CASE")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each variant")
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="of measuring, after which no turn begins"
+    )
     parser.add_argument("--arch", help="to build for, such as 90; this GPU's, if not given")
     parser.add_argument("--out", type=Path, default=Path("gpu-sweep.json"), help="where every sample goes")
+    parser.add_argument(
+        "--tree", type=Path, default=_BUILT / "tree",
+        help="where pip has built these sources for this GPU alone (-C build-dir=...), if it has",
+    )  # fmt: skip
     stage = parser.add_mutually_exclusive_group()
     stage.add_argument("--build", action="store_true", help="build only: needs --arch, and no GPU")
     stage.add_argument("--measure", action="store_true", help="measure what was built before")
@@ -295,11 +367,11 @@ def _sweep(arguments: argparse.Namespace) -> int:
     chosen = variants(arguments.constants, tuning)
     check_writable(arguments.out)
     if not arguments.measure:
-        for name, why in build(chosen, arguments.arch or _architecture()).items():
+        for name, why in build(chosen, arguments.arch or _architecture(), arguments.tree.resolve()).items():
             print(f"left out: {name}: {why}")
         if arguments.build:
             return 0
-    results = measure_built(chosen, arguments.rounds, arguments.cases, arguments.out)
+    results = measure_built(chosen, arguments.rounds, arguments.cases, arguments.seconds, arguments.out)
     for table in tables(results):
         Console().print(table)
     for name, why in results["failures"].items():
@@ -307,7 +379,9 @@ def _sweep(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def measure_built(chosen: Sequence[Variant], rounds: int, cases: Sequence[str], out: Path) -> dict[str, Any]:
+def measure_built(
+    chosen: Sequence[Variant], rounds: int, cases: Sequence[str], seconds: float, out: Path
+) -> dict[str, Any]:
     """What is written to the file after each round: machine, cases, samples by variant, who has none, why."""
     try:
         built = json.loads((_BUILT / "built.json").read_text(encoding="utf-8"))
@@ -321,7 +395,7 @@ def measure_built(chosen: Sequence[Variant], rounds: int, cases: Sequence[str], 
         out.write_text(json.dumps(results | measured, indent=1) + "\n", encoding="utf-8")
 
     there = [variant for variant in chosen if variant.module.exists()]
-    return results | measure(there, rounds, cases, keep)
+    return results | measure(there, rounds, cases, seconds, keep)
 
 
 def _architecture() -> str:

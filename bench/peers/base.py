@@ -28,6 +28,7 @@ class Peer:
         needs: The modules that it cannot do without.
         tolerance: Largest relative error that is taken for an answer; each error is reported.
         rounding: Largest relative error of a clipped gradient, in halves of a unit in its last place.
+        waits: Whether its calls wait for the GPU, or use streams of their own.
         copies: How many times the gradients' bytes it needs beside the gradients.
         traffic: What it moves, by the way that it is written: the report holds it against the time taken.
     """
@@ -38,6 +39,7 @@ class Peer:
     needs: ClassVar[tuple[str, ...]] = ()
     tolerance: ClassVar[float] = 1e-2
     rounding: ClassVar[float] = 4.0
+    waits: ClassVar[bool] = False
     copies: ClassVar[float] = 0.0
     most_tensors: ClassVar[int | None] = None
     traffic: ClassVar[Mapping[str, Traffic]] = {}

@@ -19,7 +19,7 @@ class CupySquares(Peer):
 
     key, title = "cupy-sum", "CuPy sum(g*g)"
     place, needs = GPU, ("cupy",)
-    copies = 0.1
+    waits, copies = True, 0.1
     traffic = traffic(Traffic(1, 1), Traffic(1, 2), Traffic(1, 1), Traffic(1, 3), Traffic(2, 3))
 
     def __init__(self, grads: Sequence[Any]) -> None:

@@ -112,10 +112,10 @@ class OptaxDonated(Optax):
 
 
 class OptaxCuda(OptaxDonated):
-    """The same on a GPU. JAX has streams of its own, but each call waits: events around it see its time."""
+    """The same on a GPU. JAX has streams of its own, and each call waits for them."""
 
     key, title = "optax-cuda", "optax, jit, donated, GPU"
-    place, platform = GPU, "cuda"
+    place, platform, waits = GPU, "cuda", True
     needs = ("jax", "optax", "cupy")
 
     @classmethod

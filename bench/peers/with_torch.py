@@ -94,7 +94,7 @@ def _cuda_is_missing() -> str | None:
 
 
 class TorchCuda(Torch):
-    """Over CuPy's arrays; the roofline of a GPU is measured by gradclip's kernels."""
+    """Over CuPy's arrays."""
 
     key, title = "torch-cuda", "PyTorch foreach, GPU"
     place, device = GPU, "cuda"

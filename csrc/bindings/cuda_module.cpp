@@ -67,8 +67,6 @@ PYBIND11_MODULE(GRADCLIP_MODULE, m, py::mod_gil_not_used()) {
            py::arg("to_nearest"), py::arg("stream"), py::arg("make"))
       .def("scale", method(&DeviceGradients::scale), py::arg("factor"), py::arg("stream"))
       .def("require_writable", of_list(&Gradients::require_writable))
-      .def("probe_read", method(&DeviceGradients::probe_read), py::arg("stream"))
-      .def("probe_read_write", method(&DeviceGradients::probe_read_write), py::arg("stream"))
       .def("__len__",
            [](const SharedGradients& grads) { return grads.object->gradients().spans().size(); })
       .def_property_readonly("names", of_list(&Gradients::names))

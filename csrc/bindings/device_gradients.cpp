@@ -127,31 +127,4 @@ void DeviceGradients::scale(const py::object& factor, std::uintptr_t stream) {
   call.end();
 }
 
-namespace {
-
-void require_probeable(const Gradients& grads) {
-  for (const Span& span : grads.spans())
-    if (span.layout || reinterpret_cast<std::uintptr_t>(span.data) % 16 != 0)
-      throw py::value_error("grads: expected dense arrays at multiples of 16 bytes for a probe");
-}
-
-}  // namespace
-
-void DeviceGradients::probe_read(std::uintptr_t stream) {
-  require_probeable(gradients_);
-  gradients_.recheck(reader_);
-  DeviceCall call(*this, stream);
-  call.list().probe_read(pointer_of(call.allocate()), call.stream());
-  call.end();
-}
-
-void DeviceGradients::probe_read_write(std::uintptr_t stream) {
-  require_probeable(gradients_);
-  gradients_.require_writable();
-  gradients_.recheck(reader_);
-  DeviceCall call(*this, stream);
-  call.list().probe_read_write(call.stream());
-  call.end();
-}
-
 }  // namespace gradclip::bindings

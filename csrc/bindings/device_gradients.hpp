@@ -23,9 +23,6 @@ class DeviceGradients {
   py::object clip_by_value(const py::object& limit, bool to_nearest, std::uintptr_t stream,
                            const py::object& make);
   void scale(const py::object& factor, std::uintptr_t stream);
-  // The device's own speed over the same memory, to be timed by the caller.
-  void probe_read(std::uintptr_t stream);
-  void probe_read_write(std::uintptr_t stream);
 
   const Gradients& gradients() const { return gradients_; }
   DeviceReader& reader() { return reader_; }

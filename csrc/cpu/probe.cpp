@@ -1,4 +1,4 @@
-// The machine's own speed, to compare with. The twin of cuda/probe.cuh, which takes whole rows alone.
+// The machine's own speed, to compare with. A GPU is probed by the benchmark (bench/device.py), with kernels of its own.
 #include <atomic>
 
 #include "cpu/engine.hpp"

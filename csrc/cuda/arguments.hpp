@@ -95,7 +95,6 @@ struct ValueClipArguments {
 struct CountArguments {
   TableView table;
   unsigned long long* counts;  // two for every tensor
-  unsigned flip;               // 0
 };
 
 // What a kernel gets: its arguments and the entries of the table, one more than there are tensors (its

@@ -284,19 +284,7 @@ void List::count_nonfinite(std::int64_t* counts, Stream stream) {
   state_->launch_over(
       count_nonfinite_kernel<InMemory<CountArguments>>,
       count_nonfinite_kernel<InArgument<CountArguments>>, 0,
-      CountArguments{state_->table, reinterpret_cast<unsigned long long*>(counts), 0}, stream);
-}
-
-void List::probe_read(std::byte* result, Stream stream) {
-  state_->launch_over(
-      probe_read_kernel<InMemory<CountArguments>>, probe_read_kernel<InArgument<CountArguments>>, 0,
-      CountArguments{state_->table, reinterpret_cast<unsigned long long*>(result), 0}, stream);
-}
-
-void List::probe_read_write(Stream stream) {
-  state_->launch_over(probe_read_write_kernel<InMemory<CountArguments>>,
-                      probe_read_write_kernel<InArgument<CountArguments>>, 0,
-                      CountArguments{state_->table, nullptr, 0}, stream);
+      CountArguments{state_->table, reinterpret_cast<unsigned long long*>(counts)}, stream);
 }
 
 }  // namespace gradclip::cuda

@@ -93,10 +93,6 @@ class List {
   // NaN and infinity counts of every tensor: counts[2 i], counts[2 i + 1] in device memory.
   void count_nonfinite(std::int64_t* counts, Stream stream);
 
-  // The device's own speed over the same memory: dense tensors at multiples of 16 bytes.
-  void probe_read(std::byte* result, Stream stream);
-  void probe_read_write(Stream stream);
-
  private:
   struct State;
   std::unique_ptr<State> state_;

@@ -3,7 +3,6 @@
 
 #include "cuda/change.cuh"
 #include "cuda/measure.cuh"
-#include "cuda/probe.cuh"
 
 namespace gradclip::cuda {
 

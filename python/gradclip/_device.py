@@ -296,11 +296,3 @@ class GpuGradients:
 
     def require_writable(self) -> None:
         self._gradients.require_writable()
-
-    def probe_read(self) -> None:
-        """Read all memory once, as fast as the device can: for benchmarks."""
-        self._gradients.probe_read(self.stream()[0])
-
-    def probe_read_write(self) -> None:
-        """Read and write all memory once, leaving it as it is: for benchmarks."""
-        self._gradients.probe_read_write(self.stream()[0])
