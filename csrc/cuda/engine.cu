@@ -281,10 +281,10 @@ void List::clip_by_value(const ValueLimit& limit, std::byte* result, Stream stre
 void List::count_nonfinite(std::int64_t* counts, Stream stream) {
   check(cudaMemsetAsync(counts, 0, 2 * state_->tensors * sizeof(*counts), stream),
         "cudaMemsetAsync");
-  state_->launch_over(
-      count_nonfinite_kernel<InMemory<CountArguments>>,
-      count_nonfinite_kernel<InArgument<CountArguments>>, 0,
-      CountArguments{state_->table, reinterpret_cast<unsigned long long*>(counts)}, stream);
+  state_->launch_over(count_nonfinite_kernel<InMemory<CountArguments>>,
+                      count_nonfinite_kernel<InArgument<CountArguments>>, 0,
+                      CountArguments{state_->table, reinterpret_cast<unsigned long long*>(counts)},
+                      stream);
 }
 
 }  // namespace gradclip::cuda
