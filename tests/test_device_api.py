@@ -6,6 +6,7 @@ import importlib
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -269,10 +270,19 @@ def _cost(device: EmulatedDevice, call: Any) -> tuple[int, ...]:
     return tuple(after - was for after, was in zip(device.cuda.counters(), before, strict=True))
 
 
-@pytest.mark.parametrize("count", [1, 300, 960, 961, 3000])
+def _calls(device: EmulatedDevice, call: Any) -> dict[str, int]:
+    """How often a call calls each function of the CUDA runtime."""
+    before = device.cuda.calls()
+    call()
+    after = device.cuda.calls()
+    return {name: after[name] - before.get(name, 0) for name in after if after[name] > before.get(name, 0)}
+
+
+@pytest.mark.parametrize("count", [1, 96, 97, 960, 961, 3000])
 def test_two_launches_and_no_wait(emulated: EmulatedDevice, count: int) -> None:
     grads = [emulated.array(np.ones(3, np.float32)) for _ in range(count)]
-    copies = 1 if count > 960 else 0  # of the table, where it does not fit into an argument
+    # Of the table, where it does not fit into an argument, or the kernel is one of those that take none.
+    copies = 1 if count > 960 else 0
 
     def clip(max_norm: Any = 0.5, nonfinite: Any = "skip", **options: Any) -> gradclip.ClipResult:
         return gradclip.clip_by_global_norm_(grads, max_norm, nonfinite=nonfinite, **options)
@@ -281,10 +291,11 @@ def test_two_launches_and_no_wait(emulated: EmulatedDevice, count: int) -> None:
     assert _cost(emulated, clip) == (2, 0, copies, 0)
     assert _cost(emulated, lambda: clip(groups="tensor")) == (2, 0, copies, 0)
     assert _cost(emulated, lambda: clip(math.inf)) == (2, 0, copies, 0)
-    assert _cost(emulated, lambda: clip(ord=3)) == (3, 0, copies, 0)
+    assert _cost(emulated, lambda: clip(ord=3)) == (3, 0, 1, 0)
+    assert _cost(emulated, lambda: clip(ord=1)) == (2, 0, 1, 0)
     assert _cost(emulated, lambda: gradclip.global_norm(grads)) == (1, 0, copies, 0)
     assert _cost(emulated, lambda: gradclip.scale_(grads, 0.5)) == (1, 0, copies, 0)
-    assert _cost(emulated, lambda: gradclip.clip_by_value_(grads, 0.5)) == (1, 0, copies, 0)
+    assert _cost(emulated, lambda: gradclip.clip_by_value_(grads, 0.5)) == (1, 0, 1, 0)
     # The default looks at the flags: one small copy, waited for.
     assert _cost(emulated, lambda: clip(nonfinite="raise")) == (2, 0, copies + 1, 1)
 
@@ -299,6 +310,103 @@ def test_calls_in_flight_share_no_memory(emulated: EmulatedDevice) -> None:
     assert costs[64:] == [(1, 0, 0, 1)] * 6
     emulated.cuda.set_machine()
     assert _cost(emulated, lambda: gradclip.global_norm(grads)) == (1, 0, 0, 0)
+
+
+def test_a_stalled_stream_holds_up_no_other(
+    emulated: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its work memory is not asked for first, nor waited for."""
+    grads = [emulated.array(np.ones(3, np.float32))]
+    current = SimpleNamespace(stream=0)
+    monkeypatch.setattr(_frameworks.Cupy, "stream", staticmethod(lambda device: (current.stream, None)))
+
+    def calls(stream: int, count: int, **machine: Any) -> list[tuple[int, ...]]:
+        current.stream = stream
+        emulated.cuda.set_machine(**machine)
+        return [_cost(emulated, lambda: gradclip.global_norm(grads)) for _ in range(count)]
+
+    calls(16, 8, busy_stream=16)
+    assert calls(32, 20, busy_stream=16)[1:] == [(1, 0, 0, 0)] * 19
+    queries = _calls(emulated, lambda: gradclip.global_norm(grads)).get("cudaEventQuery")
+    assert queries == 1
+    # With all of them in flight a call waits for one of its own stream.
+    calls(32, 60, is_busy=True)
+    assert calls(32, 1, is_busy=True) == [(1, 0, 0, 1)]
+    assert emulated.cuda.stream_of_last_wait() == 32
+
+
+def test_a_plan_on_one_stream_waits_for_nobody(emulated: EmulatedDevice) -> None:
+    plan = gradclip.Plan([emulated.array(np.ones(3, np.float32))])
+    for _ in range(2):
+        made = _calls(emulated, lambda: plan.clip_by_global_norm_(0.5, nonfinite="skip"))
+        assert "cudaStreamWaitEvent" not in made
+        assert made["cudaEventRecord"] == 1
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_somebody_elses_capture_is_left_alone(emulated: EmulatedDevice, planned: bool) -> None:
+    """While another thread captures a stream, the driver forbids all that have not said that they do not mind
+    to allocate, to free, or to ask for events."""
+    grads = [emulated.array(np.ones(3, np.float32)) for _ in range(30)]
+    emulated.cuda.set_machine(others_capture=True)
+    for nonfinite in ("skip", "raise"):
+        target = gradclip.Plan(grads) if planned else None
+        for groups in (None, "tensor", list(range(30))):
+            if target:
+                target.clip_by_global_norm_(0.5, groups=groups, nonfinite=nonfinite).to_host()
+            else:
+                gradclip.clip_by_global_norm_(grads, 0.5, groups=groups, nonfinite=nonfinite).to_host()
+        del target
+    gradclip.global_norm(grads * 500)  # work memory grows
+    measured = gradclip.measure(grads)
+    assert measured.nonfinite == ()
+    measured.clip_(0.1)
+    assert emulated.cuda.broken_captures() == 0
+
+
+def test_a_plan_loads_its_kernels(emulated: EmulatedDevice) -> None:
+    """A kernel that is loaded by its first launch cannot be captured."""
+    plan = gradclip.Plan([emulated.array(np.ones(3, np.float32))])
+    emulated.cuda.unload_kernels()
+    other = gradclip.Plan([emulated.array(np.ones(3, np.float32))])
+    emulated.cuda.set_machine(is_capturing=True)
+    for each in (plan, other):
+        for ord in (1, 2, 3, math.inf):
+            each.clip_by_global_norm_(0.5, ord, nonfinite="skip")
+        each.clip_by_value_(0.5)
+        each.scale_(0.5)
+        measured = each.measure()
+        measured.clip_(0.1, nonfinite="skip")
+
+
+def test_pools_of_cupy_are_believed(emulated: EmulatedDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver is asked where no framework says whose memory it is, and of tensors above 2 MB each."""
+    page = 2 << 20
+    whole = emulated.array(np.ones(4 * page // 8))
+    grads = [cupy.ndarray((9,), np.float64, whole.data + i * page) for i in range(3)]
+    asked = "cudaPointerGetAttributes"
+    assert _calls(emulated, lambda: gradclip.global_norm(grads))[asked] == 3
+    monkeypatch.setattr(cupy.cuda.memory, "PooledMemory", type(whole.data.mem))
+    assert asked not in _calls(emulated, lambda: gradclip.global_norm(grads))
+    memory = cupy.cuda.UnownedMemory(whole.data.ptr, page, whole, 1)  # which says that it is device 1's
+    elsewhere = cupy.ndarray((9,), np.float64, cupy.cuda.MemoryPointer(memory, 0))
+    assert _calls(emulated, lambda: gradclip.global_norm([*grads, elsewhere]))[asked] == 1
+
+
+def test_no_context_is_made_on_a_device_that_nobody_uses(emulated: EmulatedDevice) -> None:
+    """Every thread begins at device 0, and to go back there would make one."""
+    emulated.cuda.set_memory(1, 1 << 62, 1, False)
+    owner = emulated.array(np.full(4, 3.0))
+    memory = cupy.cuda.UnownedMemory(owner.data.ptr, owner.nbytes, owner, 1)
+    array = cupy.ndarray((4,), np.float64, cupy.cuda.MemoryPointer(memory, 0))
+    for nonfinite in ("skip", "raise"):
+        result = gradclip.clip_by_global_norm_([array], 100.0, nonfinite=nonfinite)
+        assert result.to_host().total_norm == 6.0
+    plan = gradclip.Plan([array])
+    plan.clip_by_global_norm_(100.0, groups="tensor")
+    del plan
+    assert emulated.cuda.current_device() == 0
+    assert emulated.cuda.contexts() == {1}
 
 
 def test_a_plan_copies_nothing(emulated: EmulatedDevice) -> None:

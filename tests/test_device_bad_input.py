@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import pytest
 import gradclip
 from device import EmulatedDevice, emulated_device
 from gradclip import _frameworks
-from matrices import Array, values
+from matrices import DTYPES, Array, values
 
 
 @pytest.fixture
@@ -346,6 +347,27 @@ def test_jax_arrays_come_through_dlpack(emulated: EmulatedDevice, monkeypatch: p
     assert array.streams == [1]
     with pytest.raises(TypeError, match=r"^grads\[1\]: expected .* can be written, got a jax.Array"):
         gradclip.scale_([own, array], 2.0)
+
+
+def test_the_per_thread_default_stream(emulated: EmulatedDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits for the legacy one by itself, which is the one that PyTorch's export knows."""
+    monkeypatch.setattr(_frameworks.Cupy, "stream", staticmethod(lambda device: (2, None)))
+    exporter = Exporter(np.full(4, 3.0))
+    assert float(emulated.host(gradclip.global_norm([emulated.array(np.zeros(3)), exporter]))) == 6.0
+    assert exporter.streams == [1]
+
+
+def test_cupy_arrays_in_a_list_that_torch_leads(
+    emulated: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of bfloat16, which no interface names; ordered with CuPy's current stream."""
+    monkeypatch.setattr(cupy.cuda, "get_current_stream", lambda device: SimpleNamespace(ptr=7))
+    array = emulated.array(np.full(4, 3.0).astype(DTYPES["bfloat16"]))
+    waits = len(emulated.cuda.stream_waits())
+    read = emulated.cuda.read([array], 0, 16, "torch", emulated.allocate, False)
+    memory = read.norms(2, 16)
+    assert np.ctypeslib.as_array((ctypes.c_double * 1).from_address(memory.ptr))[0] == 6.0
+    assert emulated.cuda.stream_waits()[waits:] == [(16, 7), (7, 16)]
 
 
 def test_a_result_is_copied_on_its_own_device(emulated: EmulatedDevice) -> None:

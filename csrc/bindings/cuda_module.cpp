@@ -5,7 +5,6 @@
 
 #include "bindings/address.hpp"
 #include "bindings/closed_class.hpp"
-#include "bindings/device_guard.hpp"
 #include "bindings/device_measured.hpp"
 #include "bindings/gil.hpp"
 
@@ -113,7 +112,7 @@ PYBIND11_MODULE(GRADCLIP_MODULE, m, py::mod_gil_not_used()) {
       [](std::uintptr_t pointer, std::size_t bytes, int device, std::uintptr_t stream) {
         std::string host(bytes, '\0');
         {
-          const gb::DeviceGuard guard(device);  // whose default stream it may be
+          const cuda::DeviceGuard guard(device);  // whose default stream it may be
           const gb::GilRelease release;
           cuda::copy_to_host(host.data(), gb::pointer_at<void>(pointer), bytes,
                              gb::pointer_at<CUstream_st>(stream));

@@ -5,7 +5,6 @@
 
 #include "bindings/address.hpp"
 #include "bindings/device_gradients.hpp"
-#include "bindings/device_guard.hpp"
 #include "bindings/gil.hpp"
 
 namespace gradclip::bindings {
@@ -59,7 +58,7 @@ class DeviceCall {
  private:
   DeviceGradients& all_;
   cuda::Stream stream_;
-  DeviceGuard guard_;
+  cuda::DeviceGuard guard_;
   bool is_capturing_ = false, is_over_ = false;
   std::optional<cuda::List> own_;
   DeviceGradients::Kept* kept_ = nullptr;

@@ -19,7 +19,7 @@ DeviceGradients::DeviceGradients(const py::object& grads, int device, std::uintp
       allocate_(std::move(allocate)),
       reader_(device, as_stream(stream), framework_, is_kept),
       gradients_([&] {
-        const DeviceGuard guard(device);
+        const cuda::DeviceGuard guard(device);
         if (cuda::is_capturing(as_stream(stream)))
           throw std::runtime_error(
               "grads: expected a Plan made before the stream was captured into a CUDA graph, got "
@@ -28,12 +28,18 @@ DeviceGradients::DeviceGradients(const py::object& grads, int device, std::uintp
       }()),
       is_kept_(is_kept) {
   if (!is_kept) return;
-  const DeviceGuard guard(device);
+  const cuda::DeviceGuard guard(device);
   kept({}, false);
 }
 
 DeviceGradients::~DeviceGradients() {
   if (kept_.empty()) return;
+  std::optional<cuda::DeviceGuard> guard;
+  try {
+    guard.emplace(device_);
+  } catch (const std::exception&) {
+    // At the end of the process the driver may be gone already, and with it what is freed here.
+  }
   const GilRelease release;
   for (Kept& kept : kept_) const cuda::List freed(std::move(kept.list));  // which may wait
 }

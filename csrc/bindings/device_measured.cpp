@@ -52,8 +52,8 @@ class LimitsArgument {
     const DeviceReader reader(grads.device(), stream, grads.framework(), false);
     const EntryName name(are_coefficients ? "coefficients" : "max_norm");
     const bool is_on_device = reader.is_device_array(value);
-    if (cuda::is_capturing(stream) && !is_plain(value) &&
-        !(is_on_device && reader.is_of_framework(value)))
+    if (!is_plain(value) && !(is_on_device && reader.is_of_framework(value)) &&
+        cuda::is_capturing(stream))
       name.problem(Problem::value_error,
                    "a number or an array on the stream that is captured into a CUDA graph",
                    full_type_name(value))
@@ -134,7 +134,7 @@ py::tuple DeviceMeasured::clip(const std::shared_ptr<DeviceGradients>& grads,
                                const py::object& groups, const py::object& grad_scale,
                                const py::object& nonfinite, const py::object& reduce,
                                std::uintptr_t stream, double epsilon, const py::object& make) {
-  const DeviceGuard guard(grads->device());
+  const cuda::DeviceGuard guard(grads->device());
   const Gradients& list = grads->gradients();
   const MeasureArguments measure(list, ord, groups, grad_scale, reduce);
   const LimitsArgument limits(max_norm, measure.groups, *grads, as_stream(stream), false);
@@ -233,7 +233,7 @@ py::tuple DeviceMeasured::scale_measured(const py::object& coefficients, std::ui
 py::tuple DeviceMeasured::apply(const py::object& limits_given, bool are_coefficients,
                                 const ClipOptions& options, std::uintptr_t stream,
                                 const py::object& make) {
-  const DeviceGuard guard(grads_->device());
+  const cuda::DeviceGuard guard(grads_->device());
   const LimitsArgument limits(limits_given, named_, *grads_, as_stream(stream), are_coefficients);
   if (is_used_) refuse_second_use();
   const Gradients& list = grads_->gradients();

@@ -48,9 +48,14 @@ py::object numpy_dtype(const py::object& typestr, const EntryName& name) {
   }
 }
 
-std::byte* data_of_cupy(py::handle array) {
-  static const Attribute data("data"), ptr("ptr");
-  return address_of(ptr.of(data.of(array)));
+// A CuPy array's MemoryPointer, and the address that it holds.
+py::object data_of_cupy(py::handle array) {
+  static const Attribute data("data");
+  return data.of(array);
+}
+std::byte* address_of_cupy(const py::object& data) {
+  static const Attribute ptr("ptr");
+  return address_of(ptr.of(data));
 }
 
 // Set span and layout from a shape; `strides` in bytes, or None for C order.
@@ -108,16 +113,18 @@ bool DeviceReader::is_of_framework(py::handle object) const {
 }
 
 bool DeviceReader::read_plain(PyObject* object, Span& span) {
-  if (framework_ == torch)
-    return !is_kept && read_plain_torch(object, place_, span) &&
-           (span.numel == 0 || is_device_memory(span.data));
+  if (framework_ == torch)  // which says itself that this is memory of the device
+    return !is_kept && read_plain_torch(object, place_, span);
   if (framework_ != cupy || !is_cupy_array(object)) return false;
   static const Attribute dtype("dtype"), size("size"), is_dense("_c_contiguous");
   if (is_dense.of(object).ptr() != Py_True) return false;
   const std::optional<DType> type = find_dtype(dtype.of(object).ptr());
   if (!type) return false;
-  const Span plain{data_of_cupy(object), integer(size.of(object)), nullptr, *type};
-  if (plain.numel != 0 && !(is_aligned(plain) && is_device_memory(plain.data))) return false;
+  const py::object data = data_of_cupy(object);
+  const Span plain{address_of_cupy(data), integer(size.of(object)), nullptr, *type};
+  if (plain.numel != 0 &&
+      !(is_aligned(plain) && (is_of_cupys_pool(data) || is_device_memory(plain.data))))
+    return false;
   span = plain;
   return true;
 }
@@ -127,8 +134,13 @@ void DeviceReader::read(PyObject* object, const EntryName& name, Entry& entry) {
     name.problem(Problem::value_error, "memory on CUDA device " + std::to_string(place_.device),
                  "a NumPy array (on the CPU)")
         .raise();
-  if (framework_ == cupy && is_cupy_array(object)) {
+  if (is_cupy_array(object)) {
     read_cupy(object, name, entry);
+    if (framework_ != cupy) {  // on CuPy's current stream, as its arrays are taken to be
+      const py::object stream = imported("cupy.cuda", "get_current_stream")(place_.device);
+      add_stream(reinterpret_cast<cuda::Stream>(address_of(stream.attr("ptr"))));
+      cuda::wait_for(pointer_at<CUstream_st>(place_.stream), streams_.back());
+    }
   } else if (is_torch_tensor(object)) {
     read_dlpack(object, name, place_, entry);
     // Ordered with the call's stream by the export; back again, torch has to be asked.
@@ -153,7 +165,8 @@ Again DeviceReader::read_again(PyObject* object, const EntryName& name, Entry& e
 
 void DeviceReader::read_cupy(py::handle array, const EntryName& name, Entry& entry) {
   entry.span.dtype = dtype_of(py::object(array.attr("dtype")).ptr(), name);
-  set_layout(entry, data_of_cupy(array), array.attr("shape"), array.attr("strides"), name);
+  set_layout(entry, address_of_cupy(data_of_cupy(array)), array.attr("shape"),
+             array.attr("strides"), name);
 }
 
 // https://numba.readthedocs.io/en/stable/cuda/cuda_array_interface.html, version 3
@@ -193,6 +206,14 @@ void DeviceReader::add_stream(cuda::Stream stream) {
   const auto at = std::ranges::find(streams_, stream);
   if (at != streams_.end()) streams_.erase(at);
   streams_.push_back(stream);
+}
+
+// What CuPy has allocated from a pool lies where it says, and no driver is asked.
+bool DeviceReader::is_of_cupys_pool(const py::object& data) {
+  if (!pooled_) pooled_ = imported("cupy.cuda.memory", "PooledMemory");
+  static const Attribute mem("mem"), device_id("device_id");
+  return Py_TYPE(mem.of(data).ptr()) == reinterpret_cast<PyTypeObject*>(pooled_.ptr()) &&
+         integer(device_id.of(data)) == place_.device;
 }
 
 // A driver call for each of a thousand arrays would cost more than the kernels. Memory of two kinds or

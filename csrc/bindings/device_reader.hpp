@@ -50,12 +50,14 @@ class DeviceReader {
   void read_cupy(py::handle array, const EntryName& name, Entry& entry);
   void read_cuda_interface(py::handle object, const EntryName& name, Entry& entry);
   void add_stream(cuda::Stream stream);
+  bool is_of_cupys_pool(const py::object& data);
   bool is_device_memory(const std::byte* data);
   void check_memory(const Span& span, const EntryName& name);
 
   Place place_;
   Framework framework_;
   py::object cupy_array_;  // the type; None if nobody has imported CuPy
+  py::object pooled_;      // the type of memory of its pools, once it is asked for
   // Granules of memory whose kind has been asked for.
   static constexpr std::size_t kGranules = 64;
   std::array<std::uintptr_t, kGranules> known_granules_{};  // 0: none; null pointers lie there

@@ -77,8 +77,10 @@ void ask_device(py::handle object, const EntryName& name, const Place& place) {
 
 py::object export_capsule(const py::object& object, const Place& place) {
   py::dict arguments;
-  // The legacy default stream is called 1: 0 would be ambiguous.
-  if (place.device >= 0) arguments["stream"] = place.stream == 0 ? 1 : place.stream;
+  // The legacy default stream is called 1: 0 would be ambiguous. The per-thread one, 2, waits for it by
+  // itself, and PyTorch knows only that.
+  if (place.device >= 0)
+    arguments["stream"] = place.stream == 0 || place.stream == 2 ? 1 : place.stream;
   const py::object method = object.attr("__dlpack__");
   try {
     return method(py::arg("max_version") = py::make_tuple(DLPACK_MAJOR_VERSION, 0), **arguments);

@@ -105,10 +105,12 @@ struct InMemory {
   Arguments arguments;
   const TensorEntry* entries;
 };
-template <class Arguments>
+template <class Arguments, std::uint32_t kEntries>
 struct InArgument {
   Arguments arguments;
-  TensorEntry entries[kArgumentEntries + 1];
+  TensorEntry entries[kEntries + 1];
+
+  explicit InArgument(const Arguments& given) : arguments(given) {}  // entries are what was there
 };
 
 }  // namespace gradclip::cuda

@@ -55,20 +55,27 @@ __device__ __forceinline__ void change_dense(std::byte* first, std::byte* end, C
   };
   by_element(body_end, end);  // at most 15 bytes: 7 elements
   constexpr std::ptrdiff_t kStep = kVectors * 32 * 16;
-  const std::ptrdiff_t steps = (body_end - body) / kStep;
-  std::byte* const whole = body_end - steps * kStep;
-  for (std::ptrdiff_t s = 0; s < steps; ++s) {
+  std::byte* const whole = body + (body_end - body) % kStep;
+  std::byte* at = kChangesBackward ? body_end : whole;
+  while (at != (kChangesBackward ? whole : body_end)) {
+    if constexpr (kChangesBackward) at -= kStep;
     uint4 v[kVectors];
-    std::byte* const at = kChangesBackward ? body_end - (s + 1) * kStep : whole + s * kStep;
     auto* const mine = reinterpret_cast<uint4*>(at) + lane_id();
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) v[k] = __ldcg(mine + 32 * k);
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) __stcg(mine + 32 * k, change_vector<T>(v[k], change));
+    if constexpr (!kChangesBackward) at += kStep;
   }
-  auto* const last = reinterpret_cast<uint4*>(whole);
-  for (auto* mine = reinterpret_cast<uint4*>(body) + lane_id(); mine < last; mine += 32)
-    __stcg(mine, change_vector<T>(__ldcg(mine), change));
+  auto* const mine = reinterpret_cast<uint4*>(body) + lane_id();
+  const auto is_there = [&](int k) { return mine + 32 * k < reinterpret_cast<uint4*>(whole); };
+  uint4 v[kVectors];
+#pragma unroll
+  for (int k = 0; k < kVectors; ++k)
+    v[k] = is_there(k) ? __ldcg(mine + 32 * k) : make_uint4(0, 0, 0, 0);
+#pragma unroll
+  for (int k = 0; k < kVectors; ++k)
+    if (is_there(k)) __stcg(mine + 32 * k, change_vector<T>(v[k], change));
   by_element(first, body);
 }
 
@@ -131,10 +138,11 @@ __device__ __forceinline__ void change(const ChangeArguments& arguments,
                               : arguments.factor;
     if (factor != 1.0) scale_tiles(entry, table, tiles, factor);
   };
+  const CostRange& range = shared_memory<Ranges>().of_this_warp(table);
   if constexpr (kChangesBackward)
-    walk_backward(table, entries, visit);
+    walk_backward(table, entries, range, visit);
   else
-    walk(table, entries, visit);
+    walk(table, entries, range, visit);
 }
 
 template <class T>
@@ -205,7 +213,7 @@ __device__ __forceinline__ void clip_by_value(const ValueClipArguments& argument
 // counts[2 i] NaN and counts[2 i + 1] infinite elements of tensor i, which begin as 0.
 __device__ __forceinline__ void count_nonfinite(const TableView& table, const TensorEntry* entries,
                                                 unsigned long long* counts) {
-  walk(table, entries, [&](std::uint32_t i, const TensorEntry& entry, const TileRange& tiles) {
+  const auto visit = [&](std::uint32_t i, const TensorEntry& entry, const TileRange& tiles) {
     const auto itemsize = static_cast<std::int64_t>(size_of(entry.dtype));
     const std::int64_t first = tiles.first_byte() / itemsize;
     const std::int64_t end = tiles.end_byte(entry.bytes) / itemsize;
@@ -226,7 +234,8 @@ __device__ __forceinline__ void count_nonfinite(const TableView& table, const Te
       if (nan) atomicAdd(&counts[2 * i], static_cast<unsigned long long>(nan));
       if (infinite) atomicAdd(&counts[2 * i + 1], static_cast<unsigned long long>(infinite));
     });
-  });
+  };
+  walk(table, entries, range_of_this_warp(table), visit);
 }
 
 }  // namespace gradclip::cuda

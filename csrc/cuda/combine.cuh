@@ -29,6 +29,7 @@ struct CombineShared {  // raw memory: what is read has been assigned before
     ExactSum group_sums[kThreads];  // the same memory, for the last block
   };
   Piece piece_of[kSlots];
+  Ranges ranges;
   std::uint32_t to_merge[2];  // tensors of which this block brought the last tiles
   bool is_last_block;
 };
@@ -109,6 +110,7 @@ __device__ __forceinline__ void combine(CombineShared<Accumulator>& shared, cons
         __threadfence();
         const std::uint32_t brought = tiles.end - tiles.begin;
         const std::uint32_t before = atomicAdd(&scratch.tiles_done[tensor], brought);
+        __threadfence();  // what the others left before their atomics is seen by this block after its barrier
         if (before + brought == tiles.all) shared.to_merge[place] = tensor;
       }
     }
@@ -117,7 +119,6 @@ __device__ __forceinline__ void combine(CombineShared<Accumulator>& shared, cons
   for (int m = 0; m < 2; ++m) {
     const std::uint32_t tensor = shared.to_merge[m];
     if (tensor == kNoTensor) continue;
-    __threadfence();
     const TensorEntry& entry = entries[tensor];
     const std::int64_t warps = static_cast<std::int64_t>(gridDim.x) * kWarps;
     const std::int64_t last_tile = entry.first_cost + (tiles_of(entry.bytes) - 1) * kTileCost;
@@ -147,10 +148,10 @@ __device__ __forceinline__ bool is_last_block(CombineShared<Accumulator>& shared
     memcpy(&scratch.block_totals[blockIdx.x], &shared.totals[0], sizeof(Accumulator));
     __threadfence();
     shared.is_last_block = atomicAdd(scratch.blocks_done, 1u) == gridDim.x - 1;
+    __threadfence();  // as above
   }
   __syncthreads();
   if (!shared.is_last_block) return false;
-  __threadfence();
   if (t == 0) *scratch.blocks_done = 0;
   shared.threads[t] = Accumulator{};
   for (unsigned b = threadIdx.x; b < gridDim.x; b += kThreads) {

@@ -1,8 +1,68 @@
 // What there is of CUDA on this machine.
+#include <type_traits>
+
 #include "cuda/engine.hpp"
 #include "cuda/runtime.hpp"
 
+#if !defined(GRADCLIP_EMULATED)
+#include <dlfcn.h>
+#endif
+
 namespace gradclip::cuda {
+namespace {
+
+#if defined(GRADCLIP_EMULATED)
+using simt::enter_device;
+using simt::leave_device;
+#else
+// Contexts are pushed and popped. cudaSetDevice would make one (500 MB) where it goes back to a device that
+// nobody has used: every thread begins at device 0.
+struct Driver {
+  int (*get)(int* device, int ordinal) = nullptr;
+  int (*retain)(void** context, int device) = nullptr;
+  int (*release)(int device) = nullptr;
+  int (*push)(void* context) = nullptr;
+  int (*pop)(void** context) = nullptr;
+
+  Driver() {
+    void* const library = dlopen("libcuda.so.1", RTLD_LAZY);  // never closed
+    const auto find = [&](auto& function, const char* name) {
+      if (library)
+        function =
+            reinterpret_cast<std::remove_reference_t<decltype(function)> >(dlsym(library, name));
+      if (!function) throw std::runtime_error(std::string("CUDA: the driver has no ") + name);
+    };
+    find(get, "cuDeviceGet");
+    find(retain, "cuDevicePrimaryCtxRetain");
+    find(release, "cuDevicePrimaryCtxRelease_v2");
+    find(push, "cuCtxPushCurrent_v2");
+    find(pop, "cuCtxPopCurrent_v2");
+  }
+};
+const Driver& driver() {
+  static const Driver driver;
+  return driver;
+}
+
+void enter_device(int ordinal) {
+  int device = 0;
+  void* context = nullptr;
+  int error = driver().get(&device, ordinal);
+  if (error == 0) error = driver().retain(&context, device);
+  if (error == 0) error = driver().push(context);
+  if (error != 0)
+    throw std::runtime_error("CUDA: device " + std::to_string(ordinal) +
+                             " cannot be made the current one: error " + std::to_string(error));
+}
+void leave_device(int ordinal) {
+  int device = 0;
+  void* context = nullptr;
+  driver().pop(&context);
+  if (driver().get(&device, ordinal) == 0) driver().release(device);
+}
+#endif
+
+}  // namespace
 
 std::string missing() {
   int count = 0;
@@ -45,13 +105,31 @@ int driver_version() {
 
 std::string architectures() { return GRADCLIP_CUDA_ARCHITECTURES; }
 
-int current_device() {
-  int device = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  return device;
+static thread_local const DeviceGuard* innermost_guard = nullptr;
+
+DeviceGuard::DeviceGuard(int device)
+    : outer_(innermost_guard),
+      device_(device),
+      is_nested_(innermost_guard && innermost_guard->device_ == device) {
+  if (!is_nested_) {
+    int now = 0;
+    check(cudaGetDevice(&now), "cudaGetDevice");
+    has_entered_ = now != device;
+    if (has_entered_) enter_device(device);
+    auto mode = cudaStreamCaptureModeRelaxed;
+    cudaThreadExchangeStreamCaptureMode(&mode);
+    capture_mode_ = mode;
+  }
+  innermost_guard = this;
 }
 
-void set_device(int device) { check(cudaSetDevice(device), "cudaSetDevice"); }
+DeviceGuard::~DeviceGuard() {
+  innermost_guard = outer_;
+  if (is_nested_) return;
+  auto mode = static_cast<cudaStreamCaptureMode>(capture_mode_);
+  cudaThreadExchangeStreamCaptureMode(&mode);
+  if (has_entered_) leave_device(device_);
+}
 
 bool is_capturing(Stream stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;

@@ -3,6 +3,8 @@
 #include <cstring>
 #include <limits>
 #include <mutex>
+#include <optional>
+#include <type_traits>
 
 #include "cuda/engine.hpp"
 #include "cuda/kernels.cuh"
@@ -27,6 +29,21 @@ class Parts {
   std::size_t end_ = 0;
 };
 
+// Those of kept lists. A kernel that is loaded by its first launch cannot be captured into a graph.
+void load_kernels() {
+  const auto load = [](const auto&... kernels) {
+    cudaFuncAttributes attributes{};
+    (check(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernels)),
+           "cudaFuncGetAttributes"),
+     ...);
+  };
+  using Measuring = InMemory<MeasureArguments>;
+  load(measure_kernel<Measure::squares, Measuring>, measure_kernel<Measure::magnitudes, Measuring>,
+       measure_kernel<Measure::largest, Measuring>, measure_kernel<Measure::powers, Measuring>,
+       change_kernel<InMemory<ChangeArguments>>, clip_by_value_kernel<InMemory<ValueClipArguments>>,
+       decide_kernel);
+}
+
 int multiprocessors(int device) {
   int count = 0;
   check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
@@ -44,15 +61,18 @@ struct List::State {
   std::vector<Axis> axes;
   std::vector<std::uint32_t> labels, members, group_begin;
   bool any_complex = false;
-  bool by_argument = false;
   unsigned blocks = 1;
+  unsigned blocks_of_large_kernels = 1;
+  bool is_in_memory = false;  // the table: copied there
   TableView table{};
   const TensorEntry* entries_in_memory = nullptr;
   Scratch scratch{};
   Workspace* workspace = nullptr;
+  std::size_t table_bytes = 0;
   bool is_kept = false;
-  std::mutex turn;          // of a list that is kept
-  Stream stream = nullptr;  // of a list that is not
+  std::mutex turn;                         // of a list that is kept
+  std::optional<unsigned long long> used;  // and the stream that its last work was on
+  Stream stream = nullptr;                 // of a list that is not
 
   State() = default;
   State(const State&) = delete;
@@ -72,27 +92,51 @@ struct List::State {
 
   void read(std::span<const Span> spans, const Groups& groups_wanted);
   void place(Stream on);
+  void copy_table(Stream on);
 
-  // Launches that use work memory, behind the last ones that did, whichever stream those were on.
+  // Launches that use work memory, behind the last ones that did, whichever stream those were on. The event is
+  // recorded in any case: when another stream follows, this one may be gone.
   template <class Launches>
   void in_turn(Stream on, Launches launches) {
     if (!is_kept) return launches();
     const std::scoped_lock lock(turn);
     if (is_capturing(on)) return launches();  // what a graph does when it runs, its owner orders
-    workspace->let_wait(on);
+    unsigned long long id = 0;                // a handle may be that of a stream which is gone
+    check(cudaStreamGetId(on, &id), "cudaStreamGetId");
+    if (used && used != id) workspace->let_wait(on);
     launches();
     workspace->mark_end(on);
+    used = id;
   }
   template <class Arguments>
-  void launch_over(void (*kernel)(InMemory<Arguments>), void (*short_kernel)(InArgument<Arguments>),
-                   std::size_t shared_bytes, const Arguments& arguments, Stream on) const {
-    if (!by_argument) {
-      const InMemory<Arguments> list{arguments, entries_in_memory};
-      return launch(kernel, blocks, kThreads, shared_bytes, on, list);
-    }
-    InArgument<Arguments> list{arguments, {}};
+  void launch_in_memory(void (*kernel)(InMemory<Arguments>), unsigned grid,
+                        std::size_t shared_bytes, const Arguments& arguments, Stream on) {
+    if (!is_in_memory) copy_table(on);
+    InMemory<Arguments> list{arguments, entries_in_memory};
+    list.arguments.table.is_in_argument = false;
+    launch(kernel, grid, kThreads, shared_bytes, on, list);
+  }
+  template <class Arguments, std::uint32_t kEntries>
+  void launch_in_argument(void (*kernel)(InArgument<Arguments, kEntries>), std::size_t shared_bytes,
+                          const Arguments& arguments, Stream on) const {
+    InArgument<Arguments, kEntries> list(arguments);
     std::copy(entries.begin(), entries.end(), list.entries);
-    launch(short_kernel, blocks, kThreads, shared_bytes, on, list);
+    launch(kernel, blocks, kThreads, shared_bytes, on, list);
+  }
+  // kernel_of(std::type_identity<List>{}) is the kernel for a kind of list.
+  template <class Arguments, class KernelOf>
+  void launch_over(KernelOf kernel_of, std::size_t shared_bytes, const Arguments& arguments,
+                   Stream on) {
+    const auto kernel = [&]<class List>() { return kernel_of(std::type_identity<List>{}); };
+    if (!table.is_in_argument)
+      launch_in_memory(kernel.template operator()<InMemory<Arguments>>(), blocks, shared_bytes,
+                       arguments, on);
+    else if (tensors <= kFewEntries)
+      launch_in_argument(kernel.template operator()<InArgument<Arguments, kFewEntries>>(),
+                         shared_bytes, arguments, on);
+    else
+      launch_in_argument(kernel.template operator()<InArgument<Arguments, kMostEntries>>(),
+                         shared_bytes, arguments, on);
   }
   MeasureArguments measure_arguments(const NormOrder& order, double grad_scale, std::byte* result,
                                      const Decision* decision) const {
@@ -107,11 +151,20 @@ struct List::State {
             decision ? *decision : Decision{}};
   }
   template <Measure kMeasure>
-  void launch_measure(const MeasureArguments& arguments, Stream on) const {
-    using Accumulator = typename AccumulatorOf<kMeasure>::Type;
-    launch_over(measure_kernel<kMeasure, InMemory<MeasureArguments>>,
-                measure_kernel<kMeasure, InArgument<MeasureArguments>>,
-                sizeof(CombineShared<Accumulator>), arguments, on);
+  void launch_measure(const MeasureArguments& arguments, Stream on) {
+    constexpr std::size_t kShared = sizeof(CombineShared<typename AccumulatorOf<kMeasure>::Type>);
+    if constexpr (kMeasure == Measure::squares)
+      launch_over(
+          []<class List>(std::type_identity<List>) { return measure_kernel<kMeasure, List>; },
+          kShared, arguments, on);
+    else
+      launch_in_memory(measure_kernel<kMeasure, InMemory<MeasureArguments>>,
+                       kMeasure == Measure::powers ? blocks_of_large_kernels : blocks, kShared,
+                       arguments, on);
+  }
+  void launch_change(const ChangeArguments& arguments, Stream on) {
+    launch_over([]<class List>(std::type_identity<List>) { return change_kernel<List>; },
+                sizeof(Ranges), arguments, on);
   }
 };
 
@@ -149,41 +202,32 @@ void List::State::read(std::span<const Span> spans, const Groups& groups_wanted)
   table.tensors = static_cast<std::uint32_t>(tensors);
   table.groups = static_cast<std::uint32_t>(groups);
   table.cost = cost;
-  const std::int64_t resident =
-      static_cast<std::int64_t>(multiprocessors(device)) * kBlocksPerMultiprocessor;
-  blocks = static_cast<unsigned>(std::clamp<std::int64_t>(cost / kLeastCostPerBlock, 1, resident));
+  const int count = multiprocessors(device);
+  const auto blocks_at = [&](int per_multiprocessor) {
+    const std::int64_t resident = static_cast<std::int64_t>(count) * per_multiprocessor;
+    return static_cast<unsigned>(std::clamp<std::int64_t>(cost / kLeastCostPerBlock, 1, resident));
+  };
+  blocks = blocks_at(kBlocksPerMultiprocessor);
+  blocks_of_large_kernels = blocks_at(kBlocksOfLargeKernels);
 }
 
 void List::State::place(Stream on) {
-  by_argument =
-      !is_kept && tensors <= kArgumentEntries && axes.empty() && grouping != Groups::labels;
+  table.is_in_argument =
+      !is_kept && tensors <= kMostEntries && axes.empty() && grouping != Groups::labels;
   Parts parts;
-  const std::size_t at_entries = parts.add(by_argument ? 0 : entries.size() * sizeof(TensorEntry));
+  const std::size_t at_entries = parts.add(entries.size() * sizeof(TensorEntry));
   const std::size_t at_axes = parts.add(axes.size() * sizeof(Axis));
   const std::size_t at_labels = parts.add(labels.size() * sizeof(std::uint32_t));
   const std::size_t at_members = parts.add(members.size() * sizeof(std::uint32_t));
   const std::size_t at_begin = parts.add(group_begin.size() * sizeof(std::uint32_t));
-  const std::size_t table_bytes = parts.end();
+  table_bytes = parts.end();
   const std::size_t at_partials = parts.add(2 * blocks * sizeof(Accumulated));
   const std::size_t at_totals = parts.add(blocks * sizeof(Accumulated));
   const std::size_t at_sums = parts.add(tensors * sizeof(NormSum));
   const std::size_t at_units = parts.add(tensors * sizeof(Largest));
-  workspace->reserve(4 + tensors, parts.end(), table_bytes, on);
+  workspace->reserve(4 + tensors, parts.end(), on);
 
   std::byte* const memory = workspace->memory();
-  if (table_bytes != 0) {
-    std::byte* const pinned = workspace->pinned();
-    const auto put = [&](std::size_t at, const auto& items) {
-      if (!items.empty()) std::memcpy(pinned + at, items.data(), items.size() * sizeof(items[0]));
-    };
-    if (!by_argument) put(at_entries, entries);
-    put(at_axes, axes);
-    put(at_labels, labels);
-    put(at_members, members);
-    put(at_begin, group_begin);
-    check(cudaMemcpyAsync(memory, pinned, table_bytes, cudaMemcpyHostToDevice, on),
-          "cudaMemcpyAsync");
-  }
   const auto words = [&](std::size_t at) { return reinterpret_cast<std::uint32_t*>(memory + at); };
   entries_in_memory = reinterpret_cast<TensorEntry*>(memory + at_entries);
   table.axes = reinterpret_cast<Axis*>(memory + at_axes);
@@ -197,6 +241,26 @@ void List::State::place(Stream on) {
   scratch.block_totals = reinterpret_cast<Accumulated*>(memory + at_totals);
   scratch.sums = reinterpret_cast<NormSum*>(memory + at_sums);
   scratch.units = reinterpret_cast<Largest*>(memory + at_units);
+  if (!table.is_in_argument) copy_table(on);
+}
+
+// To where place() has found room for it.
+void List::State::copy_table(Stream on) {
+  std::byte* const memory = workspace->memory();
+  std::byte* const pinned = workspace->pinned(table_bytes);
+  const auto put = [&](const void* to, const auto& items) {
+    if (!items.empty())
+      std::memcpy(pinned + (static_cast<const std::byte*>(to) - memory), items.data(),
+                  items.size() * sizeof(items[0]));
+  };
+  put(entries_in_memory, entries);
+  put(table.axes, axes);
+  put(table.labels, labels);
+  put(table.members, members);
+  put(table.group_begin, group_begin);
+  check(cudaMemcpyAsync(memory, pinned, table_bytes, cudaMemcpyHostToDevice, on),
+        "cudaMemcpyAsync");
+  is_in_memory = true;
 }
 
 List::List(std::span<const Span> spans, const Groups& groups, int device, Stream stream)
@@ -204,7 +268,7 @@ List::List(std::span<const Span> spans, const Groups& groups, int device, Stream
   state_->device = device;
   state_->stream = stream;
   state_->read(spans, groups);
-  state_->workspace = take_workspace(device);
+  state_->workspace = take_workspace(device, stream);
   state_->place(stream);
 }
 
@@ -214,6 +278,7 @@ List::List(std::span<const Span> spans, const Groups& groups, int device)
   state_->is_kept = true;
   state_->read(spans, groups);
   state_->workspace = new Workspace(device);
+  load_kernels();
   state_->place(nullptr);
   check(cudaStreamSynchronize(nullptr), "cudaStreamSynchronize");
 }
@@ -256,35 +321,30 @@ void List::decide(const Decision& decision, std::byte* result, Stream stream) {
 
 void List::change(double grad_scale, const std::byte* result, Stream stream) {
   const ResultPointers pointers(layout(), const_cast<std::byte*>(result));
-  state_->launch_over(
-      change_kernel<InMemory<ChangeArguments>>, change_kernel<InArgument<ChangeArguments>>, 0,
-      ChangeArguments{state_->table, pointers.flags, pointers.coefficients, grad_scale, 1.0},
-      stream);
+  state_->launch_change({state_->table, pointers.flags, pointers.coefficients, grad_scale, 1.0},
+                        stream);
 }
 
 void List::scale(double factor, Stream stream) {
-  state_->launch_over(change_kernel<InMemory<ChangeArguments>>,
-                      change_kernel<InArgument<ChangeArguments>>, 0,
-                      ChangeArguments{state_->table, nullptr, nullptr, 1.0, factor}, stream);
+  state_->launch_change({state_->table, nullptr, nullptr, 1.0, factor}, stream);
 }
 
 void List::clip_by_value(const ValueLimit& limit, std::byte* result, Stream stream) {
   State& s = *state_;
   const ValueClipArguments arguments{s.table, s.scratch, ResultPointers(layout(), result), limit};
   s.in_turn(stream, [&] {
-    s.launch_over(clip_by_value_kernel<InMemory<ValueClipArguments>>,
-                  clip_by_value_kernel<InArgument<ValueClipArguments>>,
-                  sizeof(CombineShared<Largest>), arguments, stream);
+    s.launch_in_memory(clip_by_value_kernel<InMemory<ValueClipArguments>>,
+                       s.blocks_of_large_kernels, sizeof(CombineShared<Largest>), arguments,
+                       stream);
   });
 }
 
 void List::count_nonfinite(std::int64_t* counts, Stream stream) {
-  check(cudaMemsetAsync(counts, 0, 2 * state_->tensors * sizeof(*counts), stream),
-        "cudaMemsetAsync");
-  state_->launch_over(count_nonfinite_kernel<InMemory<CountArguments>>,
-                      count_nonfinite_kernel<InArgument<CountArguments>>, 0,
-                      CountArguments{state_->table, reinterpret_cast<unsigned long long*>(counts)},
-                      stream);
+  State& s = *state_;
+  check(cudaMemsetAsync(counts, 0, 2 * s.tensors * sizeof(*counts), stream), "cudaMemsetAsync");
+  s.launch_in_memory(count_nonfinite_kernel<InMemory<CountArguments>>, s.blocks, 0,
+                     CountArguments{s.table, reinterpret_cast<unsigned long long*>(counts)},
+                     stream);
 }
 
 }  // namespace gradclip::cuda

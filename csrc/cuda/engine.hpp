@@ -114,8 +114,23 @@ int runtime_version();        // 13000 is 13.0
 int driver_version();         // 0 without a driver
 std::string architectures();  // that kernels were compiled for, "75 80 ..."
 
-int current_device();
-void set_device(int device);
+// While it lives the device is the current one, and nothing that this thread does disturbs somebody else's
+// capture of a stream: that would forbid every thread to allocate, free or ask for events.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device);
+  ~DeviceGuard();
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  const DeviceGuard* outer_;  // of this thread
+  int device_;
+  bool is_nested_;            // in one of the same device, which has done all
+  bool has_entered_ = false;  // the device was not the current one
+  int capture_mode_ = 0;
+};
+
 bool is_capturing(Stream stream);
 // Device memory to host memory; waits.
 void copy_to_host(void* to, const void* from, std::size_t bytes, Stream stream);

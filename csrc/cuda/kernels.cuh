@@ -1,4 +1,5 @@
-// The kernels. Each is compiled twice, for List = InMemory<...> and InArgument<...>.
+// The kernels. The 2-norm and what follows it are compiled for List = InMemory<...> and two sizes of
+// InArgument<...>, the others for InMemory<...> alone.
 #pragma once
 
 #include "cuda/change.cuh"

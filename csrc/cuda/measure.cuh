@@ -187,7 +187,7 @@ __device__ __forceinline__ bool accumulate(CombineShared<Accumulator>& shared,
                                            Finish finish) {
   prepare(shared);
   Accumulator& running = shared.running[warp_id()];
-  walk(table, entries, [&](std::uint32_t i, const TensorEntry& entry, const TileRange& tiles) {
+  const auto visit = [&](std::uint32_t i, const TensorEntry& entry, const TileRange& tiles) {
     __syncwarp();
     if (lane_id() == 0) running = Accumulator{};
     __syncwarp();
@@ -198,7 +198,8 @@ __device__ __forceinline__ bool accumulate(CombineShared<Accumulator>& shared,
       finish(i, running, shared.totals[warp_id()]);
     else
       leave_piece(shared, i, tiles);
-  });
+  };
+  walk(table, entries, shared.ranges.of_this_warp(table), visit);
   combine(shared, table, entries, scratch, finish);
   return is_last_block(shared, scratch);
 }

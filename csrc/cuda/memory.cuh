@@ -45,12 +45,12 @@ struct AlignedMemory {
       return __ldg(at);
   }
   __device__ __forceinline__ uint4 load(std::int64_t offset) const { return read<uint4>(offset); }
-  // Elements from `bytes` on are +0.
-  __device__ __forceinline__ uint4 load_part(std::int64_t offset, std::int64_t bytes) const {
-    if (offset + 16 <= bytes) return load(offset);
+  // The elements of so many bytes, which can be none; the rest is +0.
+  __device__ __forceinline__ uint4 load_part(std::int64_t offset, int bytes) const {
+    if (bytes >= 16) return load(offset);
     return make_vector<T>([&](int k) -> Word {
-      const std::int64_t at = offset + k * static_cast<std::int64_t>(sizeof(T));
-      return at < bytes ? read<Word>(at) : Word{0};
+      const int at = k * static_cast<int>(sizeof(T));
+      return at < bytes ? read<Word>(offset + at) : Word{0};
     });
   }
 };
@@ -85,15 +85,13 @@ struct ElementMemory {
                                          static_cast<std::int64_t>(sizeof(T)) << complex, offset);
     return reinterpret_cast<Word*>(data + at);
   }
-  __device__ __forceinline__ uint4 load_part(std::int64_t offset, std::int64_t bytes) const {
+  __device__ __forceinline__ uint4 load_part(std::int64_t offset, int bytes) const {
     return make_vector<T>([&](int k) -> Word {
-      const std::int64_t at = offset + k * static_cast<std::int64_t>(sizeof(T));
-      return at < bytes ? *address(at) : Word{0};
+      const int at = k * static_cast<int>(sizeof(T));
+      return at < bytes ? *address(offset + at) : Word{0};
     });
   }
-  __device__ __forceinline__ uint4 load(std::int64_t offset) const {
-    return load_part(offset, offset + 16);
-  }
+  __device__ __forceinline__ uint4 load(std::int64_t offset) const { return load_part(offset, 16); }
 };
 
 template <class T>

@@ -49,6 +49,7 @@ struct TableView {
   std::uint32_t tensors;
   std::uint32_t groups;
   std::int64_t cost;
+  bool is_in_argument;  // the entries
 
   GRADCLIP_INLINE std::uint32_t group_of(std::uint32_t tensor) const {
     return groups == 1 ? 0 : labels ? labels[tensor] : tensor;

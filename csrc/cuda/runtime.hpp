@@ -23,6 +23,7 @@ T& shared_memory() {
 template <class Arguments>
 void launch(void (*kernel)(Arguments), unsigned blocks, unsigned threads, std::size_t shared_bytes,
             cudaStream_t, const Arguments& arguments) {
+  simt::note_launch(reinterpret_cast<const void*>(kernel));
   simt::launch(kernel, dim3(blocks), dim3(threads), shared_bytes, arguments);
 }
 #else

@@ -28,7 +28,7 @@ inline constexpr int kWarps = kThreads / 32;
 // Of each multiprocessor, all resident at once; they leave 80 registers for a thread, with which nothing is
 // spilled (with 4 blocks and 64, 120 bytes were).
 inline constexpr int kBlocksPerMultiprocessor = 3;
-// Of the kernels that need more: value clip and the slow orders. The grid is the same.
+// Of the kernels that need more: value clip and the slow orders.
 inline constexpr int kBlocksOfLargeKernels = 2;
 
 // Work is counted in rows; what comes with a tile besides its rows costs as much as some rows more.
@@ -43,8 +43,9 @@ inline constexpr std::int64_t kLeastCostPerBlock = 2 * kTileCost;
 // Whether the pass that changes memory begins where the norms ended, of which the cache may hold something.
 inline constexpr bool kChangesBackward = true;
 
-// Entries of a table that travels as a kernel argument; 32764 bytes are the most an argument may
-// have.
-inline constexpr std::uint32_t kArgumentEntries = 960;
+// Entries of a table that travels as a kernel argument, in two sizes: the host fills all of an argument, and
+// the driver copies it. 32764 bytes are the most that it may have.
+inline constexpr std::uint32_t kFewEntries = 96;
+inline constexpr std::uint32_t kMostEntries = 960;
 
 }  // namespace gradclip::cuda

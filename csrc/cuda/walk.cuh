@@ -8,12 +8,18 @@
 
 namespace gradclip::cuda {
 
-// The last tensor that begins at or before `cost`: a search with 32 probes at a time, since each waits
-// for memory.
+// The last tensor that begins at or before `cost`. In memory a search with 32 probes at a time, since each
+// waits; an argument lies in constant memory, which serves a warp one address after the other.
 __device__ __forceinline__ std::uint32_t find_tensor(const TableView& table,
                                                      const TensorEntry* entries,
                                                      std::int64_t cost) {
   std::uint32_t low = 0, count = table.tensors;
+  while (table.is_in_argument && count > 1) {
+    const std::uint32_t half = count / 2;
+    const bool before = entries[low + half].first_cost <= cost;
+    low += before ? half : 0;
+    count = before ? count - half : half;
+  }
   while (count > 1) {
     const std::uint32_t step = (count + 31) / 32;
     const std::uint32_t ahead = static_cast<std::uint32_t>(lane_id()) * step;
@@ -30,11 +36,22 @@ __device__ __forceinline__ CostRange range_of_this_warp(const TableView& table) 
                     static_cast<std::int64_t>(gridDim.x) * kWarps);
 }
 
-// visit(index, entry, tiles) for every tensor of which this warp has tiles, in order.
+// The same in shared memory, read again for each tensor: hot loops have no register to spare for it.
+struct Ranges {
+  CostRange of_warp[kWarps];
+
+  __device__ __forceinline__ const CostRange& of_this_warp(const TableView& table) {
+    CostRange& range = of_warp[warp_id()];
+    if (lane_id() == 0) range = range_of_this_warp(table);
+    __syncwarp();
+    return range;
+  }
+};
+
+// visit(index, entry, tiles) for every tensor of which a warp has tiles, in order.
 template <class Visit>
 __device__ __forceinline__ void walk(const TableView& table, const TensorEntry* entries,
-                                     Visit visit) {
-  const CostRange range = range_of_this_warp(table);
+                                     const CostRange& range, Visit visit) {
   if (range.begin >= range.end) return;
   for (std::uint32_t i = find_tensor(table, entries, range.begin); i < table.tensors; ++i) {
     const TensorEntry& entry = entries[i];
@@ -47,8 +64,7 @@ __device__ __forceinline__ void walk(const TableView& table, const TensorEntry* 
 // The same from the last tensor to the first.
 template <class Visit>
 __device__ __forceinline__ void walk_backward(const TableView& table, const TensorEntry* entries,
-                                              Visit visit) {
-  const CostRange range = range_of_this_warp(table);
+                                              const CostRange& range, Visit visit) {
   if (range.begin >= range.end) return;
   for (std::uint32_t i = find_tensor(table, entries, range.end - 1) + 1; i-- > 0;) {
     const TensorEntry& entry = entries[i];
@@ -60,12 +76,14 @@ __device__ __forceinline__ void walk_backward(const TableView& table, const Tens
 
 // The bytes of tile `index` of a tensor.
 struct TileBytes {
-  std::int64_t first, bytes;
+  std::int64_t first;
+  int bytes;
 };
 __device__ __forceinline__ TileBytes bytes_of_tile(const TensorEntry& entry, std::uint32_t index) {
   constexpr auto kTile = static_cast<std::int64_t>(order::kTileBytes);
   const std::int64_t first = index * kTile;
-  return {first, entry.bytes - first < kTile ? entry.bytes - first : kTile};
+  const std::int64_t left = entry.bytes - first;
+  return {first, static_cast<int>(left < kTile ? left : kTile)};
 }
 
 // Objects of global memory that other blocks wrote in this launch: past this multiprocessor's cache.

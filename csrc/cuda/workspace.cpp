@@ -15,8 +15,7 @@ Workspace::~Workspace() {
   if (end_) cudaEventDestroy(end_);
 }
 
-void Workspace::reserve(std::size_t counters, std::size_t bytes, std::size_t pinned,
-                        cudaStream_t stream) {
+void Workspace::reserve(std::size_t counters, std::size_t bytes, cudaStream_t stream) {
   if (counters > counter_count_) {
     const std::size_t count = std::bit_ceil(std::max<std::size_t>(counters, 1024));
     check(cudaFree(counters_), "cudaFree");
@@ -38,8 +37,11 @@ void Workspace::reserve(std::size_t counters, std::size_t bytes, std::size_t pin
     memory_ = static_cast<std::byte*>(memory);
     bytes_ = size;
   }
-  if (pinned > pinned_bytes_) {
-    const std::size_t size = std::bit_ceil(std::max<std::size_t>(pinned, std::size_t{1} << 16));
+}
+
+std::byte* Workspace::pinned(std::size_t bytes) {
+  if (bytes > pinned_bytes_) {
+    const std::size_t size = std::bit_ceil(std::max<std::size_t>(bytes, std::size_t{1} << 16));
     check(cudaFreeHost(pinned_), "cudaFreeHost");
     pinned_ = nullptr;
     pinned_bytes_ = 0;
@@ -48,11 +50,13 @@ void Workspace::reserve(std::size_t counters, std::size_t bytes, std::size_t pin
     pinned_ = static_cast<std::byte*>(memory);
     pinned_bytes_ = size;
   }
+  return pinned_;
 }
 
 void Workspace::mark_end(cudaStream_t stream) {
   if (!end_) check(cudaEventCreateWithFlags(&end_, cudaEventDisableTiming), "cudaEventCreate");
   check(cudaEventRecord(end_, stream), "cudaEventRecord");
+  stream_ = stream;
 }
 
 void Workspace::let_wait(cudaStream_t stream) const {
@@ -70,7 +74,7 @@ namespace {
 // Never destroyed: at the end of the process the driver goes first.
 struct Pool {
   std::mutex mutex;
-  std::vector<Workspace*> free;  // the one given back longest ago first
+  std::vector<Workspace*> free;  // those that were found busy last
 };
 Pool& pool() {
   static Pool* const pool = new Pool;
@@ -82,17 +86,24 @@ constexpr std::ptrdiff_t kMostInFlight = 64;
 
 }  // namespace
 
-Workspace* take_workspace(int device) {
+Workspace* take_workspace(int device, cudaStream_t stream) {
   Pool& all = pool();
   std::unique_lock lock(all.mutex);
   const auto of_device = [&](const Workspace* w) { return w->device() == device; };
-  const auto oldest = std::find_if(all.free.begin(), all.free.end(), of_device);
-  if (oldest == all.free.end()) return new Workspace(device);
-  Workspace* const workspace = *oldest;
-  const bool is_idle = workspace->is_idle();
-  if (!is_idle && std::count_if(all.free.begin(), all.free.end(), of_device) < kMostInFlight)
-    return new Workspace(device);
-  all.free.erase(oldest);
+  const auto is_ready = [&](const Workspace* w) { return of_device(w) && w->is_idle(); };
+  auto found = std::ranges::find_if(all.free, is_ready);
+  const bool is_idle = found != all.free.end();
+  if (!is_idle) {
+    if (std::ranges::count_if(all.free, of_device) < kMostInFlight) return new Workspace(device);
+    // One whose end this stream comes to before this call in any case; others may be stalled.
+    found = std::ranges::find_if(
+        all.free, [&](const Workspace* w) { return of_device(w) && w->stream() == stream; });
+    if (found == all.free.end()) found = std::ranges::find_if(all.free, of_device);
+  }
+  Workspace* const workspace = *found;
+  // The next call shall not ask first those that were busy now.
+  if (is_idle) std::rotate(all.free.begin(), found, all.free.end());
+  all.free.erase(std::ranges::find(all.free, workspace));
   lock.unlock();  // others go on
   if (!is_idle) workspace->wait_until_idle();
   return workspace;

@@ -16,14 +16,16 @@ class Workspace {
   Workspace& operator=(const Workspace&) = delete;
   ~Workspace();
 
-  // Room for so many counters, which are 0 between calls, and so many other bytes; `pinned` bytes of
-  // host memory for copies. What there was before is lost where it was not enough.
-  void reserve(std::size_t counters, std::size_t bytes, std::size_t pinned, cudaStream_t stream);
+  // Room for so many counters, which are 0 between calls, and so many other bytes. What there was before is
+  // lost where it was not enough.
+  void reserve(std::size_t counters, std::size_t bytes, cudaStream_t stream);
 
   std::uint32_t* counters() const { return counters_; }
   std::byte* memory() const { return memory_; }
-  std::byte* pinned() const { return pinned_; }
+  // So many bytes of host memory for copies.
+  std::byte* pinned(std::size_t bytes);
   int device() const { return device_; }
+  cudaStream_t stream() const { return stream_; }  // of the last call
 
   // The end of a call's work, and whether the device has come to it.
   void mark_end(cudaStream_t stream);
@@ -39,10 +41,11 @@ class Workspace {
   std::byte* pinned_ = nullptr;
   std::size_t counter_count_ = 0, bytes_ = 0, pinned_bytes_ = 0;
   cudaEvent_t end_ = nullptr;
+  cudaStream_t stream_ = nullptr;
 };
 
 // One that no call of this process uses. The caller gives it back when its work is enqueued.
-Workspace* take_workspace(int device);
+Workspace* take_workspace(int device, cudaStream_t stream);
 void give_back(Workspace* workspace);
 
 }  // namespace gradclip::cuda

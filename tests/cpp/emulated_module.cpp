@@ -15,16 +15,21 @@ void add_emulator(pybind11::module_& m) {
   m.def(
       "set_machine",
       [](int multiprocessors, bool is_capturing, bool is_busy, unsigned seed,
-         unsigned blocks_at_once) {
+         unsigned blocks_at_once, bool others_capture, std::uintptr_t busy_stream) {
         machine().multiprocessors = multiprocessors;
         machine().is_capturing = is_capturing;
         machine().is_busy = is_busy;
+        machine().others_capture = others_capture;
+        machine().broken_captures = 0;
+        machine().busy_stream = reinterpret_cast<cudaStream_t>(busy_stream);
+        machine().contexts.clear();
         machine().memory.clear();
         machine().waits.clear();
         schedule() = {seed, blocks_at_once};
       },
       py::kw_only(), py::arg("multiprocessors") = 1, py::arg("is_capturing") = false,
-      py::arg("is_busy") = false, py::arg("seed") = 0, py::arg("blocks_at_once") = 1);
+      py::arg("is_busy") = false, py::arg("seed") = 0, py::arg("blocks_at_once") = 1,
+      py::arg("others_capture") = false, py::arg("busy_stream") = 0);
   // Let [begin, end) be memory of a device (-1: of none), the rest of the address space stay.
   m.def(
       "set_memory",
@@ -34,6 +39,14 @@ void add_emulator(pybind11::module_& m) {
       },
       py::arg("begin"), py::arg("end"), py::arg("device"), py::arg("managed"));
   m.def("current_device", [] { return machine().current_device; });
+  // Devices on which something made a context, and how often somebody else's capture was broken.
+  m.def("contexts", [] { return machine().contexts; });
+  m.def("broken_captures", [] { return machine().broken_captures; });
+  m.def("unload_kernels", [] { machine().loaded.clear(); });
+  m.def("stream_of_last_wait",
+        [] { return reinterpret_cast<std::uintptr_t>(machine().last_wait); });
+  // Calls of the runtime since the process began, by name.
+  m.def("calls", [] { return machine().calls; });
   // (launches, allocations, copies, host waits) since the process began.
   m.def("counters", [] {
     const Counters& all = counters();

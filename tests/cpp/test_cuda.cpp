@@ -287,14 +287,56 @@ TEST_CASE("strided tensors") {
   }
 }
 
-TEST_CASE("more tensors than an argument holds") {
+TEST_CASE("as many tensors as an argument holds, few or many, and more") {
   set(kSettings[3]);
   List list;
-  for (int i = 0; i < 1500; ++i) {
-    list.emplace_back(kTypes[i % 4], 10 + i % 50);
-    list.back().fill(static_cast<unsigned>(i), 1.0);
+  std::vector<std::size_t> counts{1500};
+  for (const std::size_t held : {cuda::kFewEntries, cuda::kMostEntries})
+    for (const std::size_t count : {held - 1, held, held + 1}) counts.push_back(count);
+  std::sort(counts.begin(), counts.end());
+  for (const std::size_t count : counts) {
+    while (list.size() < count) {
+      const auto i = static_cast<unsigned>(list.size());
+      list.emplace_back(kTypes[i % 4], 10 + i % 50);
+      list.back().fill(i, 1.0);
+    }
+    compare(list, {});
   }
-  compare(list, {});
+}
+
+TEST_CASE("tiles that are all zero are read once, those whose squares vanish again") {
+  set(kSettings[0]);
+  const auto loads = [](double x, NormOrder order) {
+    List list;
+    for (const DType dtype : {DType::float16, DType::bfloat16, DType::float32, DType::float64}) {
+      list.emplace_back(dtype, 20'000);
+      list.back().fill(1, 0.0);
+      if (dtype != DType::float16) list.back().set(19'999, x);
+    }
+    const std::size_t before = simt::counters().loads;
+    compare(list, {.order = order});
+    return simt::counters().loads - before;
+  };
+  CHECK(loads(0.0, {}) == loads(1.0, {}));
+  CHECK(loads(-0.0, {}) == loads(1.0, {}));
+  CHECK(loads(1e-30, {}) > loads(1.0, {}));
+  CHECK(loads(0.0, {NormOrder::one, 1.0}) == loads(1.0, {NormOrder::one, 1.0}));
+}
+
+TEST_CASE("the grid of a kernel is what is resident of it") {
+  simt::machine().multiprocessors = 4;
+  List list;
+  list.emplace_back(DType::float32, 1'000'000);
+  list[0].fill(1, 1.0);
+  cuda::List gpu(spans_of(list), {}, 0, nullptr);
+  std::vector<double> memory(gpu.layout().bytes() / 8);
+  auto* const result = reinterpret_cast<std::byte*>(memory.data());
+  gpu.measure({}, 1.0, result, nullptr);
+  CHECK(simt::counters().blocks_of_last_launch == 4 * cuda::kBlocksPerMultiprocessor);
+  gpu.clip_by_value({1.0}, result, nullptr);
+  CHECK(simt::counters().blocks_of_last_launch == 4 * cuda::kBlocksOfLargeKernels);
+  gpu.measure({NormOrder::other, 3.0}, 1.0, result, nullptr);
+  CHECK(simt::counters().blocks_of_last_launch == 4 * cuda::kBlocksOfLargeKernels);
 }
 
 TEST_CASE("no gradients at all") {

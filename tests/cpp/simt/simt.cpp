@@ -221,6 +221,7 @@ void run_grid(dim3 grid_dim, dim3 block_dim, std::size_t shared_bytes,
   static std::mutex one_grid_at_a_time;
   const std::scoped_lock lock(one_grid_at_a_time);
   ++counters().launches;
+  counters().blocks_of_last_launch = grid_dim.x;
   Grid here{grid_dim, block_dim, &body, nullptr};
   grid = &here;
   random_engine.seed(schedule().seed);
