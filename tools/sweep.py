@@ -54,7 +54,8 @@ VALUES: dict[str, tuple[str, ...]] = {
     "kBlocksPerMultiprocessor": ("1", "2", "3", "4"),
     "kTileEndCost": ("1", "4", "8", "16", "32"),
     "kLeastCostPerBlock": tuple(f"{n} * kTileCost" for n in (1, 2, 4, 8)),
-    "kArgumentEntries": ("160", "480", "960"),
+    "kFewEntries": ("32", "96", "320"),
+    "kMostEntries": ("320", "960"),
     "kChangesBackward": ("false", "true"),
 }
 Settings = tuple[tuple[str, str], ...]
