@@ -388,7 +388,7 @@ def test_pools_of_cupy_are_believed(emulated: EmulatedDevice, monkeypatch: pytes
     assert _calls(emulated, lambda: gradclip.global_norm(grads))[asked] == 3
     monkeypatch.setattr(cupy.cuda.memory, "PooledMemory", type(whole.data.mem))
     assert asked not in _calls(emulated, lambda: gradclip.global_norm(grads))
-    memory = cupy.cuda.UnownedMemory(whole.data.ptr, page, whole, 1)  # which says that it is device 1's
+    memory = cupy.cuda.UnownedMemory(whole.data.ptr + 3 * page, page, whole, 1)  # says that it is device 1's
     elsewhere = cupy.ndarray((9,), np.float64, cupy.cuda.MemoryPointer(memory, 0))
     assert _calls(emulated, lambda: gradclip.global_norm([*grads, elsewhere]))[asked] == 1
 

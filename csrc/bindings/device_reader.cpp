@@ -122,9 +122,7 @@ bool DeviceReader::read_plain(PyObject* object, Span& span) {
   if (!type) return false;
   const py::object data = data_of_cupy(object);
   const Span plain{address_of_cupy(data), integer(size.of(object)), nullptr, *type};
-  if (plain.numel != 0 &&
-      !(is_aligned(plain) && (is_of_cupys_pool(data) || is_device_memory(plain.data))))
-    return false;
+  if (plain.numel != 0 && !(is_aligned(plain) && is_device_memory(plain.data, &data))) return false;
   span = plain;
   return true;
 }
@@ -208,7 +206,7 @@ void DeviceReader::add_stream(cuda::Stream stream) {
   streams_.push_back(stream);
 }
 
-// What CuPy has allocated from a pool lies where it says, and no driver is asked.
+// What CuPy has allocated from a pool lies where it says.
 bool DeviceReader::is_of_cupys_pool(const py::object& data) {
   if (!pooled_) pooled_ = imported("cupy.cuda.memory", "PooledMemory");
   static const Attribute mem("mem"), device_id("device_id");
@@ -218,12 +216,14 @@ bool DeviceReader::is_of_cupys_pool(const py::object& data) {
 
 // A driver call for each of a thousand arrays would cost more than the kernels. Memory of two kinds or
 // devices never shares 2 MB of addresses: that is the page of the device.
-bool DeviceReader::is_device_memory(const std::byte* data) {
+bool DeviceReader::is_device_memory(const std::byte* data, const py::object* cupys) {
   const std::uintptr_t granule = reinterpret_cast<std::uintptr_t>(data) >> 21;
   std::uintptr_t& known = known_granules_[granule % kGranules];
   if (known == granule && granule != 0) return true;
-  const cuda::PointerInfo info = cuda::pointer_info(data);
-  if (info.device != place_.device || info.managed) return false;
+  if (!cupys || !is_of_cupys_pool(*cupys)) {
+    const cuda::PointerInfo info = cuda::pointer_info(data);
+    if (info.device != place_.device || info.managed) return false;
+  }
   known = granule;
   return true;
 }

@@ -51,7 +51,8 @@ class DeviceReader {
   void read_cuda_interface(py::handle object, const EntryName& name, Entry& entry);
   void add_stream(cuda::Stream stream);
   bool is_of_cupys_pool(const py::object& data);
-  bool is_device_memory(const std::byte* data);
+  // `cupys`: the MemoryPointer of a CuPy array.
+  bool is_device_memory(const std::byte* data, const py::object* cupys = nullptr);
   void check_memory(const Span& span, const EntryName& name);
 
   Place place_;

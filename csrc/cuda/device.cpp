@@ -27,9 +27,8 @@ struct Driver {
   Driver() {
     void* const library = dlopen("libcuda.so.1", RTLD_LAZY);  // never closed
     const auto find = [&](auto& function, const char* name) {
-      if (library)
-        function =
-            reinterpret_cast<std::remove_reference_t<decltype(function)> >(dlsym(library, name));
+      using Function = std::remove_reference_t<decltype(function)>;
+      if (library) function = reinterpret_cast<Function>(dlsym(library, name));
       if (!function) throw std::runtime_error(std::string("CUDA: the driver has no ") + name);
     };
     find(get, "cuDeviceGet");
