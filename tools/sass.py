@@ -1,7 +1,7 @@
 """What the machine code of the CUDA kernels must show, where there is no GPU to ask.
 
 Every kernel, for every GPU that the file has code for, has few enough registers for the blocks that shall be
-resident at once, and no hot loop accesses local memory; for sm_80 and sm_90 no kernel has a stack, local
+resident at once, and no hot loop accesses local memory; for sm_90 no kernel has a stack, local
 memory or spills at all. For sm_90 the hot loops of every dtype read (and write) 16 bytes a thread at a time,
 several before the first is used. What a kernel writes it does not read through the read-only cache.
 
@@ -23,7 +23,7 @@ THREADS = 256
 REGISTERS = 65536  # of a multiprocessor
 # Blocks at once on a multiprocessor, as in csrc/cuda/tuning.hpp.
 LOOPS_OF = "sm_90"  # whose loops are counted
-WITHOUT_SPILLS = ("sm_80", "sm_90")
+WITHOUT_SPILLS = ("sm_90",)
 BLOCKS = 3
 BLOCKS_OF_LARGE_KERNELS = 2
 LARGE_KERNELS = ("measure_kernelILNS0_7MeasureE3", "clip_by_value_kernel")
