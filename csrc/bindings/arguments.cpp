@@ -5,6 +5,7 @@
 #include <optional>
 #include <string>
 
+#include "bindings/convert.hpp"
 #include "bindings/modules.hpp"
 #include "bindings/text.hpp"
 #include "cpu/float_environment.hpp"
@@ -108,6 +109,69 @@ py::list values_by_name(const py::object& mapping, const py::object& names, cons
   return values;
 }
 
+// A limit or more of rows: a number, None, or so many of an array. Appended to `limits`.
+void add_limits_of_rows(const py::object& value, std::size_t rows, const std::string& name,
+                        bool are_coefficients, Table<double>& limits) {
+  if (value.is_none() || is_real_scalar(value)) {
+    const double limit = value.is_none() ? (are_coefficients ? 1.0 : infinity())
+                         : are_coefficients ? finite_number(value, name.c_str())
+                                            : nonnegative_number(value, name.c_str());
+    limits.insert(limits.end(), rows, limit);
+    return;
+  }
+  const std::string expected = "a number or an array of " + std::to_string(rows) + " numbers";
+  const py::object any = py::module_::import("numpy").attr("asarray")(value);
+  const py::object dtype = any.attr("dtype");
+  const std::string kind = str_text(dtype.attr("kind"));
+  if (kind != "f" && kind != "i" && kind != "u" && kind != "V")
+    throw py::type_error(name + ": expected " + expected + ", got one of dtype " +
+                         str_text(dtype));
+  const py::array_t<double> numbers = any.attr("astype")("float64");
+  if (numbers.ndim() != 1 || static_cast<std::size_t>(numbers.size()) != rows)
+    throw py::value_error(name + ": expected " + expected + ", got one of shape " +
+                          str_text(any.attr("shape")));
+  const cpu::DefaultFloatEnvironment environment;
+  for (py::ssize_t r = 0; r < numbers.size(); ++r) {
+    const double limit = numbers.at(r);
+    if (!is_usable({.are_coefficients = are_coefficients}, limit))
+      throw py::value_error(name + "[" + std::to_string(r) + "]: expected a " +
+                            (are_coefficients ? "finite number" : "number that is not negative") +
+                            ", got " + repr_text(py::float_(limit)));
+    limits.push_back(limit);
+  }
+}
+
+Table<double> limits_of_rows(const py::object& value, const NamedGroups& groups,
+                             const std::string& argument, bool are_coefficients) {
+  const RowTable& rows = *groups.rows;
+  Table<double> limits;
+  limits.reserve(rows.count());
+  const bool by_name = is_mapping(value);
+  if (!by_name && !PyList_Check(value.ptr()) && !PyTuple_Check(value.ptr())) {
+    add_limits_of_rows(value, rows.count(), argument, are_coefficients, limits);
+    return limits;
+  }
+  const py::object names = groups.names.attr("gradients");
+  const auto values = by_name ? values_by_name(value, names, argument.c_str(), "gradients")
+                              : py::reinterpret_steal<py::object>(PySequence_List(value.ptr()));
+  if (!values) throw py::error_already_set();
+  const auto count = static_cast<std::size_t>(PyList_GET_SIZE(values.ptr()));
+  if (count != rows.gradients.size())
+    throw py::value_error(argument + ": expected a number, an array of " +
+                          std::to_string(rows.count()) + " numbers, or one of these for each of the " +
+                          std::to_string(rows.gradients.size()) + " gradients, got " +
+                          std::to_string(count));
+  for (std::size_t i = 0; i < count; ++i) {
+    const std::string place = by_name ? repr_text(names[py::int_(i)]) : std::to_string(i);
+    add_limits_of_rows(py::reinterpret_borrow<py::object>(
+                           PyList_GET_ITEM(values.ptr(), static_cast<Py_ssize_t>(i))),
+                       static_cast<std::size_t>(rows.gradients[i].count),
+                       std::string(argument).append("[").append(place).append("]"),
+                       are_coefficients, limits);
+  }
+  return limits;
+}
+
 }  // namespace
 
 Table<double> limits_of_groups(const py::object& value, const NamedGroups& groups,
@@ -117,6 +181,8 @@ Table<double> limits_of_groups(const py::object& value, const NamedGroups& group
     return are_coefficients ? finite_number(one, name.c_str())
                             : nonnegative_number(one, name.c_str());
   };
+  if (groups.groups.kind == Groups::row && !is_real_scalar(value))
+    return limits_of_rows(value, groups, argument, are_coefficients);
   const bool by_name = is_mapping(value);
   if (!by_name && (groups.groups.kind == Groups::all || !is_sequence_of_numbers(value)))
     return {number(value, argument)};
@@ -230,20 +296,40 @@ std::size_t label_number(const py::object& label, std::size_t i, std::size_t all
   return static_cast<std::size_t>(value);
 }
 
+NamedGroups groups_of_rows(const Gradients& grads, bool of_samples) {
+  const auto rows = std::make_shared<const RowTable>(grads.rows(of_samples));
+  NamedGroups named{{of_samples ? Groups::sample : Groups::row}, py::none(), rows};
+  if (of_samples) {
+    for (const RowSpan& gradient : rows->gradients)
+      named.groups.used = std::max(named.groups.used, static_cast<std::size_t>(gradient.count));
+    return named;
+  }
+  named.groups.used = rows->count();
+  const py::object first = checked(PyTuple_New(static_cast<Py_ssize_t>(rows->first.size())));
+  for (std::size_t i = 0; i < rows->first.size(); ++i)
+    PyTuple_SET_ITEM(first.ptr(), static_cast<Py_ssize_t>(i),
+                     to_index(rows->first[i]).release().ptr());
+  named.names = py::module_::import("gradclip._result").attr("RowNames")(grads.names(), first);
+  return named;
+}
+
 }  // namespace
 
 NamedGroups group_labels(const py::object& groups, const Gradients& grads) {
   if (groups.is_none()) return {};
   const std::size_t tensors = grads.spans().size();
   if (PyUnicode_Check(groups.ptr())) {
-    if (str_text(groups) == "tensor") return {{Groups::tensor}, grads.names()};
-    throw py::value_error("groups: expected None, 'tensor' or one label per gradient, got " +
-                          repr_text(groups));
+    const std::string text = str_text(groups);
+    if (text == "tensor") return {{Groups::tensor}, grads.names()};
+    if (text == "row" || text == "sample") return groups_of_rows(grads, text == "sample");
+    throw py::value_error(
+        "groups: expected None, 'tensor', 'row', 'sample' or one label per gradient, got " +
+        repr_text(groups));
   }
   const bool by_name = is_mapping(groups);
   if (!by_name && (PyBytes_Check(groups.ptr()) || !PySequence_Check(groups.ptr())))
     throw py::type_error(
-        "groups: expected None, 'tensor', a sequence or a mapping of labels, got " +
+        "groups: expected None, 'tensor', 'row', 'sample', a sequence or a mapping of labels, got " +
         type_name(groups));
   if (const auto axes = find_axes(groups); axes && *axes != 1)
     throw py::value_error("groups: expected labels in one dimension, got " + std::to_string(*axes));
@@ -258,9 +344,9 @@ NamedGroups group_labels(const py::object& groups, const Gradients& grads) {
   // Numbers of groups with names, some of which may have no gradient.
   if (const py::object names = find_attribute(groups, "group_names")) {
     result.names = py::tuple(names);
-    result.groups.labels_used = py::len(names);
+    result.groups.used = py::len(names);
   }
-  const std::size_t numbers_allowed = std::max(tensors, result.groups.labels_used);
+  const std::size_t numbers_allowed = std::max(tensors, result.groups.used);
   std::vector<std::size_t>& numbers = result.groups.label;
   numbers.reserve(count);
   // Names are numbered in the order in which they first appear.
@@ -277,7 +363,7 @@ NamedGroups group_labels(const py::object& groups, const Gradients& grads) {
                              type_name(label));
       numbers.push_back(number_of.attr("setdefault")(label, number_of.size()).cast<std::size_t>());
     }
-    result.groups.labels_used = std::max(result.groups.labels_used, numbers.back() + 1);
+    result.groups.used = std::max(result.groups.used, numbers.back() + 1);
   }
   if (are_names) result.names = py::tuple(number_of);
   return result;

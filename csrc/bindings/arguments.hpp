@@ -3,6 +3,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include <memory>
+
 #include "bindings/gradients.hpp"
 #include "core/clip.hpp"
 #include "core/norm.hpp"
@@ -22,12 +24,14 @@ double nonnegative_number(const py::object& value, const char* name);
 // Groups, and what they are called: a tuple of names or None.
 struct NamedGroups {
   Groups groups;
-  py::object names = py::none();
+  py::object names = py::none();                   // or, of rows, a sequence that makes them
+  std::shared_ptr<const RowTable> rows = nullptr;  // where rows have groups
 };
 
 // What groups are clipped to (max_norm: not negative, infinity allowed) or multiplied by (coefficients: finite):
 // a number; or, unless all share a group, one for each, in a sequence or by the names of the groups. None
-// leaves a group alone.
+// leaves a group alone. Of rows, a sequence or a mapping by the names of the gradients has for each gradient a
+// number, None or an array of one for each row; an array has all of them.
 Table<double> limits_of_groups(const py::object& value, const NamedGroups& groups,
                                std::size_t tensors, bool are_coefficients);
 double finite_number(const py::object& value, const char* name);
@@ -38,7 +42,8 @@ void check_reduce(const py::object& reduce, const NormOrder& order);
 
 NormOrder norm_order(const py::object& ord);
 NonFinite nonfinite_policy(const py::object& policy);
-// Labels, of which equal ones share a group: integers or names, in a sequence or by the names of gradients.
+// None, "tensor", "row", "sample"; or labels, of which equal ones share a group: integers or names, in a
+// sequence or by the names of gradients.
 NamedGroups group_labels(const py::object& groups, const Gradients& grads);
 
 // What was measured is for gradients as they were: it has been used.

@@ -37,6 +37,22 @@ py::object tensor_norms(const Gradients& grads, const py::object& ord) {
   return to_array(norms_of_tensors(order, measure(grads, order)));
 }
 
+py::object row_norms(const Gradients& grads, const py::object& ord) {
+  const NormOrder order = norm_order(ord);
+  const RowTable rows = grads.rows(false);
+  grads.recheck(HostReader{}, ord);
+  const py::array_t<double> norms = py::module_::import("numpy").attr("zeros")(rows.count());
+  auto* const first = reinterpret_cast<double*>(py::detail::array_proxy(norms.ptr())->data);
+  run([&] {
+    cpu::row_norms(rows, cpu::make_plan(rows), order, {first, rows.count()});
+  });
+  py::list views;
+  for (std::size_t i = 0; i < rows.gradients.size(); ++i)
+    views.append(norms[py::slice(static_cast<py::ssize_t>(rows.first[i]),
+                                 static_cast<py::ssize_t>(rows.first[i + 1]), 1)]);
+  return views;
+}
+
 double global_norm(const Gradients& grads, const py::object& ord) {
   const NormOrder order = norm_order(ord);
   grads.recheck(HostReader{}, ord);

@@ -10,6 +10,8 @@
 namespace gradclip::bindings {
 
 py::object tensor_norms(const Gradients& grads, const py::object& ord);
+// A list of arrays, of the norms of the rows of each gradient.
+py::object row_norms(const Gradients& grads, const py::object& ord);
 double global_norm(const Gradients& grads, const py::object& ord);
 // The limit is rounded to the type of each tensor: to nearest or towards zero.
 py::object clip_by_value(const Gradients& grads, const py::object& limit, bool to_nearest);

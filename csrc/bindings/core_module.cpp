@@ -57,6 +57,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   py::class_<SharedGradients> gradients(m, "Gradients");
   gb::close_class(gradients);
   gradients.def("tensor_norms", method(&gb::tensor_norms), py::arg("ord"))
+      .def("row_norms", method(&gb::row_norms), py::arg("ord"))
       .def("global_norm", method(&gb::global_norm), py::arg("ord"))
       .def("measure", method(&measure), py::arg("ord"), py::arg("groups"), py::arg("grad_scale"),
            py::arg("reduce"))

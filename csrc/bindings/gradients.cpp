@@ -28,6 +28,7 @@ void set_layout(Entry& entry, std::byte* data, const Shape& shape, const EntryNa
     refuse("an array of 0 to 64 axes", "one of " + std::to_string(shape.axes));
   if (shape.axes > 0 && !shape.sizes) refuse("an array with a shape", "one without");
   const auto axes = static_cast<std::size_t>(shape.axes);
+  entry.span.rows = axes == 0 ? Span::kNoAxes : shape.sizes[0];
   std::int64_t bytes = itemsize;
   for (std::size_t a = 0; a < axes; ++a) {
     if (shape.sizes[a] < 0)
@@ -43,7 +44,7 @@ void set_layout(Entry& entry, std::byte* data, const Shape& shape, const EntryNa
   std::vector<StridedLayout::Axis> list(axes);
   // The lowest and the highest byte, seen from the first element.
   std::int64_t lowest = 0, highest = itemsize - 1, dense = itemsize;
-  bool is_possible = true;
+  bool is_possible = true, is_c_order = true;
   for (std::size_t a = axes; a-- > 0; dense *= shape.sizes[a]) {
     if (shape.sizes[a] == 1) {
       list[a] = {1, itemsize};  // the stride of one element may be anything
@@ -56,11 +57,16 @@ void set_layout(Entry& entry, std::byte* data, const Shape& shape, const EntryNa
     std::int64_t& end = reach < 0 ? lowest : highest;
     is_possible = is_possible && !__builtin_add_overflow(end, reach, &end);
     list[a] = {shape.sizes[a], stride};
+    is_c_order = is_c_order && stride == dense;
   }
   const auto address = reinterpret_cast<std::uintptr_t>(data);
   if (!is_possible || address > INT64_MAX || static_cast<std::int64_t>(address) < -lowest ||
       static_cast<std::int64_t>(address) > INT64_MAX - highest)
     refuse("elements within memory", "strides that reach beyond its addresses");
+  if (!is_c_order) {
+    OrderedAxes row = order_axes(data, itemsize, {list.begin() + 1, list.end()});
+    entry.rows = {row.data, list[0].stride, std::move(row.layout)};
+  }
   OrderedAxes ordered = order_axes(data, itemsize, std::move(list));
   entry.span.data = ordered.data;
   entry.layout = std::move(ordered.layout);
@@ -112,6 +118,7 @@ void Gradients::add(Entry&& entry) {
     layouts_.push_back(std::move(*entry.layout));
     entry.span.layout = &layouts_.back();
   }
+  if (entry.rows) strided_rows_.emplace(spans_.size(), std::move(*entry.rows));
   if (entry.unwritable && !unwritable_) unwritable_ = std::move(entry.unwritable);
   spans_.push_back(entry.span);
   if (entry.owner) owners_.push_back(std::move(entry.owner));
@@ -175,7 +182,7 @@ void Gradients::make_plan_of_spans() {
 std::vector<std::size_t> Gradients::missing() const {
   std::vector<std::size_t> found;
   for (std::size_t i = 0; i < spans_.size(); ++i)
-    if (PyTuple_GET_ITEM(arrays_.ptr(), i) == Py_None) found.push_back(i);
+    if (is_missing(i)) found.push_back(i);
   return found;
 }
 
@@ -223,6 +230,46 @@ void Gradients::require_writable() const {
     knows_overlaps_.store(true, std::memory_order_release);
   }
   if (unwritable_) unwritable_->raise();
+}
+
+RowSpan Gradients::rows_of(std::size_t i, bool of_samples,
+                           std::list<StridedLayout>& layouts) const {
+  Span span = spans_[i];
+  if (span.rows == Span::kUnknownRows) {  // of a CuPy array, in C order
+    const py::tuple shape(arrays_[i].attr("shape"));
+    span.rows = shape.empty() ? Span::kNoAxes : shape[0].cast<std::int64_t>();
+  }
+  if (span.rows < 0)
+    EntryName(i, names_)
+        .problem(Problem::value_error,
+                 of_samples ? "an array with a first axis, that of the samples"
+                            : "an array with a first axis, that of its rows",
+                 "one without axes (g.reshape(1) has one row)")
+        .raise();
+  const auto strided = strided_rows_.find(i);
+  if (strided == strided_rows_.end()) return rows_of_dense(span, layouts);
+  const auto& [first, stride, layout] = strided->second;
+  return {first,      span.rows, stride, span.numel / span.rows, layout ? &*layout : nullptr,
+          span.dtype};
+}
+
+RowTable Gradients::rows(bool of_samples) const {
+  RowTable table;
+  std::optional<std::size_t> with_samples;
+  for (std::size_t i = 0; i < spans_.size(); ++i) {
+    table.add(is_missing(i) ? RowSpan{} : rows_of(i, of_samples, table.layouts));
+    if (!of_samples || is_missing(i)) continue;
+    if (!with_samples) with_samples = i;
+    const std::int64_t expected = table.gradients[*with_samples].count;
+    if (table.gradients[i].count != expected)
+      EntryName(i, names_)
+          .problem(Problem::value_error,
+                   std::to_string(expected) + " samples along the first axis, as " +
+                       entry_name(*with_samples, names_) + " has",
+                   std::to_string(table.gradients[i].count))
+          .raise();
+  }
+  return table;
 }
 
 void Gradients::require_real() const {

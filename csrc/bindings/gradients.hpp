@@ -6,6 +6,7 @@
 
 #include <atomic>
 #include <list>
+#include <map>
 #include <mutex>
 #include <optional>
 #include <span>
@@ -14,6 +15,7 @@
 #include <vector>
 
 #include "bindings/text.hpp"
+#include "core/rows.hpp"
 #include "core/span.hpp"
 #include "cpu/plan.hpp"
 
@@ -52,8 +54,15 @@ class EntryName {
 // What an array reader finds out about one entry. The readers check what any use needs and raise;
 // what forbids only writing goes to `unwritable` ("writable memory, got a read-only array").
 struct Entry {
+  // Rows that do not follow from the span: where row 0 lies, and the bytes to the next one.
+  struct StridedRows {
+    std::byte* first;
+    std::int64_t stride;
+    std::optional<StridedLayout> layout;  // of one row
+  };
   Span span;
   std::optional<StridedLayout> layout;
+  std::optional<StridedRows> rows;
   std::optional<Problem> unwritable;
   py::object owner;  // what keeps the memory alive beside the array itself
 
@@ -203,6 +212,8 @@ class Gradients {
   void require_writable() const;
   // Throws if some entry is complex.
   void require_real() const;
+  // The rows of every entry. Throws if one has no axes; `of_samples`: or not as many rows as the others.
+  RowTable rows(bool of_samples) const;
 
   bool is_kept() const { return is_kept_; }
   std::span<const Span> spans() const { return spans_; }
@@ -226,6 +237,8 @@ class Gradients {
                                         : now.layout == before.layout);
   }
   [[noreturn]] static void refuse_changed(const EntryName& name, const Entry& now);
+  bool is_missing(std::size_t i) const { return PyTuple_GET_ITEM(arrays_.ptr(), i) == Py_None; }
+  RowSpan rows_of(std::size_t i, bool of_samples, std::list<StridedLayout>& layouts) const;
   void take_arrays(const py::object& grads);
   void add(Entry&& entry);
   void count_bytes();
@@ -237,6 +250,7 @@ class Gradients {
   std::int64_t nbytes_ = 0;
   cpu::ChunkPlan plan_;
   std::list<StridedLayout> layouts_;  // of the spans that are not dense; addresses must stay
+  std::map<std::size_t, Entry::StridedRows> strided_rows_;  // by entry
   py::tuple arrays_;
   std::vector<py::object> owners_;
   py::object names_ = py::none();

@@ -147,9 +147,19 @@ Measured::Measured(std::shared_ptr<const Gradients> grads, const MeasureArgument
       order_(arguments.order),
       named_(arguments.groups),
       grad_scale_(arguments.grad_scale) {
-  const Table<NormSum> sums =
-      run([&] { return cpu::measure(grads_->spans(), grads_->plan(), order_); });
-  sums_ = decide([&] { return sums_of_groups(order_, sums, named_.groups); });
+  Table<NormSum> sums;
+  if (named_.rows) {
+    RowSums of_rows = run([&] {
+      const RowTable& rows = *named_.rows;
+      return sums_of_rows(order_, cpu::measure_rows(rows, cpu::make_plan(rows), order_), rows.first,
+                          named_.groups);
+    });
+    sums = std::move(of_rows.tensors);
+    sums_ = std::move(of_rows.groups);
+  } else {
+    sums = run([&] { return cpu::measure(grads_->spans(), grads_->plan(), order_); });
+    sums_ = decide([&] { return sums_of_groups(order_, sums, named_.groups); });
+  }
   norms_ = decide([&] { return norms_of(order_, sums, named_.groups, sums_, grad_scale_); });
   nonfinite_ = count_nonfinite(*grads_, norms_.odd);
   if (arguments.reduce.is_none()) return;
@@ -220,10 +230,13 @@ py::object Measured::apply(const Table<double>& limits, const ClipOptions& optio
   if (decision.action == Action::nothing) return result;
   grads_->mark_written();
   run([&] {
-    if (decision.action == Action::scale)
+    if (decision.action != Action::scale)
+      cpu::set_to_zero(grads_->spans(), grads_->plan());
+    else if (!named_.rows)
       cpu::scale(grads_->spans(), grads_->plan(), decision.factors);
     else
-      cpu::set_to_zero(grads_->spans(), grads_->plan());
+      (named_.groups.kind == Groups::row ? cpu::scale_rows : cpu::scale_samples)(
+          *named_.rows, cpu::make_plan(*named_.rows), decision.factors);
   });
   return result;
 }

@@ -51,6 +51,12 @@ std::int64_t numel_of(const py::detail::PyArray_Proxy& proxy) {
   return numel;
 }
 
+// Of a dense array.
+void set_rows(const py::detail::PyArray_Proxy& proxy, Span& span) {
+  span.rows = proxy.nd == 0 ? Span::kNoAxes : proxy.dimensions[0];
+  span.is_fortran = !(proxy.flags & npy_api::NPY_ARRAY_C_CONTIGUOUS_);
+}
+
 }  // namespace
 
 void init_numpy() { ndarray_type = npy_api::get().PyArray_Type_; }
@@ -85,6 +91,7 @@ bool read_plain_numpy(PyObject* array, Span& span) {
   const std::optional<DType> dtype = find_dtype(proxy.descr);
   if (!dtype) return false;
   span = {reinterpret_cast<std::byte*>(proxy.data), numel_of(proxy), nullptr, *dtype};
+  set_rows(proxy, span);
   return true;
 }
 
@@ -112,6 +119,7 @@ void read_numpy(PyObject* array, const EntryName& name, Entry& entry) {
   auto* const data = reinterpret_cast<std::byte*>(proxy.data);
   if (proxy.flags & kDense) {
     entry.span.data = data;
+    set_rows(proxy, entry.span);
   } else {
     static_assert(sizeof(ssize_t) == sizeof(std::int64_t));
     set_layout(entry, data,

@@ -1,6 +1,29 @@
 #include "core/clip.hpp"
 
+#include <utility>
+
 namespace gradclip {
+
+RowSums sums_of_rows(const NormOrder& order, Table<NormSum>&& rows,
+                     std::span<const std::size_t> first_row, const Groups& groups) {
+  const std::size_t tensors = first_row.size() - 1;
+  Table<std::size_t> label(rows.size());
+  const auto label_rows = [&](auto label_of) {
+    for (std::size_t i = 0; i < tensors; ++i)
+      for (std::size_t r = first_row[i]; r < first_row[i + 1]; ++r)
+        label[r] = label_of(i, r - first_row[i]);
+  };
+  RowSums sums;
+  label_rows([](std::size_t tensor, std::size_t) { return tensor; });
+  sums.tensors = group_sums(order, rows, label, tensors);
+  if (groups.kind == Groups::row) {
+    sums.groups = std::move(rows);
+  } else {
+    label_rows([](std::size_t, std::size_t row) { return row; });
+    sums.groups = group_sums(order, rows, label, groups.used);
+  }
+  return sums;
+}
 
 Norms norms_of(const NormOrder& order, std::span<const NormSum> tensors, const Groups& groups,
                std::span<const NormSum> group, double grad_scale) {
@@ -46,9 +69,12 @@ ClipDecision decide_clip(const Norms& norms, const Groups& groups, std::span<con
   }
   decision.action = action_of(options, all, any_changes);
   if (decision.action != Action::scale) return decision;
-  decision.factors.reserve(norms.tensors.size());
-  for (std::size_t i = 0; i < norms.tensors.size(); ++i)
-    decision.factors.push_back(decision.coefficients[groups.of(i)] / options.grad_scale);
+  const bool of_rows = groups.are_of_rows();
+  const std::size_t factors = of_rows ? decision.coefficients.size() : norms.tensors.size();
+  decision.factors.reserve(factors);
+  for (std::size_t i = 0; i < factors; ++i)
+    decision.factors.push_back(decision.coefficients[of_rows ? i : groups.of(i)] /
+                               options.grad_scale);
   return decision;
 }
 

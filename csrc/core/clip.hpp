@@ -10,16 +10,18 @@
 
 namespace gradclip {
 
-// Which tensors share a norm: one group of all, each tensor its own, or by label.
+// What shares a norm: all tensors, each its own, by label; each row its own, or row i of all tensors.
 struct Groups {
-  enum Kind { all, tensor, labels };
+  enum Kind { all, tensor, labels, row, sample };
   Kind kind = all;
   std::vector<std::size_t> label = {};  // of every tensor, for `labels`
-  std::size_t labels_used = 0;          // largest label + 1
+  std::size_t used = 0;                 // largest label + 1; the number of rows, of samples
 
   std::size_t count(std::size_t tensors) const {
-    return kind == all ? 1 : kind == tensor ? tensors : labels_used;
+    return kind == all ? 1 : kind == tensor ? tensors : used;
   }
+  bool are_of_rows() const { return kind == row || kind == sample; }
+  // Of a tensor; where not tensors but rows have groups, of nothing.
   std::size_t of(std::size_t i) const { return kind == all ? 0 : kind == tensor ? i : label[i]; }
 };
 
@@ -28,6 +30,13 @@ inline Table<NormSum> sums_of_groups(const NormOrder& order, std::span<const Nor
   if (groups.kind == Groups::tensor) return {tensors.begin(), tensors.end()};
   return group_sums(order, tensors, groups.label, groups.count(tensors.size()));
 }
+
+// The sums of a list of which rows have groups: of groups, and of tensors, each the group of its rows.
+struct RowSums {
+  Table<NormSum> tensors, groups;
+};
+RowSums sums_of_rows(const NormOrder& order, Table<NormSum>&& rows,
+                     std::span<const std::size_t> first_row, const Groups& groups);
 
 // Norms are divided by the scale of the gradients.
 struct Norms {
@@ -49,7 +58,7 @@ struct ClipDecision {
   bool any_nonfinite = false;  // whether some norm is not finite
   bool clipped = false;
   Action action = Action::nothing;
-  Table<double> factors;  // of every tensor, to `scale`: coefficient / grad_scale
+  Table<double> factors;  // to `scale`, of every tensor, or group of rows: coefficient / grad_scale
 };
 
 // `limits` are thresholds or coefficients, one for each group, or one for all.

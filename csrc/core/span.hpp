@@ -29,7 +29,10 @@ struct Span {
   std::int64_t numel = 0;
   const StridedLayout* layout = nullptr;  // null where the elements are dense
   DType dtype = DType::float32;
+  bool is_fortran = false;  // dense, and the first axis is the innermost
+  std::int64_t rows = 0;    // the length of the first axis; kNoAxes, kUnknownRows
 
+  static constexpr std::int64_t kNoAxes = -1, kUnknownRows = -2;
   std::int64_t itemsize() const { return static_cast<std::int64_t>(size_of(dtype)); }
   std::int64_t nbytes() const { return numel * itemsize(); }
   std::int64_t extent() const { return layout ? layout->extent(itemsize()) : nbytes(); }

@@ -11,17 +11,37 @@
 
 namespace gradclip::cpu {
 
-void scale(std::span<const Span> spans, const ChunkPlan& plan, std::span<const double> factors) {
+namespace {
+
+template <class Parts>
+void scale_parts(const Parts& parts, const ChunkPlan& plan, std::span<const double> factors) {
   // Backward: the norms went forward, so the end is still in the cache.
   for_each_chunk(plan, Pass::backward, [&](const Chunk& chunk) {
-    const double factor = factors[chunk.tensor];
-    if (factor == 1.0) return;
-    const auto kernel = kernels().of(spans[chunk.tensor].dtype).scale;
-    change_each_piece(spans[chunk.tensor], chunk, [&](std::byte* data, std::size_t bytes) {
-      kernel(data, bytes, factor);
-      return true;
+    const auto kernel = kernels().of(parts.dtype(chunk.tensor)).scale;
+    parts.visit(chunk, [&](std::size_t part, const Span& span, const Chunk& piece) {
+      const double factor = factors[part];
+      if (factor == 1.0) return;
+      change_each_piece(span, piece, [&](std::byte* data, std::size_t bytes) {
+        kernel(data, bytes, factor);
+        return true;
+      });
     });
   });
+}
+
+}  // namespace
+
+void scale(std::span<const Span> spans, const ChunkPlan& plan, std::span<const double> factors) {
+  scale_parts(TensorParts{spans}, plan, factors);
+}
+
+void scale_rows(const RowTable& rows, const ChunkPlan& plan, std::span<const double> factors) {
+  scale_parts(RowParts(rows), plan, factors);
+}
+
+void scale_samples(const RowTable& rows, const ChunkPlan& plan, std::span<const double> factors) {
+  const Table<std::size_t> from_0(rows.gradients.size(), 0);
+  scale_parts(RowParts(rows, from_0, factors.size()), plan, factors);
 }
 
 void set_to_zero(std::span<const Span> spans, const ChunkPlan& plan) {
@@ -54,8 +74,7 @@ ValueClip measure_values(std::span<const Span> spans, const ChunkPlan& plan,
                          const ValueLimit& limit) {
   ValueClip found;
   found.tiles.resize(plan.chunks.size());
-  const auto measure_chunk = [&](const Chunk& chunk) {
-    const Span& span = spans[chunk.tensor];
+  const auto measure_chunk = [&](const Chunk& chunk, const Span& span, const Chunk&) {
     const auto largest_of = kernels().of(span.dtype).largest;
     const std::uint64_t top = limit.pattern(span.dtype);
     double largest = 0.0;
@@ -72,7 +91,7 @@ ValueClip measure_values(std::span<const Span> spans, const ChunkPlan& plan,
     found.tiles[index_of(chunk, plan)] = tiles;
     return largest;
   };
-  const Table<double> largest = largest_by_tensor(spans.size(), plan, measure_chunk);
+  const Table<double> largest = largest_by_part(TensorParts{spans}, plan, measure_chunk);
   found.largest.reserve(largest.size());
   for (const double m : largest) found.largest.push_back({m, 0, 0.0});
   found.clipped = std::ranges::any_of(found.tiles, [](std::uint64_t tiles) { return tiles != 0; });
@@ -99,7 +118,7 @@ void clip_by_value(std::span<const Span> spans, const ChunkPlan& plan, const Val
 NonFiniteCounts count_nonfinite(const Span& span) {
   NonFiniteCounts counts;
   const auto count = kernels().of(span.dtype).count_nonfinite;
-  const Chunk all{0, span.nbytes(), 0, kWholeTensor};
+  const Chunk all{0, span.nbytes(), 0, kWhole};
   for_each_tile(span, all, [&](const std::byte* tile, std::size_t bytes) {
     // A complex element, of two parts, counts once.
     const std::size_t step = is_complex(span.dtype) ? size_of(span.dtype) : bytes;

@@ -11,6 +11,7 @@
 #include "core/float_bits.hpp"
 #include "core/norm.hpp"
 #include "core/table.hpp"
+#include "cpu/parts.hpp"
 #include "cpu/plan.hpp"
 #include "cpu/workers.hpp"
 
@@ -41,19 +42,21 @@ void visit_magnitudes(DType dtype, const std::byte* data, std::size_t bytes, dou
   });
 }
 
-// The largest magnitude of each of `tensors` tensors, from that of every chunk. Each chunk is asked
-// for once.
-template <class LargestOfChunk>
-Table<double> largest_by_tensor(std::size_t tensors, const ChunkPlan& plan,
-                                LargestOfChunk largest_of_chunk) {
-  Table<double> result(tensors), partials(plan.partials);
+// The largest magnitude of every part, from largest_of(chunk, span, piece). Each piece is asked for once.
+template <class Parts, class LargestOf>
+Table<double> largest_by_part(const Parts& parts, const ChunkPlan& plan, LargestOf largest_of) {
+  Table<double> result(parts.count()), partials(plan.partials);
   for_each_chunk(plan, Pass::forward, [&](const Chunk& chunk) {
-    (chunk.partial == kWholeTensor ? result[chunk.tensor] : partials[chunk.partial]) =
-        largest_of_chunk(chunk);
+    parts.visit(chunk, [&](std::size_t part, const Span& span, const Chunk& piece) {
+      (chunk.partial == kWhole ? result[part] : partials[chunk.partial]) =
+          largest_of(chunk, span, piece);
+    });
   });
-  for (const Chunk& chunk : plan.chunks)
-    if (chunk.partial != kWholeTensor)
-      result[chunk.tensor] = larger(partials[chunk.partial], result[chunk.tensor]);
+  for (const Chunk& chunk : plan.chunks) {
+    if (chunk.partial == kWhole) continue;
+    double& largest = result[parts.part_of(chunk)];
+    largest = larger(partials[chunk.partial], largest);
+  }
   return result;
 }
 

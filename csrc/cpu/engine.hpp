@@ -7,9 +7,11 @@
 
 #include "core/element.hpp"
 #include "core/norm.hpp"
+#include "core/rows.hpp"
 #include "core/span.hpp"
 #include "core/table.hpp"
 #include "cpu/kernels.hpp"
+#include "cpu/parts.hpp"
 #include "cpu/plan.hpp"
 
 namespace gradclip::cpu {
@@ -17,8 +19,18 @@ namespace gradclip::cpu {
 // The sum of every tensor, in one pass (two for `other` orders).
 Table<NormSum> measure(std::span<const Span> spans, const ChunkPlan& plan, const NormOrder& order);
 
+// The sum of every row, by a plan of whole rows: that of the row as a tensor of its own.
+Table<NormSum> measure_rows(const RowTable& rows, const ChunkPlan& plan, const NormOrder& order);
+// Their norms alone, into what is 0 where a row has no elements. (Sums of millions of rows would cost more than
+// the rows.)
+void row_norms(const RowTable& rows, const ChunkPlan& plan, const NormOrder& order,
+               std::span<double> norms);
+
 // Multiply tensor i by factors[i]; where that is 1, its memory is not touched.
 void scale(std::span<const Span> spans, const ChunkPlan& plan, std::span<const double> factors);
+// The same of rows, by a plan of whole rows: each has a factor, or row r of all gradients has factors[r].
+void scale_rows(const RowTable& rows, const ChunkPlan& plan, std::span<const double> factors);
+void scale_samples(const RowTable& rows, const ChunkPlan& plan, std::span<const double> factors);
 
 // Set every element to +0, also where it was not finite.
 void set_to_zero(std::span<const Span> spans, const ChunkPlan& plan);

@@ -44,86 +44,108 @@ ExactSum sum_powers(const Span& span, const Chunk& chunk, double unit, double p)
   return sum;
 }
 
-NormSum norm_sum(const ExactSum& sum) {
-  const WideValue rounded = sum.rounded();
-  return {rounded.value, rounded.exponent, 0.0};
-}
-
-// The sum of every tensor; `units` are the largest magnitudes of slow tensors, if there are any.
-Table<NormSum> sums_of(std::span<const Span> spans, const ChunkPlan& plan, const NormOrder& order,
-                       const Table<double>& units) {
-  Table<NormSum> sums(spans.size());
+// Sums of the parts: store(part, sum), by any thread, of each part that has bytes. `units` are the largest
+// magnitudes of slow ones, if there are any.
+template <class Parts, class Store>
+void sum_parts(const Parts& parts, const ChunkPlan& plan, const NormOrder& order,
+               const Table<double>& units, Store store) {
+  const auto is_slow = [&](std::size_t tensor) {
+    return !units.empty() && needs_unit(order, is_complex(parts.dtype(tensor)));
+  };
+  const auto finish = [&](std::size_t part, const ExactSum& exact, bool slow) {
+    const WideValue sum = exact.rounded();
+    if (!slow) return store(part, {sum.value, sum.exponent, 0.0});
+    const double unit = units[part], terms = is_finite(unit) ? narrow(sum) : 1.0;
+    store(part, order.kind == NormOrder::one ? magnitude_sum(terms, unit) : NormSum{terms, 0, unit});
+  };
   Table<ExactSum> partials(plan.partials);
   for_each_chunk(plan, Pass::forward, [&](const Chunk& chunk) {
-    const Span& span = spans[chunk.tensor];
-    const TypeKernels& type = kernels().of(span.dtype);
+    const TypeKernels& type = kernels().of(parts.dtype(chunk.tensor));
     const auto sum_tile = order.kind == NormOrder::two ? type.sum_squares : type.sum_magnitudes;
-    const bool whole = chunk.partial == kWholeTensor;
-    const bool slow = !units.empty() && needs_unit(order, is_complex(span.dtype));
-    if (whole && !slow && !span.layout &&
-        chunk.bytes <= static_cast<std::int64_t>(order::kTileBytes)) {
-      // A tensor of one tile, of which there are often thousands: nothing to add.
-      const WideValue sum = sum_tile(span.data, static_cast<std::size_t>(chunk.bytes));
-      sums[chunk.tensor] = {sum.value, sum.exponent, 0.0};
-      return;
-    }
-    ExactSum sum;
-    if (slow) {
-      const double unit = units[chunk.tensor];
-      if (unit != 0.0 && is_finite(unit)) sum = sum_powers(span, chunk, unit, order.p);
-    } else {
-      for_each_tile(span, chunk, [&](const std::byte* tile, std::size_t bytes) {
-        sum.add(sum_tile(tile, bytes));
-      });
-    }
-    if (whole)
-      sums[chunk.tensor] = norm_sum(sum);
-    else
-      partials[chunk.partial] = sum;
+    const bool whole = chunk.partial == kWhole, slow = is_slow(chunk.tensor);
+    parts.visit(chunk, [&](std::size_t part, const Span& span, const Chunk& piece) {
+      if (whole && !slow && !span.layout &&
+          piece.bytes <= static_cast<std::int64_t>(order::kTileBytes)) {
+        // A part of one tile, of which there are often thousands: nothing to add.
+        const WideValue sum = sum_tile(span.data, static_cast<std::size_t>(piece.bytes));
+        store(part, {sum.value, sum.exponent, 0.0});
+        return;
+      }
+      ExactSum sum;
+      if (slow) {
+        const double unit = units[part];
+        if (unit != 0.0 && is_finite(unit)) sum = sum_powers(span, piece, unit, order.p);
+      } else {
+        for_each_tile(span, piece, [&](const std::byte* tile, std::size_t bytes) {
+          sum.add(sum_tile(tile, bytes));
+        });
+      }
+      if (whole)
+        finish(part, sum, slow);
+      else
+        partials[chunk.partial] = sum;
+    });
   });
   for (std::size_t c = 0; c < plan.chunks.size();) {
     const Chunk& first = plan.chunks[c];
-    if (first.partial == kWholeTensor) {
+    if (first.partial == kWhole) {
       ++c;
       continue;
     }
+    const std::size_t part = parts.part_of(first);
     ExactSum sum;
-    for (; c < plan.chunks.size() && plan.chunks[c].tensor == first.tensor; ++c)
+    for (; c < plan.chunks.size() && plan.chunks[c].partial != kWhole &&
+           parts.part_of(plan.chunks[c]) == part;
+         ++c)
       sum.add(partials[plan.chunks[c].partial]);
-    sums[first.tensor] = norm_sum(sum);
+    finish(part, sum, is_slow(first.tensor));
   }
+}
+
+template <class Parts, class Store>
+void measure_parts(const Parts& parts, const ChunkPlan& plan, const NormOrder& order, Store store) {
+  const DefaultFloatEnvironment environment;  // also for what is added up here
+  const auto largest = [&](auto skips) {
+    return largest_by_part(parts, plan,
+                           [&](const Chunk& chunk, const Span& span, const Chunk& piece) {
+                             return skips(chunk.tensor) ? 0.0 : largest_of(span, piece);
+                           });
+  };
+  if (order.kind == NormOrder::infinity) {
+    const Table<double> magnitudes = largest([](std::size_t) { return false; });
+    for (std::size_t part = 0; part < magnitudes.size(); ++part)
+      store(part, {magnitudes[part], 0, 0.0});
+    return;
+  }
+  const auto is_fast = [&](std::size_t i) { return !needs_unit(order, is_complex(parts.dtype(i))); };
+  bool all_fast = true;
+  for (std::size_t i = 0; i < parts.tensors() && order.kind != NormOrder::two; ++i)
+    all_fast = all_fast && is_fast(i);
+  sum_parts(parts, plan, order, all_fast ? Table<double>() : largest(is_fast), store);
+}
+
+template <class Parts>
+Table<NormSum> sums_of(const Parts& parts, const ChunkPlan& plan, const NormOrder& order) {
+  Table<NormSum> sums(parts.count());
+  measure_parts(parts, plan, order, [&](std::size_t part, const NormSum& sum) { sums[part] = sum; });
   return sums;
 }
 
 }  // namespace
 
 Table<NormSum> measure(std::span<const Span> spans, const ChunkPlan& plan, const NormOrder& order) {
-  const DefaultFloatEnvironment environment;  // also for what is added up here
-  if (order.kind == NormOrder::infinity) {
-    Table<NormSum> result;
-    result.reserve(spans.size());
-    const auto largest = [&](const Chunk& chunk) { return largest_of(spans[chunk.tensor], chunk); };
-    for (const double m : largest_by_tensor(spans.size(), plan, largest))
-      result.push_back({m, 0, 0.0});
-    return result;
-  }
-  const auto slow = [&](const Span& span) { return needs_unit(order, is_complex(span.dtype)); };
-  if (order.kind == NormOrder::two || std::none_of(spans.begin(), spans.end(), slow))
-    return sums_of(spans, plan, order, {});
+  return sums_of(TensorParts{spans}, plan, order);
+}
 
-  const auto largest = [&](const Chunk& chunk) {
-    const Span& span = spans[chunk.tensor];
-    return slow(span) ? largest_of(span, chunk) : 0.0;
-  };
-  const Table<double> units = largest_by_tensor(spans.size(), plan, largest);
-  Table<NormSum> sums = sums_of(spans, plan, order, units);
-  for (std::size_t i = 0; i < spans.size(); ++i) {
-    if (!slow(spans[i])) continue;
-    const double sum = is_finite(units[i]) ? narrow({sums[i].value, sums[i].exponent}) : 1.0;
-    sums[i] = {sum, 0, units[i]};
-    if (order.kind == NormOrder::one) sums[i] = magnitude_sum(sum, units[i]);
-  }
-  return sums;
+Table<NormSum> measure_rows(const RowTable& rows, const ChunkPlan& plan, const NormOrder& order) {
+  return sums_of(RowParts(rows), plan, order);
+}
+
+void row_norms(const RowTable& rows, const ChunkPlan& plan, const NormOrder& order,
+               std::span<double> norms) {
+  measure_parts(RowParts(rows), plan, order, [&](std::size_t part, const NormSum& sum) {
+    norms[part] = norm_of(order, sum);
+  });
 }
 
 }  // namespace gradclip::cpu

@@ -16,8 +16,9 @@ constexpr std::int64_t kLargestTask = kTilesPerChunk * static_cast<std::int64_t>
 
 }  // namespace
 
-ChunkPlan make_plan(std::span<const std::int64_t> tensor_bytes) {
-  if (tensor_bytes.size() >= kWholeTensor)
+ChunkPlan make_plan(std::span<const std::int64_t> tensor_bytes,
+                    std::span<const std::int64_t> rows) {
+  if (tensor_bytes.size() >= kWhole)
     throw std::length_error("grads: expected fewer than 2^32 - 1 gradients, got more");
   ChunkPlan plan;
   for (const std::int64_t bytes : tensor_bytes)
@@ -27,7 +28,9 @@ ChunkPlan make_plan(std::span<const std::int64_t> tensor_bytes) {
   const std::int64_t task_bytes =
       std::clamp(plan.total_bytes / kTasksWanted, kSmallestTask, kLargestTask) / tile * tile;
 
-  if (plan.total_bytes / task_bytes > kWholeTensor - static_cast<std::int64_t>(tensor_bytes.size()))
+  // Two chunks of rows may be of so little more than half of a task each.
+  const std::int64_t most_chunks = plan.total_bytes / task_bytes * (rows.empty() ? 1 : 2);
+  if (most_chunks > kWhole - static_cast<std::int64_t>(tensor_bytes.size()))
     throw std::length_error("grads: expected fewer than 2^32 - 1 chunks of 1 MB, got more");
   plan.chunks.reserve(tensor_bytes.size() +
                       static_cast<std::size_t>(plan.total_bytes / task_bytes));
@@ -35,9 +38,15 @@ ChunkPlan make_plan(std::span<const std::int64_t> tensor_bytes) {
   std::int64_t in_task = 0;
   for (std::size_t i = 0; i < tensor_bytes.size(); ++i) {
     const std::int64_t bytes = tensor_bytes[i];
-    for (std::int64_t first = 0; first < bytes; first += task_bytes) {
-      const std::int64_t length = std::min(bytes - first, task_bytes);
-      const std::uint32_t partial = bytes <= task_bytes ? kWholeTensor : plan.partials++;
+    const std::int64_t row_bytes = rows.empty() || bytes == 0 ? bytes : bytes / rows[i];
+    // As many rows as fit, or a part of the row that `first` is in.
+    const bool is_whole = row_bytes <= task_bytes;
+    const std::int64_t rows_bytes =
+        row_bytes == bytes || !is_whole ? bytes : task_bytes / row_bytes * row_bytes;
+    for (std::int64_t first = 0, length = 0; first < bytes; first += length) {
+      length = is_whole ? std::min(bytes - first, rows_bytes)
+                        : std::min(row_bytes - first % row_bytes, task_bytes);
+      const std::uint32_t partial = is_whole ? kWhole : plan.partials++;
       plan.chunks.push_back({first, length, static_cast<std::uint32_t>(i), partial});
       in_task += length;
       if (in_task >= task_bytes) {

@@ -10,14 +10,14 @@
 
 namespace gradclip::cpu {
 
-// A run of whole tiles of one tensor (the last tile may be short).
+// A run of whole tiles of one tensor (the last tile may be short), or of its rows.
 struct Chunk {
   std::int64_t first_byte;
   std::int64_t bytes;
   std::uint32_t tensor;
-  std::uint32_t partial;  // where a part of a tensor leaves its sum; kWholeTensor: the tensor's own
+  std::uint32_t partial;  // where a part of a tensor, or row, leaves its sum; kWhole: it is no part
 };
-inline constexpr std::uint32_t kWholeTensor = 0xffffffffu;
+inline constexpr std::uint32_t kWhole = 0xffffffffu;
 inline constexpr std::int64_t kTilesPerChunk = 64;  // at most
 
 struct ChunkPlan {
@@ -30,7 +30,9 @@ struct ChunkPlan {
   std::size_t tasks() const { return task_begin.size() - 1; }
 };
 
-// `tensor_bytes[i]`: the bytes of tensor i; tensors of 0 bytes have no chunk.
-ChunkPlan make_plan(std::span<const std::int64_t> tensor_bytes);
+// `tensor_bytes[i]`: the bytes of tensor i; tensors of 0 bytes have no chunk. With `rows`, the number of rows of
+// each: a chunk is whole rows, or a part of one, which then is what leaves a partial sum.
+ChunkPlan make_plan(std::span<const std::int64_t> tensor_bytes,
+                    std::span<const std::int64_t> rows = {});
 
 }  // namespace gradclip::cpu

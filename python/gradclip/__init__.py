@@ -12,6 +12,7 @@ from gradclip._api import (
     get_num_threads,
     global_norm,
     measure,
+    row_norms,
     scale_,
     set_num_threads,
     show_config,
@@ -19,13 +20,14 @@ from gradclip._api import (
 )
 from gradclip._measured import Measured
 from gradclip._plan import Plan
-from gradclip._result import ClipResult, NonFiniteGradientError
+from gradclip._result import ClipResult, NonFiniteGradientError, RowNames
 
 __all__ = [
     "ClipResult",
     "Measured",
     "NonFiniteGradientError",
     "Plan",
+    "RowNames",
     "__version__",
     "clip_by_global_norm_",
     "clip_by_norm_",
@@ -33,6 +35,7 @@ __all__ = [
     "get_num_threads",
     "global_norm",
     "measure",
+    "row_norms",
     "scale_",
     "set_num_threads",
     "show_config",

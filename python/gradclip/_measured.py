@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 from gradclip._result import ClipResult, by_name, count_of, norm_rows
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
     import numpy.typing as npt
 
@@ -85,7 +87,7 @@ class Measured:
         return self._measured.names
 
     @property
-    def group_names(self) -> tuple[str, ...] | None:
+    def group_names(self) -> Sequence[str] | None:
         return self._measured.group_names
 
     def named_norms(self) -> dict[str, float]:

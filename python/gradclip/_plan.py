@@ -76,6 +76,10 @@ class Plan:
         """As :func:`gradclip.tensor_norms`."""
         return self._plan.tensor_norms(ord)
 
+    def row_norms(self, ord: float = 2) -> list[npt.NDArray[np.float64]]:
+        """As :func:`gradclip.row_norms`."""
+        return self._plan.row_norms(ord)
+
     def global_norm(self, ord: float = 2) -> float:
         """As :func:`gradclip.global_norm`."""
         return self._plan.global_norm(ord)

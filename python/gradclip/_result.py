@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 import warnings
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["ClipResult", "NonFiniteGradientError"]
+__all__ = ["ClipResult", "NonFiniteGradientError", "RowNames"]
 
 _ROWS_IN_REPR = 5
 _NOTHING = (
@@ -38,7 +41,7 @@ class ClipResult:
         names: The keys of the mapping that the call was given; ``None`` for a sequence.
         group_norms: One norm per group, float64, before clipping and divided by ``grad_scale``; over
             all processes when the call was given ``reduce``.
-        group_names: What the groups are called, where the call named them.
+        group_names: What the groups are called, where the call named them; of rows :class:`RowNames`.
 
     Example:
         >>> import numpy as np, gradclip
@@ -58,7 +61,7 @@ class ClipResult:
     missing: tuple[int, ...] | tuple[str, ...]
     names: tuple[str, ...] | None
     _group_norms: npt.NDArray[np.float64] | None  # None where all gradients are one group
-    group_names: tuple[str, ...] | None = None
+    group_names: Sequence[str] | None = None
 
     @property
     def group_norms(self) -> npt.NDArray[np.float64]:
@@ -87,7 +90,8 @@ class ClipResult:
         Returns:
             ``total_norm``; ``coefficient``, the lowest of all groups; ``clipped``; the numbers of
             ``gradients``, of those ``missing`` and ``nonfinite``; a ``norms/<name>`` for each gradient, and
-            of several groups a ``group_norms/<name>`` and ``coefficients/<name>`` for each.
+            of several groups a ``group_norms/<name>`` and ``coefficients/<name>`` for each, unless they are
+            rows.
 
         Example:
             >>> import numpy as np, gradclip
@@ -106,7 +110,7 @@ class ClipResult:
             "nonfinite": len(self.nonfinite),
         }
         numbers |= {f"norms/{name}": norm for name, norm in self.named_norms().items()}
-        if isinstance(self.coefficient, np.ndarray):
+        if isinstance(self.coefficient, np.ndarray) and not isinstance(self.group_names, RowNames):
             groups = self.named_group_norms()
             numbers |= {f"group_norms/{name}": norm for name, norm in groups.items()}
             numbers |= {
@@ -140,12 +144,75 @@ class ClipResult:
         return "\n".join([head, *norm_rows(self.norms, self.nonfinite, self.names)]) + ")"
 
 
+class RowNames(Sequence[str]):
+    """What groups are called that are the rows of gradients: ``"w[0]"``, ``"w[1]"``, …
+
+    The rows of the first gradient come first. Names are made when they are asked for.
+
+    Attributes:
+        gradients: The names of the gradients; ``None`` where they have none and are called by their positions.
+
+    Example:
+        >>> import numpy as np, gradclip
+        >>> grads = {"w": np.array([[3.0, 4.0], [0.0, 1.0]]), "b": np.array([12.0])}
+        >>> result = gradclip.clip_by_global_norm_(grads, max_norm=2.5, groups="row")
+        >>> result.named_group_norms()
+        {'w[0]': 5.0, 'w[1]': 1.0, 'b[0]': 12.0}
+        >>> result.group_names.split(result.coefficient)
+        [array([0.5, 1. ]), array([0.20833333])]
+    """
+
+    __slots__ = ("_first", "gradients")
+
+    def __init__(self, gradients: tuple[str, ...] | None, first: tuple[int, ...]) -> None:
+        self.gradients = gradients
+        self._first = first  # the number of each gradient's first row, and of all rows
+
+    def __len__(self) -> int:
+        return self._first[-1]
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        numbers = range(len(self))[index]
+        return self._name(numbers) if isinstance(numbers, int) else [self._name(i) for i in numbers]
+
+    def __iter__(self) -> Iterator[str]:
+        for gradient, (first, end) in enumerate(pairwise(self._first)):
+            name = self._gradient(gradient)
+            for row in range(end - first):
+                yield f"{name}[{row}]"
+
+    def __repr__(self) -> str:
+        return f"RowNames({count_of(len(self), 'row')} of {count_of(len(self._first) - 1, 'gradient')})"
+
+    def split(self, values: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
+        """What there is of every row, as an array for each gradient.
+
+        Args:
+            values: Of shape ``(rows of all gradients, ...)``, as ``group_norms`` and ``coefficient``.
+
+        Returns:
+            Views, one for each gradient, of shape ``(rows of the gradient, ...)``.
+        """
+        return [values[first:end] for first, end in pairwise(self._first)]
+
+    def _name(self, row: int) -> str:
+        gradient = bisect_right(self._first, row) - 1
+        return f"{self._gradient(gradient)}[{row - self._first[gradient]}]"
+
+    def _gradient(self, gradient: int) -> str:
+        return str(gradient) if self.gradients is None else self.gradients[gradient]
+
+
 def count_of(number: int, what: str) -> str:
     """``"1 gradient"``, ``"2 gradients"``."""
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
-def by_name(values: npt.NDArray[np.float64], names: tuple[str, ...] | None) -> dict[str, float]:
+def by_name(values: npt.NDArray[np.float64], names: Sequence[str] | None) -> dict[str, float]:
     """Numbers by their names; without names, by their positions: ``"0"``, ``"1"``, …."""
     keys = names if names is not None else map(str, range(len(values)))
     return dict(zip(keys, values.tolist(), strict=True))
@@ -217,6 +284,7 @@ class NonFiniteGradientError(FloatingPointError):
 # Where people find and import it; also what a traceback prints.
 NonFiniteGradientError.__module__ = "gradclip"
 ClipResult.__module__ = "gradclip"
+RowNames.__module__ = "gradclip"
 
 
 def warn_of_nothing(text: str = _NOTHING) -> None:

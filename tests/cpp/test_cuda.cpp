@@ -218,7 +218,7 @@ TEST_CASE("groups by label, other orders, grad_scale") {
     }
   Groups labels{Groups::labels};
   for (std::size_t i = 0; i < list.size(); ++i) labels.label.push_back(i * 7 % 5);
-  labels.labels_used = 5;
+  labels.used = 5;
   for (const NormOrder order : {NormOrder{NormOrder::two, 2.0}, NormOrder{NormOrder::one, 1.0},
                                 NormOrder{NormOrder::infinity, INFINITY},
                                 NormOrder{NormOrder::other, 3.0}, NormOrder{NormOrder::other, 0.5}})

@@ -31,12 +31,12 @@ void check_plan(const std::vector<std::int64_t>& sizes) {
     covered[chunk.tensor] += chunk.bytes;
     ++chunks_of[chunk.tensor];
     longest_chunk = std::max(longest_chunk, chunk.bytes);
-    if (chunk.partial != cpu::kWholeTensor) CHECK(chunk.partial == partials++);
+    if (chunk.partial != cpu::kWhole) CHECK(chunk.partial == partials++);
   }
   CHECK(covered == sizes);
   CHECK(plan.partials == partials);
   for (const cpu::Chunk& chunk : plan.chunks)
-    CHECK((chunk.partial == cpu::kWholeTensor) == (chunks_of[chunk.tensor] == 1));
+    CHECK((chunk.partial == cpu::kWhole) == (chunks_of[chunk.tensor] == 1));
   for (const std::int64_t size : sizes) total += size;
   CHECK(plan.total_bytes == total);
   CHECK(longest_chunk <= kLargest);

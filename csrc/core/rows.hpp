@@ -1,0 +1,53 @@
+// The rows of gradients: one for each index of the first axis.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <list>
+
+#include "core/span.hpp"
+#include "core/table.hpp"
+
+namespace gradclip {
+
+struct RowSpan {
+  std::byte* first = nullptr;  // the lowest address of row 0
+  std::int64_t count = 0, stride = 0;  // in bytes, of either sign
+  std::int64_t numel = 0;              // of one row
+  const StridedLayout* layout = nullptr;  // of one row; null where it is dense
+  DType dtype = DType::float32;
+
+  Span operator[](std::int64_t row) const { return {first + row * stride, numel, layout, dtype}; }
+  std::int64_t row_bytes() const { return numel * static_cast<std::int64_t>(size_of(dtype)); }
+};
+
+// Of all gradients: row r of gradient i is number first[i] + r.
+struct RowTable {
+  Table<RowSpan> gradients;
+  Table<std::size_t> first = {0};     // one more than there are gradients: its last is the number of rows
+  std::list<StridedLayout> layouts;  // that rows point to; addresses must stay
+
+  RowTable() = default;
+  RowTable(RowTable&&) = default;  // which keeps the addresses
+  RowTable& operator=(RowTable&&) = default;
+
+  std::size_t count() const { return first.back(); }
+  void add(const RowSpan& rows) {
+    gradients.push_back(rows);
+    first.push_back(first.back() + static_cast<std::size_t>(rows.count));
+  }
+};
+
+// Of a gradient whose rows are dense, one after the other or (is_fortran) one inside of the other: null where
+// they are neither. The gradient has axes.
+inline RowSpan rows_of_dense(const Span& span, std::list<StridedLayout>& layouts) {
+  const std::int64_t numel = span.rows == 0 ? 0 : span.numel / span.rows;
+  RowSpan rows{span.data, span.rows, numel * span.itemsize(), numel, nullptr, span.dtype};
+  if (!span.is_fortran) return rows;
+  rows.stride = span.itemsize();
+  if (numel > 1 && span.rows > 1)
+    rows.layout = &layouts.emplace_back(StridedLayout{{{numel, span.rows * span.itemsize()}}});
+  return rows;
+}
+
+}  // namespace gradclip
