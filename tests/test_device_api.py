@@ -409,6 +409,22 @@ def test_no_context_is_made_on_a_device_that_nobody_uses(emulated: EmulatedDevic
     assert emulated.cuda.contexts() == {1}
 
 
+@pytest.mark.parametrize("groups", ["row", "sample"])
+def test_two_launches_whatever_the_rows(emulated: EmulatedDevice, groups: str) -> None:
+    """And one copy: of the table of the gradients."""
+    for rows in (10, 500):
+        grads = [emulated.array(np.ones((rows, 4), np.float32)), emulated.array(np.ones(rows, np.float32))]
+
+        def clip(ord: float = 2, grads: Any = grads) -> gradclip.ClipResult:
+            return gradclip.clip_by_global_norm_(grads, 0.5, ord, groups=groups, nonfinite="skip")
+
+        for _ in range(64):  # the pool's workspaces take turns
+            clip()
+        assert _cost(emulated, clip) == (2, 0, 1, 0)
+        assert _cost(emulated, lambda: clip(3)) == (3, 0, 1, 0)  # noqa: B023
+        assert _cost(emulated, lambda: gradclip.row_norms(grads)) == (1, 0, 1, 0)  # noqa: B023
+
+
 def test_a_plan_copies_nothing(emulated: EmulatedDevice) -> None:
     plan = gradclip.Plan([emulated.array(np.ones(3, np.float32)) for _ in range(2000)])
     assert _cost(emulated, lambda: plan.clip_by_global_norm_(0.5, nonfinite="zero")) == (2, 0, 0, 0)

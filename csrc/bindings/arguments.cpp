@@ -120,7 +120,19 @@ void add_limits_of_rows(const py::object& value, std::size_t rows, const std::st
     return;
   }
   const std::string expected = "a number or an array of " + std::to_string(rows) + " numbers";
-  const py::object any = py::module_::import("numpy").attr("asarray")(value);
+  const py::object any = [&] {
+    try {
+      return py::object(py::module_::import("numpy").attr("asarray")(value));
+    } catch (py::error_already_set& error) {
+      if (!error.matches(PyExc_TypeError) && !error.matches(PyExc_ValueError)) throw;
+      py::raise_from(error, PyExc_TypeError,
+                     (name + ": expected " + expected +
+                      " on the CPU (of a GPU, one array for the rows of all gradients), got " +
+                      type_name(value))
+                         .c_str());
+      throw py::error_already_set();
+    }
+  }();
   const py::object dtype = any.attr("dtype");
   const std::string kind = str_text(dtype.attr("kind"));
   if (kind != "f" && kind != "i" && kind != "u" && kind != "V")

@@ -4,6 +4,7 @@
 #include <optional>
 
 #include "bindings/address.hpp"
+#include "bindings/arguments.hpp"
 #include "bindings/device_gradients.hpp"
 #include "bindings/gil.hpp"
 
@@ -18,18 +19,18 @@ inline std::byte* pointer_of(const py::object& memory) {
 // and the list is ready.
 class DeviceCall {
  public:
-  DeviceCall(DeviceGradients& all, std::uintptr_t stream, const Groups& groups = {})
+  DeviceCall(DeviceGradients& all, std::uintptr_t stream, const NamedGroups& named = {})
       : all_(all), stream_(as_stream(stream)), guard_(all.device_) {
     is_capturing_ = cuda::is_capturing(stream_);
     if (!all.is_kept_) {
       const GilRelease release;
-      own_.emplace(all.gradients_.spans(), groups, all.device_, stream_);
+      own_.emplace(all.gradients_.spans(), named.groups, named.rows.get(), all.device_, stream_);
     } else {
       if (is_capturing_ && all.reader_.has_producers_beside(stream_))
         throw std::runtime_error(
             "grads: expected a Plan of arrays that are all on the stream which is captured into a "
             "CUDA graph, got some whose producers have streams of their own");
-      kept_ = &all.kept(groups, is_capturing_);
+      kept_ = &all.kept(named, is_capturing_);
       all.reader_.wait_for_producers(stream_);
     }
   }

@@ -44,7 +44,8 @@ DeviceGradients::~DeviceGradients() {
   for (Kept& kept : kept_) const cuda::List freed(std::move(kept.list));  // which may wait
 }
 
-DeviceGradients::Kept& DeviceGradients::kept(const Groups& groups, bool is_capturing) {
+DeviceGradients::Kept& DeviceGradients::kept(const NamedGroups& named, bool is_capturing) {
+  const Groups& groups = named.groups;
   {
     const std::scoped_lock lock(kept_mutex_);
     const auto found = std::ranges::find_if(
@@ -57,7 +58,7 @@ DeviceGradients::Kept& DeviceGradients::kept(const Groups& groups, bool is_captu
         "CUDA graph (call it once), got a new one");
   cuda::List list = [&] {
     const GilRelease release;
-    return cuda::List(gradients_.spans(), groups, device_);
+    return cuda::List(gradients_.spans(), groups, named.rows.get(), device_);
   }();
   py::object memory = allocate_for(list.layout());
   const std::scoped_lock lock(kept_mutex_);

@@ -5,6 +5,7 @@
 #include <list>
 #include <mutex>
 
+#include "bindings/arguments.hpp"
 #include "bindings/device_reader.hpp"
 #include "core/clip.hpp"
 
@@ -44,7 +45,7 @@ class DeviceGradients {
     cuda::List list;
     py::object memory;
   };
-  Kept& kept(const Groups& groups, bool is_capturing);
+  Kept& kept(const NamedGroups& named, bool is_capturing);
   py::object allocate_for(const cuda::ResultLayout& layout) const;
 
   int device_;

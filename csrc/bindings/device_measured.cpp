@@ -144,7 +144,7 @@ py::tuple DeviceMeasured::clip(const std::shared_ptr<DeviceGradients>& grads,
   list.require_writable();
   list.recheck(grads->reader(), max_norm, ord, groups, grad_scale, nonfinite);
 
-  DeviceCall call(*grads, stream, measure.groups.groups);
+  DeviceCall call(*grads, stream, measure.groups);
   refuse_to_wait(call, policy);
   const cuda::ResultLayout layout = call.list().layout();
   const py::object memory = call.allocate();
@@ -180,7 +180,7 @@ py::tuple DeviceMeasured::clip(const std::shared_ptr<DeviceGradients>& grads,
 DeviceMeasured::DeviceMeasured(std::shared_ptr<DeviceGradients> grads,
                                const MeasureArguments& arguments, std::uintptr_t stream)
     : grads_(std::move(grads)), named_(arguments.groups), grad_scale_(arguments.grad_scale) {
-  DeviceCall call(*grads_, stream, named_.groups);
+  DeviceCall call(*grads_, stream, named_);
   groups_ = call.list().layout().groups;
   memory_ = call.allocate();
   std::byte* const result = pointer_of(memory_);
@@ -240,7 +240,7 @@ py::tuple DeviceMeasured::apply(const py::object& limits_given, bool are_coeffic
   list.require_writable();
   list.require_unchanged(grads_->reader());
 
-  DeviceCall call(*grads_, stream, named_.groups);
+  DeviceCall call(*grads_, stream, named_);
   refuse_to_wait(call, options.nonfinite);
   if (call.is_capturing() && !memory_.is(call.allocate()))
     throw std::runtime_error(

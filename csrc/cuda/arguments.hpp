@@ -32,12 +32,13 @@ struct Largest {
 // Memory of one call at a time. The counters are 0 between calls: whoever is last sets them back.
 struct Scratch {
   std::uint32_t* blocks_done;
-  std::uint32_t* tiles_done;  // of every tensor that is spread over blocks
+  std::uint32_t* tiles_done;  // of every part that is spread over blocks
   Accumulated*
       partials;  // two per block: of the tensor it ends, or is inside; of the one it begins
   Accumulated* block_totals;
-  NormSum* sums;   // of every tensor
-  Largest* units;  // of every tensor, in the slow orders
+  NormSum* sums;               // of every part
+  Largest* units;              // of every part, in the slow orders
+  NormSum* sums_of_gradients;  // where parts are rows
 };
 
 struct ResultPointers {
@@ -83,6 +84,7 @@ struct ChangeArguments {
   const double* coefficients;
   double grad_scale;
   double factor;
+  bool are_samples;  // the groups
 };
 
 struct ValueClipArguments {
@@ -100,10 +102,21 @@ struct CountArguments {
 // What a kernel gets: its arguments and the entries of the table, one more than there are tensors (its
 // first_cost is the total). They lie in memory, or where the list is short beside the arguments: no
 // copy, no memory of the device.
+struct EntriesInMemory {
+  static constexpr bool kMayBeRows = true;
+  const TensorEntry* first;
+  GRADCLIP_INLINE const TensorEntry& operator[](std::uint32_t i) const { return first[i]; }
+};
+struct EntriesInArgument {
+  static constexpr bool kMayBeRows = false;
+  const TensorEntry* first;
+  GRADCLIP_INLINE const TensorEntry& operator[](std::uint32_t i) const { return first[i]; }
+};
+
 template <class Arguments>
 struct InMemory {
   Arguments arguments;
-  const TensorEntry* entries;
+  GRADCLIP_INLINE EntriesInMemory view() const { return {arguments.table.entries}; }
 };
 template <class Arguments, std::uint32_t kEntries>
 struct InArgument {
@@ -111,6 +124,7 @@ struct InArgument {
   TensorEntry entries[kEntries + 1];
 
   explicit InArgument(const Arguments& given) : arguments(given) {}  // entries are what was there
+  GRADCLIP_INLINE EntriesInArgument view() const { return {entries}; }
 };
 
 }  // namespace gradclip::cuda

@@ -119,13 +119,15 @@ __device__ __forceinline__ void scale_tiles(const TensorEntry& entry, const Tabl
   });
 }
 
-__device__ __forceinline__ void change(const ChangeArguments& arguments,
-                                       const TensorEntry* entries) {
+template <class Entries>
+__device__ __forceinline__ void change(const ChangeArguments& arguments, Entries entries) {
   auto action = static_cast<Action>(arguments.flags ? arguments.flags->action
                                                     : static_cast<std::uint8_t>(Action::scale));
   if (action == Action::nothing) return;
   const TableView& table = arguments.table;
-  const auto visit = [&](std::uint32_t i, const TensorEntry& entry, const TileRange& tiles) {
+  Ways& ways = shared_memory<Ways>();
+  const auto visit = [&](std::uint32_t, std::uint32_t part, const TensorEntry& entry,
+                         const TileRange& tiles) {
     if (action == Action::zero) {
       visit_real_type(entry.dtype, [&](auto type) {
         using T = decltype(type);
@@ -133,16 +135,12 @@ __device__ __forceinline__ void change(const ChangeArguments& arguments,
       });
       return;
     }
-    const double factor = arguments.flags
-                              ? arguments.coefficients[table.group_of(i)] / arguments.grad_scale
-                              : arguments.factor;
+    const std::uint32_t group = arguments.are_samples ? ways.cursor().row : table.group_of(part);
+    const double factor = arguments.flags ? arguments.coefficients[group] / arguments.grad_scale
+                                          : arguments.factor;
     if (factor != 1.0) scale_tiles(entry, table, tiles, factor);
   };
-  const CostRange& range = shared_memory<Ranges>().of_this_warp(table);
-  if constexpr (kChangesBackward)
-    walk_backward(table, entries, range, visit);
-  else
-    walk(table, entries, range, visit);
+  walk<kChangesBackward>(table, entries, ways, visit);
 }
 
 template <class T>
@@ -182,8 +180,9 @@ __device__ __forceinline__ Largest clip_tile(const TensorEntry& entry, const Tab
   return {value, !is_finite(value), clipped != 0};
 }
 
+template <class Entries>
 __device__ __forceinline__ void clip_by_value(const ValueClipArguments& arguments,
-                                              const TensorEntry* entries) {
+                                              Entries entries) {
   auto& shared = shared_memory<CombineShared<Largest>>();
   const ResultPointers& result = arguments.result;
   const bool last = accumulate(
@@ -211,9 +210,12 @@ __device__ __forceinline__ void clip_by_value(const ValueClipArguments& argument
 // --- Telling what is not finite -------------------------------------------------------------------------
 
 // counts[2 i] NaN and counts[2 i + 1] infinite elements of tensor i, which begin as 0.
-__device__ __forceinline__ void count_nonfinite(const TableView& table, const TensorEntry* entries,
-                                                unsigned long long* counts) {
-  const auto visit = [&](std::uint32_t i, const TensorEntry& entry, const TileRange& tiles) {
+template <class Entries>
+__device__ __forceinline__ void count_nonfinite(const CountArguments& arguments, Entries entries) {
+  const TableView& table = arguments.table;
+  unsigned long long* const counts = arguments.counts;
+  const auto visit = [&](std::uint32_t i, std::uint32_t, const TensorEntry& entry,
+                         const TileRange& tiles) {
     const auto itemsize = static_cast<std::int64_t>(size_of(entry.dtype));
     const std::int64_t first = tiles.first_byte() / itemsize;
     const std::int64_t end = tiles.end_byte(entry.bytes) / itemsize;
@@ -235,7 +237,7 @@ __device__ __forceinline__ void count_nonfinite(const TableView& table, const Te
       if (infinite) atomicAdd(&counts[2 * i + 1], static_cast<unsigned long long>(infinite));
     });
   };
-  walk(table, entries, range_of_this_warp(table), visit);
+  walk(table, entries, shared_memory<Ways>(), visit);
 }
 
 }  // namespace gradclip::cuda

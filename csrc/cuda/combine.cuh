@@ -1,4 +1,5 @@
-// From the sums of tiles to the sums of tensors: through the warps of a block, then through blocks.
+// From the sums of tiles to the sums of tensors (or rows, which are tensors here): through the warps of a block,
+// then through blocks.
 //
 // Only a tensor that a warp does not have whole comes here. Each warp leaves what it has of its first
 // and its last tensor in two slots; the block joins neighbours; what is still not whole goes to global
@@ -29,7 +30,7 @@ struct CombineShared {  // raw memory: what is read has been assigned before
     ExactSum group_sums[kThreads];  // the same memory, for the last block
   };
   Piece piece_of[kSlots];
-  Ranges ranges;
+  Ways ways;
   std::uint32_t to_merge[2];  // tensors of which this block brought the last tiles
   bool is_last_block;
 };
@@ -84,10 +85,9 @@ __device__ __forceinline__ void leave_piece(CombineShared<Accumulator>& shared,
 
 // Join the pieces of all warps. finish(tensor, accumulator, total) is called, by one thread, with each
 // tensor that is whole now, and adds it to `total`.
-template <class Accumulator, class Finish>
+template <class Accumulator, class Entries, class Finish>
 __device__ __forceinline__ void combine(CombineShared<Accumulator>& shared, const TableView& table,
-                                        const TensorEntry* entries, const Scratch& scratch,
-                                        Finish finish) {
+                                        Entries entries, const Scratch& scratch, Finish finish) {
   const int t = static_cast<int>(threadIdx.x);
   __syncthreads();
   if (t < kSlots && shared.piece_of[t].tensor != kNoTensor) {
@@ -119,7 +119,7 @@ __device__ __forceinline__ void combine(CombineShared<Accumulator>& shared, cons
   for (int m = 0; m < 2; ++m) {
     const std::uint32_t tensor = shared.to_merge[m];
     if (tensor == kNoTensor) continue;
-    const TensorEntry& entry = entries[tensor];
+    const TensorEntry& entry = entry_of_part(table, entries, tensor);
     const std::int64_t warps = static_cast<std::int64_t>(gridDim.x) * kWarps;
     const std::int64_t last_tile = entry.first_cost + (tiles_of(entry.bytes) - 1) * kTileCost;
     const std::int64_t first_block = warp_at(table.cost, entry.first_cost, warps) / kWarps;

@@ -94,6 +94,50 @@ __device__ __noinline__ void write_group(const MeasureArguments& arguments, std:
   arguments.result.group_sums[group] = to_plain(arguments.order, sum);
 }
 
+// The last block of a measurement of rows: gradients, each the group of its rows, samples, and the total.
+template <class SumOf>
+__device__ __noinline__ void finish_rows(const MeasureArguments& arguments, SumOf sum_of,
+                                         ExactSum* sums) {
+  const TableView& table = arguments.table;
+  const NormOrder& order = arguments.order;
+  NormSum* const of_gradients = arguments.scratch.sums_of_gradients;
+  for (auto i = static_cast<std::uint32_t>(warp_id()); i < table.tensors; i += kWarps) {
+    const RowEntry rows = table.rows[i];
+    const bool has_units = order.kind == NormOrder::infinity ||
+                           needs_unit(order, is_complex(table.entries[i].dtype));
+    int nonfinite = 0;
+    for (auto k = static_cast<std::uint32_t>(lane_id()); k < rows.count; k += 32) {
+      Largest unit;
+      if (has_units) load_fresh(&arguments.scratch.units[rows.first + k], unit);
+      nonfinite |= has_units ? unit.nonfinite != 0 : !is_finite(sum_of(rows.first + k).value);
+    }
+    nonfinite = __any_sync(kFullWarp, nonfinite);
+    const NormSum sum = group_sum(
+        order, rows.count, [=](std::uint32_t k) { return sum_of(rows.first + k); }, sums);
+    if (lane_id() != 0) continue;
+    of_gradients[i] = sum;
+    arguments.result.norms[i] = norm_call(order, sum, arguments.grad_scale);
+    arguments.result.nonfinite[i] = nonfinite != 0;
+  }
+  if (arguments.grouping == Groups::sample) {
+    for (auto g = static_cast<std::uint32_t>(warp_id()); g < table.groups; g += kWarps) {
+      const NormSum sum = group_sum(
+          order, table.tensors,
+          [=](std::uint32_t k) {
+            return g < table.rows[k].count ? sum_of(table.rows[k].first + g) : NormSum{};
+          },
+          sums);
+      if (lane_id() == 0) write_group(arguments, g, sum);
+    }
+  }
+  __syncthreads();
+  if (warp_id() != 0) return;
+  const NormSum total = group_sum(
+      order, table.tensors, [=](std::uint32_t k) { return of_gradients[k]; }, sums);
+  if (lane_id() == 0)
+    *arguments.result.total_norm = norm_call(order, total, arguments.grad_scale);
+}
+
 // The last block of a measurement: groups and the total. `total` is the sum over all tensors, where
 // that could be taken along the way: in all orders but `other`.
 __device__ __noinline__ void finish_measurement(const MeasureArguments& arguments, NormSum total,
@@ -106,6 +150,11 @@ __device__ __noinline__ void finish_measurement(const MeasureArguments& argument
     load_fresh(&sums_of_tensors[tensor], sum);
     return sum;
   };
+  if (table.rows) {
+    finish_rows(arguments, sum_of, sums);
+    if (arguments.decides) decide_groups(arguments);
+    return;
+  }
   if (order.kind == NormOrder::other && warp_id() == 0)
     total = group_sum(order, table.tensors, sum_of, sums);
   if (threadIdx.x == 0) {

@@ -56,16 +56,16 @@ int multiprocessors(int device) {
 struct List::State {
   int device = 0;
   Groups::Kind grouping = Groups::all;
-  std::size_t tensors = 0, groups = 1;
+  std::size_t tensors = 0, parts = 0, groups = 1;
   std::vector<TensorEntry> entries;
   std::vector<Axis> axes;
+  std::vector<RowEntry> rows;
   std::vector<std::uint32_t> labels, members, group_begin;
   bool any_complex = false;
   unsigned blocks = 1;
   unsigned blocks_of_large_kernels = 1;
   bool is_in_memory = false;  // the table: copied there
   TableView table{};
-  const TensorEntry* entries_in_memory = nullptr;
   Scratch scratch{};
   Workspace* workspace = nullptr;
   std::size_t table_bytes = 0;
@@ -90,7 +90,7 @@ struct List::State {
     }
   }
 
-  void read(std::span<const Span> spans, const Groups& groups_wanted);
+  void read(std::span<const Span> spans, const Groups& groups_wanted, const RowTable* row_table);
   void place(Stream on);
   void copy_table(Stream on);
 
@@ -112,7 +112,7 @@ struct List::State {
   void launch_in_memory(void (*kernel)(InMemory<Arguments>), unsigned grid,
                         std::size_t shared_bytes, const Arguments& arguments, Stream on) {
     if (!is_in_memory) copy_table(on);
-    InMemory<Arguments> list{arguments, entries_in_memory};
+    InMemory<Arguments> list{arguments};
     list.arguments.table.is_in_argument = false;
     launch(kernel, grid, kThreads, shared_bytes, on, list);
   }
@@ -164,22 +164,26 @@ struct List::State {
   }
   void launch_change(const ChangeArguments& arguments, Stream on) {
     launch_over([]<class List>(std::type_identity<List>) { return change_kernel<List>; },
-                sizeof(Ranges), arguments, on);
+                sizeof(Ways), arguments, on);
   }
 };
 
-void List::State::read(std::span<const Span> spans, const Groups& groups_wanted) {
+void List::State::read(std::span<const Span> spans, const Groups& groups_wanted,
+                       const RowTable* row_table) {
   constexpr auto kMost = std::numeric_limits<std::uint32_t>::max();
   tensors = spans.size();
   grouping = groups_wanted.kind;
   groups = groups_wanted.count(tensors);
+  parts = row_table ? row_table->count() : tensors;
   if (tensors >= kMost) throw std::length_error("grads: expected fewer than 2^32 - 1 gradients");
+  if (parts >= kMost) throw std::length_error("grads: expected fewer than 2^32 - 1 rows");
   entries.reserve(tensors + 1);
   std::int64_t cost = 0;
-  for (const Span& span : spans) {
+  // A tensor, or `count` rows like this one.
+  const auto add = [&](const Span& span, std::int64_t count) {
     if (tiles_of(span.nbytes()) >= kMost)
       throw std::length_error("grads: expected gradients of less than 2^46 bytes");
-    TensorEntry entry{span.data, span.nbytes(), cost, static_cast<std::uint32_t>(axes.size()),
+    TensorEntry entry{span.data, count * span.nbytes(), cost, static_cast<std::uint32_t>(axes.size()),
                       0,         span.dtype};
     if (span.layout) {
       entry.axes = static_cast<std::uint16_t>(span.layout->axes.size());
@@ -187,7 +191,17 @@ void List::State::read(std::span<const Span> spans, const Groups& groups_wanted)
     }
     any_complex = any_complex || is_complex(span.dtype);
     entries.push_back(entry);
-    cost += cost_of(span.nbytes());
+    cost += count * cost_of(span.nbytes());
+  };
+  for (std::size_t i = 0; i < tensors; ++i) {
+    if (!row_table) {
+      add(spans[i], 1);
+      continue;
+    }
+    const RowSpan& gradient = row_table->gradients[i];
+    add(gradient[0], gradient.count);
+    rows.push_back({gradient.stride, static_cast<std::uint32_t>(gradient.count),
+                    static_cast<std::uint32_t>(row_table->first[i])});
   }
   entries.push_back({nullptr, 0, cost, 0, 0, DType::float32});
   if (grouping == Groups::labels) {
@@ -200,6 +214,7 @@ void List::State::read(std::span<const Span> spans, const Groups& groups_wanted)
     for (std::uint32_t i = 0; i < tensors; ++i) members[next[labels[i]]++] = i;
   }
   table.tensors = static_cast<std::uint32_t>(tensors);
+  table.parts = static_cast<std::uint32_t>(parts);
   table.groups = static_cast<std::uint32_t>(groups);
   table.cost = cost;
   const int count = multiprocessors(device);
@@ -213,24 +228,28 @@ void List::State::read(std::span<const Span> spans, const Groups& groups_wanted)
 
 void List::State::place(Stream on) {
   table.is_in_argument =
-      !is_kept && tensors <= kMostEntries && axes.empty() && grouping != Groups::labels;
-  Parts parts;
-  const std::size_t at_entries = parts.add(entries.size() * sizeof(TensorEntry));
-  const std::size_t at_axes = parts.add(axes.size() * sizeof(Axis));
-  const std::size_t at_labels = parts.add(labels.size() * sizeof(std::uint32_t));
-  const std::size_t at_members = parts.add(members.size() * sizeof(std::uint32_t));
-  const std::size_t at_begin = parts.add(group_begin.size() * sizeof(std::uint32_t));
-  table_bytes = parts.end();
-  const std::size_t at_partials = parts.add(2 * blocks * sizeof(Accumulated));
-  const std::size_t at_totals = parts.add(blocks * sizeof(Accumulated));
-  const std::size_t at_sums = parts.add(tensors * sizeof(NormSum));
-  const std::size_t at_units = parts.add(tensors * sizeof(Largest));
-  workspace->reserve(4 + tensors, parts.end(), on);
+      !is_kept && tensors <= kMostEntries && axes.empty() && rows.empty() &&
+      grouping != Groups::labels;
+  Parts all;
+  const std::size_t at_entries = all.add(entries.size() * sizeof(TensorEntry));
+  const std::size_t at_axes = all.add(axes.size() * sizeof(Axis));
+  const std::size_t at_rows = all.add(rows.size() * sizeof(RowEntry));
+  const std::size_t at_labels = all.add(labels.size() * sizeof(std::uint32_t));
+  const std::size_t at_members = all.add(members.size() * sizeof(std::uint32_t));
+  const std::size_t at_begin = all.add(group_begin.size() * sizeof(std::uint32_t));
+  table_bytes = all.end();
+  const std::size_t at_partials = all.add(2 * blocks * sizeof(Accumulated));
+  const std::size_t at_totals = all.add(blocks * sizeof(Accumulated));
+  const std::size_t at_sums = all.add(parts * sizeof(NormSum));
+  const std::size_t at_units = all.add(parts * sizeof(Largest));
+  const std::size_t at_gradients = all.add(rows.size() * sizeof(NormSum));
+  workspace->reserve(4 + parts, all.end(), on);
 
   std::byte* const memory = workspace->memory();
   const auto words = [&](std::size_t at) { return reinterpret_cast<std::uint32_t*>(memory + at); };
-  entries_in_memory = reinterpret_cast<TensorEntry*>(memory + at_entries);
+  table.entries = reinterpret_cast<TensorEntry*>(memory + at_entries);
   table.axes = reinterpret_cast<Axis*>(memory + at_axes);
+  table.rows = rows.empty() ? nullptr : reinterpret_cast<RowEntry*>(memory + at_rows);
   const bool labelled = grouping == Groups::labels;
   table.labels = labelled ? words(at_labels) : nullptr;
   table.members = labelled ? words(at_members) : nullptr;
@@ -241,6 +260,7 @@ void List::State::place(Stream on) {
   scratch.block_totals = reinterpret_cast<Accumulated*>(memory + at_totals);
   scratch.sums = reinterpret_cast<NormSum*>(memory + at_sums);
   scratch.units = reinterpret_cast<Largest*>(memory + at_units);
+  scratch.sums_of_gradients = reinterpret_cast<NormSum*>(memory + at_gradients);
   if (!table.is_in_argument) copy_table(on);
 }
 
@@ -253,8 +273,9 @@ void List::State::copy_table(Stream on) {
       std::memcpy(pinned + (static_cast<const std::byte*>(to) - memory), items.data(),
                   items.size() * sizeof(items[0]));
   };
-  put(entries_in_memory, entries);
+  put(table.entries, entries);
   put(table.axes, axes);
+  put(table.rows, rows);
   put(table.labels, labels);
   put(table.members, members);
   put(table.group_begin, group_begin);
@@ -263,20 +284,21 @@ void List::State::copy_table(Stream on) {
   is_in_memory = true;
 }
 
-List::List(std::span<const Span> spans, const Groups& groups, int device, Stream stream)
+List::List(std::span<const Span> spans, const Groups& groups, const RowTable* rows, int device,
+           Stream stream)
     : state_(std::make_unique<State>()) {
   state_->device = device;
   state_->stream = stream;
-  state_->read(spans, groups);
+  state_->read(spans, groups, rows);
   state_->workspace = take_workspace(device, stream);
   state_->place(stream);
 }
 
-List::List(std::span<const Span> spans, const Groups& groups, int device)
+List::List(std::span<const Span> spans, const Groups& groups, const RowTable* rows, int device)
     : state_(std::make_unique<State>()) {
   state_->device = device;
   state_->is_kept = true;
-  state_->read(spans, groups);
+  state_->read(spans, groups, rows);
   state_->workspace = new Workspace(device);
   load_kernels();
   state_->place(nullptr);
@@ -321,12 +343,13 @@ void List::decide(const Decision& decision, std::byte* result, Stream stream) {
 
 void List::change(double grad_scale, const std::byte* result, Stream stream) {
   const ResultPointers pointers(layout(), const_cast<std::byte*>(result));
-  state_->launch_change({state_->table, pointers.flags, pointers.coefficients, grad_scale, 1.0},
+  state_->launch_change({state_->table, pointers.flags, pointers.coefficients, grad_scale, 1.0,
+                         state_->grouping == Groups::sample},
                         stream);
 }
 
 void List::scale(double factor, Stream stream) {
-  state_->launch_change({state_->table, nullptr, nullptr, 1.0, factor}, stream);
+  state_->launch_change({state_->table, nullptr, nullptr, 1.0, factor, false}, stream);
 }
 
 void List::clip_by_value(const ValueLimit& limit, std::byte* result, Stream stream) {
@@ -342,7 +365,7 @@ void List::clip_by_value(const ValueLimit& limit, std::byte* result, Stream stre
 void List::count_nonfinite(std::int64_t* counts, Stream stream) {
   State& s = *state_;
   check(cudaMemsetAsync(counts, 0, 2 * s.tensors * sizeof(*counts), stream), "cudaMemsetAsync");
-  s.launch_in_memory(count_nonfinite_kernel<InMemory<CountArguments>>, s.blocks, 0,
+  s.launch_in_memory(count_nonfinite_kernel<InMemory<CountArguments>>, s.blocks, sizeof(Ways),
                      CountArguments{s.table, reinterpret_cast<unsigned long long*>(counts)},
                      stream);
 }

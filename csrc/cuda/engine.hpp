@@ -14,6 +14,7 @@
 #include "core/clip.hpp"
 #include "core/element.hpp"
 #include "core/norm.hpp"
+#include "core/rows.hpp"
 #include "core/span.hpp"
 
 struct CUstream_st;
@@ -63,11 +64,13 @@ class Workspace;
 class List {
  public:
   // For one call on `stream` of `device`, the current device: tables that do not fit into a kernel
-  // argument are copied from pinned memory. Destroy it once the call's work is enqueued.
-  List(std::span<const Span> spans, const Groups& groups, int device, Stream stream);
+  // argument are copied from pinned memory. Destroy it once the call's work is enqueued. `rows`: of the
+  // gradients, where those have groups.
+  List(std::span<const Span> spans, const Groups& groups, const RowTable* rows, int device,
+       Stream stream);
   // For many calls, on any streams and threads: everything is copied now (this waits), and nothing
   // afterwards. Calls take turns on the device, for they share work memory; captured ones do not.
-  List(std::span<const Span> spans, const Groups& groups, int device);
+  List(std::span<const Span> spans, const Groups& groups, const RowTable* rows, int device);
   List(List&&) noexcept;
   ~List();
 

@@ -11,22 +11,22 @@ template <Measure kMeasure, class List>
 __global__ void __launch_bounds__(kThreads, kMeasure == Measure::powers ? kBlocksOfLargeKernels
                                                                         : kBlocksPerMultiprocessor)
     measure_kernel(const __grid_constant__ List list) {
-  measure<kMeasure>(list.arguments, list.entries);
+  measure<kMeasure>(list.arguments, list.view());
 }
 template <class List>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     change_kernel(const __grid_constant__ List list) {
-  change(list.arguments, list.entries);
+  change(list.arguments, list.view());
 }
 template <class List>
 __global__ void __launch_bounds__(kThreads, kBlocksOfLargeKernels)
     clip_by_value_kernel(const __grid_constant__ List list) {
-  clip_by_value(list.arguments, list.entries);
+  clip_by_value(list.arguments, list.view());
 }
 template <class List>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     count_nonfinite_kernel(const __grid_constant__ List list) {
-  count_nonfinite(list.arguments.table, list.entries, list.arguments.counts);
+  count_nonfinite(list.arguments, list.view());
 }
 
 }  // namespace gradclip::cuda

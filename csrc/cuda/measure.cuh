@@ -109,13 +109,18 @@ __device__ __noinline__ void add_powers_of_tile(const TensorEntry& entry, const 
   });
 }
 
-// Write one tensor's norm and flag and add its sum to the total; one thread.
+// Write one tensor's norm and flag, or the norm of a row that is a group, and add its sum to the total; one thread.
 template <Measure kMeasure, class Accumulator>
 __device__ __noinline__ void finish_tensor(const MeasureArguments& arguments, std::uint32_t tensor,
                                            NormSum sum, bool nonfinite, Accumulator& total) {
   arguments.scratch.sums[tensor] = sum;
-  arguments.result.norms[tensor] = norm_call(arguments.order, sum, arguments.grad_scale);
-  arguments.result.nonfinite[tensor] = nonfinite;
+  if (arguments.table.rows) {
+    if (arguments.grouping == Groups::row) write_group(arguments, tensor, sum);
+    if constexpr (kMeasure == Measure::largest) arguments.scratch.units[tensor] = {0.0, nonfinite, 0};
+  } else {
+    arguments.result.norms[tensor] = norm_call(arguments.order, sum, arguments.grad_scale);
+    arguments.result.nonfinite[tensor] = nonfinite;
+  }
   if constexpr (kMeasure == Measure::largest)
     total.add(Largest{sum.value, nonfinite, 0});
   else
@@ -123,8 +128,7 @@ __device__ __noinline__ void finish_tensor(const MeasureArguments& arguments, st
 }
 
 template <Measure kMeasure, class Accumulator>
-__device__ __noinline__ void finish_tensor(const MeasureArguments& arguments,
-                                           const TensorEntry* entries, std::uint32_t tensor,
+__device__ __noinline__ void finish_tensor(const MeasureArguments& arguments, std::uint32_t tensor,
                                            const Accumulator& sum, Accumulator& total) {
   if constexpr (kMeasure == Measure::largest) {
     if (arguments.units_pass)
@@ -137,8 +141,9 @@ __device__ __noinline__ void finish_tensor(const MeasureArguments& arguments,
     NormSum norm_sum{value.value, value.exponent, 0.0};
     bool nonfinite = !is_finite(value.value);
     if constexpr (kMeasure == Measure::powers) {
-      const TensorEntry& entry = entries[tensor];
-      if (needs_unit(arguments.order, is_complex(entry.dtype))) {
+      const TableView& table = arguments.table;
+      const DType dtype = table.entries[tensor_of(table, tensor)].dtype;
+      if (needs_unit(arguments.order, is_complex(dtype))) {
         const Largest unit = arguments.scratch.units[tensor];
         const double sum_of_terms = is_finite(unit.value) ? narrow(value) : 1.0;
         nonfinite = unit.nonfinite != 0;
@@ -177,17 +182,18 @@ __device__ __forceinline__ void add_tile(const MeasureArguments& arguments, std:
   }
 }
 
-// The walk of a block over its tensors: add_tiles(tensor, entry, tiles, running) adds a warp's tiles of a
-// tensor to `running`, which lane 0 writes; finish(tensor, accumulator, total) by one thread for every
+// The walk of a block over its tensors, or rows: add_tiles(tensor, entry, tiles, running) adds a warp's tiles of
+// a tensor to `running`, which lane 0 writes; finish(tensor, accumulator, total) by one thread for every
 // tensor. True as is_last_block().
-template <class Accumulator, class AddTiles, class Finish>
+template <class Accumulator, class Entries, class AddTiles, class Finish>
 __device__ __forceinline__ bool accumulate(CombineShared<Accumulator>& shared,
-                                           const TableView& table, const TensorEntry* entries,
+                                           const TableView& table, Entries entries,
                                            const Scratch& scratch, AddTiles add_tiles,
                                            Finish finish) {
   prepare(shared);
   Accumulator& running = shared.running[warp_id()];
-  const auto visit = [&](std::uint32_t i, const TensorEntry& entry, const TileRange& tiles) {
+  const auto visit = [&](std::uint32_t, const std::uint32_t& i, const TensorEntry& entry,
+                         const TileRange& tiles) {
     __syncwarp();
     if (lane_id() == 0) running = Accumulator{};
     __syncwarp();
@@ -199,19 +205,19 @@ __device__ __forceinline__ bool accumulate(CombineShared<Accumulator>& shared,
     else
       leave_piece(shared, i, tiles);
   };
-  walk(table, entries, shared.ranges.of_this_warp(table), visit);
+  walk(table, entries, shared.ways, visit);
   combine(shared, table, entries, scratch, finish);
   return is_last_block(shared, scratch);
 }
 
-template <Measure kMeasure>
-__device__ __forceinline__ void measure(const MeasureArguments& arguments,
-                                        const TensorEntry* entries) {
+template <Measure kMeasure, class Entries>
+__device__ __forceinline__ void measure(const MeasureArguments& arguments, Entries entries) {
   using Accumulator = typename AccumulatorOf<kMeasure>::Type;
   auto& shared = shared_memory<CombineShared<Accumulator>>();
   const bool last = accumulate(
       shared, arguments.table, entries, arguments.scratch,
-      [&](std::uint32_t i, const TensorEntry& entry, const TileRange& tiles, Accumulator& running) {
+      [&](const std::uint32_t& i, const TensorEntry& entry, const TileRange& tiles,
+          Accumulator& running) {
         // Of powers each thread adds up its own; then lane 0 takes those of all.
         Accumulator& mine = shared.threads[threadIdx.x];
         if constexpr (kMeasure == Measure::powers) mine = Accumulator{};
@@ -224,7 +230,7 @@ __device__ __forceinline__ void measure(const MeasureArguments& arguments,
         }
       },
       [&](std::uint32_t tensor, const Accumulator& sum, Accumulator& total) {
-        finish_tensor<kMeasure>(arguments, entries, tensor, sum, total);
+        finish_tensor<kMeasure>(arguments, tensor, sum, total);
       });
   if (!last) return;
   NormSum total;

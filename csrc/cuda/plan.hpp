@@ -28,6 +28,13 @@ struct TensorEntry {
 };
 static_assert(sizeof(TensorEntry) == 32);
 
+// A gradient whose rows have groups. Each is a tensor to the kernels, with an entry that a warp makes when it
+// comes to it; the gradient's own has data and axes of row 0, and the bytes of all rows.
+struct RowEntry {
+  std::int64_t stride;         // in bytes, of either sign
+  std::uint32_t count, first;  // row r is part number first + r
+};
+
 // Tensors of no bytes have one tile, of no rows: so every tensor is met by exactly one walk.
 GRADCLIP_INLINE std::int64_t tiles_of(std::int64_t bytes) {
   constexpr auto kTile = static_cast<std::int64_t>(order::kTileBytes);
@@ -38,21 +45,24 @@ GRADCLIP_INLINE std::int64_t cost_of(std::int64_t bytes) {
   return (bytes + kRow - 1) / kRow + tiles_of(bytes) * kTileEndCost;
 }
 
-// All of a list but its entries, which lie in memory or in the kernel argument.
+// All of a list but its entries, where those lie in the kernel argument.
 struct TableView {
+  const TensorEntry* entries;  // in memory
   const Axis* axes;
+  const RowEntry* rows;  // of every tensor; null where tensors have groups
   // Of groups by label, else null: the label of every tensor; the tensors of group g are
   // members[group_begin[g]] to members[group_begin[g + 1] - 1].
   const std::uint32_t* labels;
   const std::uint32_t* members;
   const std::uint32_t* group_begin;
   std::uint32_t tensors;
+  std::uint32_t parts;  // tensors, or rows
   std::uint32_t groups;
   std::int64_t cost;
   bool is_in_argument;  // the entries
 
-  GRADCLIP_INLINE std::uint32_t group_of(std::uint32_t tensor) const {
-    return groups == 1 ? 0 : labels ? labels[tensor] : tensor;
+  GRADCLIP_INLINE std::uint32_t group_of(std::uint32_t part) const {
+    return groups == 1 ? 0 : labels ? labels[part] : part;
   }
 };
 

@@ -5,7 +5,7 @@ Nothing here waits for the device except where it says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import partial
 from typing import Any, NamedTuple
@@ -51,7 +51,7 @@ class DeviceClipResult(ClipResult):
         stream: tuple[int, object],
         groups: int = 1,
         is_global: bool = True,
-        group_names: tuple[str, ...] | None = None,
+        group_names: Sequence[str] | None = None,
     ) -> None:
         keep = partial(object.__setattr__, self)  # the base class is frozen
         keep("_cuda", gradients.cuda)
@@ -252,6 +252,12 @@ class GpuGradients:
 
     def tensor_norms(self, ord: object) -> Any:
         return self._norms(ord).norms
+
+    def row_norms(self, ord: object) -> list[Any]:
+        measured = self.measure(ord, "row", 1.0, None)
+        names: Any = measured.group_names
+        rows: list[Any] = names.split(measured.group_norms)
+        return rows
 
     def global_norm(self, ord: object) -> Any:
         return self._norms(ord).total_norm
