@@ -421,7 +421,7 @@ def test_two_launches_whatever_the_rows(emulated: EmulatedDevice, groups: str) -
         for _ in range(64):  # the pool's workspaces take turns
             clip()
         assert _cost(emulated, clip) == (2, 0, 1, 0)
-        assert _cost(emulated, lambda: clip(3)) == (3, 0, 1, 0)  # noqa: B023
+        assert _cost(emulated, lambda: clip(3)) == (3, 0, 1, 0)
         assert _cost(emulated, lambda: gradclip.row_norms(grads)) == (1, 0, 1, 0)  # noqa: B023
 
 

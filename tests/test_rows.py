@@ -296,7 +296,12 @@ def _row_clip(max_norm: Any) -> Callable[[Any], object]:
             "grads['scale']: expected an array with a first axis, that of its rows, got one without axes "
             "(g.reshape(1) has one row)",
         ),
-        (_row_clip(1.0), [np.ones(3), torch.ones(())], ValueError, "grads[1]: expected an array with a first"),
+        (
+            _row_clip(1.0),
+            [np.ones(3), torch.ones(())],
+            ValueError,
+            "grads[1]: expected an array with a first",
+        ),
         (
             lambda grads: gradclip.clip_by_global_norm_(grads, 1.0, groups="sample"),
             {"a": np.ones((3, 2)), "b": None, "c": np.ones((4, 2))},

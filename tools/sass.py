@@ -2,8 +2,8 @@
 
 Every kernel, for every GPU that the file has code for, has few enough registers for the blocks that shall be
 resident at once, and no hot loop accesses local memory. For sm_90 no kernel keeps more than 32 bytes on its
-stack, and the hot loops of every dtype read (and write) 16 bytes a thread at a time, several before the first is
-used. What a kernel writes it does not read through the read-only cache.
+stack, and the hot loops of every dtype read (and write) 16 bytes a thread at a time, several before the first
+is used. What a kernel writes it does not read through the read-only cache.
 
     python -m tools.sass FILE      # an object file, a library, or the module
 """

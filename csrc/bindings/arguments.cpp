@@ -113,7 +113,7 @@ py::list values_by_name(const py::object& mapping, const py::object& names, cons
 void add_limits_of_rows(const py::object& value, std::size_t rows, const std::string& name,
                         bool are_coefficients, Table<double>& limits) {
   if (value.is_none() || is_real_scalar(value)) {
-    const double limit = value.is_none() ? (are_coefficients ? 1.0 : infinity())
+    const double limit = value.is_none()    ? (are_coefficients ? 1.0 : infinity())
                          : are_coefficients ? finite_number(value, name.c_str())
                                             : nonnegative_number(value, name.c_str());
     limits.insert(limits.end(), rows, limit);
@@ -136,8 +136,7 @@ void add_limits_of_rows(const py::object& value, std::size_t rows, const std::st
   const py::object dtype = any.attr("dtype");
   const std::string kind = str_text(dtype.attr("kind"));
   if (kind != "f" && kind != "i" && kind != "u" && kind != "V")
-    throw py::type_error(name + ": expected " + expected + ", got one of dtype " +
-                         str_text(dtype));
+    throw py::type_error(name + ": expected " + expected + ", got one of dtype " + str_text(dtype));
   const py::array_t<double> numbers = any.attr("astype")("float64");
   if (numbers.ndim() != 1 || static_cast<std::size_t>(numbers.size()) != rows)
     throw py::value_error(name + ": expected " + expected + ", got one of shape " +
@@ -169,10 +168,10 @@ Table<double> limits_of_rows(const py::object& value, const NamedGroups& groups,
   if (!values) throw py::error_already_set();
   const auto count = static_cast<std::size_t>(PyList_GET_SIZE(values.ptr()));
   if (count != rows.gradients.size())
-    throw py::value_error(argument + ": expected a number, an array of " +
-                          std::to_string(rows.count()) + " numbers, or one of these for each of the " +
-                          std::to_string(rows.gradients.size()) + " gradients, got " +
-                          std::to_string(count));
+    throw py::value_error(
+        argument + ": expected a number, an array of " + std::to_string(rows.count()) +
+        " numbers, or one of these for each of the " + std::to_string(rows.gradients.size()) +
+        " gradients, got " + std::to_string(count));
   for (std::size_t i = 0; i < count; ++i) {
     const std::string place = by_name ? repr_text(names[py::int_(i)]) : std::to_string(i);
     add_limits_of_rows(py::reinterpret_borrow<py::object>(
@@ -341,7 +340,8 @@ NamedGroups group_labels(const py::object& groups, const Gradients& grads) {
   const bool by_name = is_mapping(groups);
   if (!by_name && (PyBytes_Check(groups.ptr()) || !PySequence_Check(groups.ptr())))
     throw py::type_error(
-        "groups: expected None, 'tensor', 'row', 'sample', a sequence or a mapping of labels, got " +
+        "groups: expected None, 'tensor', 'row', 'sample', a sequence or a mapping of labels, "
+        "got " +
         type_name(groups));
   if (const auto axes = find_axes(groups); axes && *axes != 1)
     throw py::value_error("groups: expected labels in one dimension, got " + std::to_string(*axes));

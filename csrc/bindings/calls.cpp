@@ -43,9 +43,7 @@ py::object row_norms(const Gradients& grads, const py::object& ord) {
   grads.recheck(HostReader{}, ord);
   const py::array_t<double> norms = py::module_::import("numpy").attr("zeros")(rows.count());
   auto* const first = reinterpret_cast<double*>(py::detail::array_proxy(norms.ptr())->data);
-  run([&] {
-    cpu::row_norms(rows, cpu::make_plan(rows), order, {first, rows.count()});
-  });
+  run([&] { cpu::row_norms(rows, cpu::make_plan(rows), order, {first, rows.count()}); });
   py::list views;
   for (std::size_t i = 0; i < rows.gradients.size(); ++i)
     views.append(norms[py::slice(static_cast<py::ssize_t>(rows.first[i]),

@@ -249,7 +249,7 @@ RowSpan Gradients::rows_of(std::size_t i, bool of_samples,
   const auto strided = strided_rows_.find(i);
   if (strided == strided_rows_.end()) return rows_of_dense(span, layouts);
   const auto& [first, stride, layout] = strided->second;
-  return {first,      span.rows, stride, span.numel / span.rows, layout ? &*layout : nullptr,
+  return {first,     span.rows, stride, span.numel / span.rows, layout ? &*layout : nullptr,
           span.dtype};
 }
 

@@ -11,9 +11,9 @@
 namespace gradclip {
 
 struct RowSpan {
-  std::byte* first = nullptr;  // the lowest address of row 0
-  std::int64_t count = 0, stride = 0;  // in bytes, of either sign
-  std::int64_t numel = 0;              // of one row
+  std::byte* first = nullptr;             // the lowest address of row 0
+  std::int64_t count = 0, stride = 0;     // in bytes, of either sign
+  std::int64_t numel = 0;                 // of one row
   const StridedLayout* layout = nullptr;  // of one row; null where it is dense
   DType dtype = DType::float32;
 
@@ -24,7 +24,8 @@ struct RowSpan {
 // Of all gradients: row r of gradient i is number first[i] + r.
 struct RowTable {
   Table<RowSpan> gradients;
-  Table<std::size_t> first = {0};     // one more than there are gradients: its last is the number of rows
+  Table<std::size_t> first = {
+      0};  // one more than there are gradients: its last is the number of rows
   std::list<StridedLayout> layouts;  // that rows point to; addresses must stay
 
   RowTable() = default;

@@ -56,7 +56,8 @@ void sum_parts(const Parts& parts, const ChunkPlan& plan, const NormOrder& order
     const WideValue sum = exact.rounded();
     if (!slow) return store(part, {sum.value, sum.exponent, 0.0});
     const double unit = units[part], terms = is_finite(unit) ? narrow(sum) : 1.0;
-    store(part, order.kind == NormOrder::one ? magnitude_sum(terms, unit) : NormSum{terms, 0, unit});
+    store(part,
+          order.kind == NormOrder::one ? magnitude_sum(terms, unit) : NormSum{terms, 0, unit});
   };
   Table<ExactSum> partials(plan.partials);
   for_each_chunk(plan, Pass::forward, [&](const Chunk& chunk) {
@@ -117,7 +118,9 @@ void measure_parts(const Parts& parts, const ChunkPlan& plan, const NormOrder& o
       store(part, {magnitudes[part], 0, 0.0});
     return;
   }
-  const auto is_fast = [&](std::size_t i) { return !needs_unit(order, is_complex(parts.dtype(i))); };
+  const auto is_fast = [&](std::size_t i) {
+    return !needs_unit(order, is_complex(parts.dtype(i)));
+  };
   bool all_fast = true;
   for (std::size_t i = 0; i < parts.tensors() && order.kind != NormOrder::two; ++i)
     all_fast = all_fast && is_fast(i);
@@ -127,7 +130,8 @@ void measure_parts(const Parts& parts, const ChunkPlan& plan, const NormOrder& o
 template <class Parts>
 Table<NormSum> sums_of(const Parts& parts, const ChunkPlan& plan, const NormOrder& order) {
   Table<NormSum> sums(parts.count());
-  measure_parts(parts, plan, order, [&](std::size_t part, const NormSum& sum) { sums[part] = sum; });
+  measure_parts(parts, plan, order,
+                [&](std::size_t part, const NormSum& sum) { sums[part] = sum; });
   return sums;
 }
 
@@ -143,9 +147,8 @@ Table<NormSum> measure_rows(const RowTable& rows, const ChunkPlan& plan, const N
 
 void row_norms(const RowTable& rows, const ChunkPlan& plan, const NormOrder& order,
                std::span<double> norms) {
-  measure_parts(RowParts(rows), plan, order, [&](std::size_t part, const NormSum& sum) {
-    norms[part] = norm_of(order, sum);
-  });
+  measure_parts(RowParts(rows), plan, order,
+                [&](std::size_t part, const NormSum& sum) { norms[part] = norm_of(order, sum); });
 }
 
 }  // namespace gradclip::cpu

@@ -136,8 +136,8 @@ __device__ __forceinline__ void change(const ChangeArguments& arguments, Entries
       return;
     }
     const std::uint32_t group = arguments.are_samples ? ways.cursor().row : table.group_of(part);
-    const double factor = arguments.flags ? arguments.coefficients[group] / arguments.grad_scale
-                                          : arguments.factor;
+    const double factor =
+        arguments.flags ? arguments.coefficients[group] / arguments.grad_scale : arguments.factor;
     if (factor != 1.0) scale_tiles(entry, table, tiles, factor);
   };
   walk<kChangesBackward>(table, entries, ways, visit);

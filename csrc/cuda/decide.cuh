@@ -103,8 +103,8 @@ __device__ __noinline__ void finish_rows(const MeasureArguments& arguments, SumO
   NormSum* const of_gradients = arguments.scratch.sums_of_gradients;
   for (auto i = static_cast<std::uint32_t>(warp_id()); i < table.tensors; i += kWarps) {
     const RowEntry rows = table.rows[i];
-    const bool has_units = order.kind == NormOrder::infinity ||
-                           needs_unit(order, is_complex(table.entries[i].dtype));
+    const bool has_units =
+        order.kind == NormOrder::infinity || needs_unit(order, is_complex(table.entries[i].dtype));
     int nonfinite = 0;
     for (auto k = static_cast<std::uint32_t>(lane_id()); k < rows.count; k += 32) {
       Largest unit;
@@ -112,8 +112,8 @@ __device__ __noinline__ void finish_rows(const MeasureArguments& arguments, SumO
       nonfinite |= has_units ? unit.nonfinite != 0 : !is_finite(sum_of(rows.first + k).value);
     }
     nonfinite = __any_sync(kFullWarp, nonfinite);
-    const NormSum sum = group_sum(
-        order, rows.count, [=](std::uint32_t k) { return sum_of(rows.first + k); }, sums);
+    const NormSum sum =
+        group_sum(order, rows.count, [=](std::uint32_t k) { return sum_of(rows.first + k); }, sums);
     if (lane_id() != 0) continue;
     of_gradients[i] = sum;
     arguments.result.norms[i] = norm_call(order, sum, arguments.grad_scale);
@@ -132,10 +132,9 @@ __device__ __noinline__ void finish_rows(const MeasureArguments& arguments, SumO
   }
   __syncthreads();
   if (warp_id() != 0) return;
-  const NormSum total = group_sum(
-      order, table.tensors, [=](std::uint32_t k) { return of_gradients[k]; }, sums);
-  if (lane_id() == 0)
-    *arguments.result.total_norm = norm_call(order, total, arguments.grad_scale);
+  const NormSum total =
+      group_sum(order, table.tensors, [=](std::uint32_t k) { return of_gradients[k]; }, sums);
+  if (lane_id() == 0) *arguments.result.total_norm = norm_call(order, total, arguments.grad_scale);
 }
 
 // The last block of a measurement: groups and the total. `total` is the sum over all tensors, where

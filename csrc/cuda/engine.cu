@@ -183,7 +183,8 @@ void List::State::read(std::span<const Span> spans, const Groups& groups_wanted,
   const auto add = [&](const Span& span, std::int64_t count) {
     if (tiles_of(span.nbytes()) >= kMost)
       throw std::length_error("grads: expected gradients of less than 2^46 bytes");
-    TensorEntry entry{span.data, count * span.nbytes(), cost, static_cast<std::uint32_t>(axes.size()),
+    TensorEntry entry{span.data, count * span.nbytes(),
+                      cost,      static_cast<std::uint32_t>(axes.size()),
                       0,         span.dtype};
     if (span.layout) {
       entry.axes = static_cast<std::uint16_t>(span.layout->axes.size());
@@ -227,9 +228,8 @@ void List::State::read(std::span<const Span> spans, const Groups& groups_wanted,
 }
 
 void List::State::place(Stream on) {
-  table.is_in_argument =
-      !is_kept && tensors <= kMostEntries && axes.empty() && rows.empty() &&
-      grouping != Groups::labels;
+  table.is_in_argument = !is_kept && tensors <= kMostEntries && axes.empty() && rows.empty() &&
+                         grouping != Groups::labels;
   Parts all;
   const std::size_t at_entries = all.add(entries.size() * sizeof(TensorEntry));
   const std::size_t at_axes = all.add(axes.size() * sizeof(Axis));

@@ -116,7 +116,8 @@ __device__ __noinline__ void finish_tensor(const MeasureArguments& arguments, st
   arguments.scratch.sums[tensor] = sum;
   if (arguments.table.rows) {
     if (arguments.grouping == Groups::row) write_group(arguments, tensor, sum);
-    if constexpr (kMeasure == Measure::largest) arguments.scratch.units[tensor] = {0.0, nonfinite, 0};
+    if constexpr (kMeasure == Measure::largest)
+      arguments.scratch.units[tensor] = {0.0, nonfinite, 0};
   } else {
     arguments.result.norms[tensor] = norm_call(arguments.order, sum, arguments.grad_scale);
     arguments.result.nonfinite[tensor] = nonfinite;

@@ -44,8 +44,9 @@ __device__ __forceinline__ CostRange range_of_this_warp(const TableView& table) 
 struct Cursor {
   TensorEntry part;
   TileRange tiles;
-  std::int64_t stride, cost;                // from here to the next row
-  std::uint32_t tensor, number, row, left;  // of the part; its row in the tensor; rows that are left with it
+  std::int64_t stride, cost;  // from here to the next row
+  std::uint32_t tensor, number, row,
+      left;  // of the part; its row in the tensor; rows that are left with it
 };
 // Where the warps of a block are on their ways, in shared memory: hot loops have no register to spare for it.
 struct Ways {
@@ -102,10 +103,10 @@ __device__ __forceinline__ void step(Cursor& cursor, const CostRange& range, con
   }
   do {
     cursor.left = 0;
-    const bool is_last = backward ? cursor.tensor == 0 || table.entries[cursor.tensor].first_cost <=
-                                                              range.begin
-                                  : cursor.tensor + 1 >= table.tensors ||
-                                        table.entries[cursor.tensor + 1].first_cost >= range.end;
+    const bool is_last =
+        backward ? cursor.tensor == 0 || table.entries[cursor.tensor].first_cost <= range.begin
+                 : cursor.tensor + 1 >= table.tensors ||
+                       table.entries[cursor.tensor + 1].first_cost >= range.end;
     if (is_last) return;
     cursor.tensor += one;
     enter(cursor, range, table, backward);
@@ -124,8 +125,8 @@ __device__ __noinline__ bool next_part(Ways& ways, const TableView& table, bool 
 __device__ __noinline__ bool first_part(Ways& ways, const TableView& table, bool backward) {
   const CostRange range = ways.range();
   if (range.begin >= range.end) return false;
-  const std::uint32_t i = find_tensor(table, EntriesInMemory{table.entries},
-                                      backward ? range.end - 1 : range.begin);
+  const std::uint32_t i =
+      find_tensor(table, EntriesInMemory{table.entries}, backward ? range.end - 1 : range.begin);
   Cursor& cursor = ways.cursor();
   if (lane_id() == 0) {
     cursor.tensor = i;

@@ -29,8 +29,8 @@ __all__ = [
 
 # Any array that an engine can read in place: NumPy, CuPy, or anything with __dlpack__.
 GradientArrays: TypeAlias = Mapping[str, Any] | Iterable[Any]
-# One for all groups, or one for each of several: in their order, or by their names. Of rows one, or one for each
-# row, for each gradient.
+# One for all groups, or one for each of several: in their order, or by their names. Of rows one, or one for
+# each row, for each gradient.
 _OfRows: TypeAlias = npt.NDArray[np.floating[Any]] | Sequence[float]
 Thresholds: TypeAlias = (
     SupportsFloat
@@ -88,16 +88,17 @@ def row_norms(grads: GradientArrays, ord: float = 2) -> list[npt.NDArray[np.floa
     """Measure the norm of every row of every gradient in one pass over memory.
 
     A row is one index of the first axis: an output unit of a layer, an expert, a head, an example of
-    per-example gradients. Its norm has the bits of that row as a gradient of its own: ``row_norms([g])[0][i] ==
-    tensor_norms([g[i]])[0]``.
+    per-example gradients. Its norm has the bits of that row as a gradient of its own:
+    ``row_norms([g])[0][i] == tensor_norms([g[i]])[0]``.
 
     Args:
-        grads: As for :func:`tensor_norms`, each with at least one axis. The rows of a vector are its elements.
+        grads: As for :func:`tensor_norms`, each with at least one axis. The rows of a vector are its
+            elements.
         ord: As for :func:`tensor_norms`.
 
     Returns:
-        One float64 array per gradient, of shape ``(g.shape[0],)``; of a ``None`` entry, of shape ``(0,)``. The
-        norm of a row without elements is 0.
+        One float64 array per gradient, of shape ``(g.shape[0],)``; of a ``None`` entry, of shape ``(0,)``.
+        The norm of a row without elements is 0.
 
     Raises:
         TypeError: As for :func:`tensor_norms`.
@@ -195,16 +196,17 @@ def clip_by_global_norm_(
         grads: As for :func:`tensor_norms`, but writable, and no two entries may share memory.
         max_norm: The threshold, not negative: 0 makes everything 0, ``inf`` measures and never clips.
             Unless ``groups`` is ``None``, also one per group: a sequence, or a mapping by the names of
-            the groups; ``None`` leaves a group alone. Of rows, one array of all; or for each gradient a number,
-            ``None`` or an array with one per row, in a sequence or by the names of the gradients. On a GPU also a 0-d array there, or one of shape
+            the groups; ``None`` leaves a group alone. Of rows, one array of all; or for each gradient a
+            number, ``None`` or an array with one per row, in a sequence or in a mapping by the names of the
+            gradients. On a GPU also a 0-d array there, or one of shape
             ``(groups,)``: an adaptive threshold waits for nothing. Or a policy: an object whose method
             ``thresholds(measured)`` gets what was measured (a :class:`Measured`) and returns any of these.
         ord: Which norm, as for :func:`tensor_norms`.
         groups: Gradients that share one norm. ``None``: all of them (global clipping, Pascanu et al.
             2013, arXiv:1211.5063). ``"tensor"``: each its own. ``"row"``: each row of each gradient its own
-            (:func:`row_norms`). ``"sample"``: row i of all gradients together is group i, so their first axes
-            are alike: per-example gradients (Abadi et al. 2016, arXiv:1607.00133). ``None`` entries have no rows.
-            Then the norm of a gradient is over its rows. A label for each entry of ``grads``, in
+            (:func:`row_norms`). ``"sample"``: row i of all gradients together is group i, so their first
+            axes are alike: per-example gradients (Abadi et al. 2016, arXiv:1607.00133). With these two the
+            norm of a gradient is that over its rows. A label for each entry of ``grads``, in
             a sequence or in a mapping by the names of the gradients: equal labels share a norm. Labels are
             names, numbered in the order in which they first appear, or integers from 0 to
             ``len(grads) - 1``.
@@ -230,8 +232,9 @@ def clip_by_global_norm_(
             immutable (``jax.Array``).
         ValueError: As for :func:`tensor_norms`; an entry is read-only, overlaps itself or shares memory
             with another; ``max_norm`` is negative or NaN, ``ord`` or ``grad_scale`` not positive;
-            ``groups`` does not have one label per entry, or a gradient not the rows that it asks for; ``nonfinite`` is not one of the four; a tensor
-            was given other memory while ``reduce`` ran.
+            ``groups`` does not have one label per entry; a gradient has no axes, or not as many samples as
+            another; ``nonfinite`` is not one of the four; a tensor was given other memory while ``reduce``
+            ran.
         NonFiniteGradientError: A gradient holds an infinity or a NaN and ``nonfinite="raise"``.
 
     Warns:

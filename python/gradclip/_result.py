@@ -150,7 +150,7 @@ class RowNames(Sequence[str]):
     The rows of the first gradient come first. Names are made when they are asked for.
 
     Attributes:
-        gradients: The names of the gradients; ``None`` where they have none and are called by their positions.
+        gradients: The names of the gradients; ``None`` where they are called by their positions.
 
     Example:
         >>> import numpy as np, gradclip

@@ -107,9 +107,8 @@ void compare(List& list, const Call& call, bool in_two_steps) {
   const auto after = bytes_of(list);
   restore(list, before);
 
-  cuda::List gpu =
-      call.kept ? cuda::List(spans, call.groups, nullptr, 0)
-                : cuda::List(spans, call.groups, nullptr, 0, nullptr);
+  cuda::List gpu = call.kept ? cuda::List(spans, call.groups, nullptr, 0)
+                             : cuda::List(spans, call.groups, nullptr, 0, nullptr);
   const cuda::ResultLayout at = gpu.layout();
   std::vector<double> memory(at.bytes() / 8, -7.0);
   auto* const result = reinterpret_cast<std::byte*>(memory.data());
