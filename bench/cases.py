@@ -163,6 +163,7 @@ def _all() -> dict[str, Case]:
         *_states(Case("tiny", "300 of 64", "synthetic", ((64,),) * 300)),
         Case("many", "20 000 of 100", "synthetic", ((100,),) * 20_000),
         Case("fewer", "2 000 of 100", "synthetic", ((100,),) * 2_000),
+        Case("rows", "250 000 rows of 16", "synthetic", ((250_000, 16),), cold=True),
         Case("huge-and-tiny", "one of 8192 x 8192, 900 of 64", "synthetic", huge, cold=True),
         *map(_count, _COUNTS),
         *map(_bytes, _BYTES),

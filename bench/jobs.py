@@ -5,7 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["CLIP", "JOBS", "LOG", "LOSS_SCALE", "NORMS", "NO_CLIP", "UNSCALE", "Job", "Traffic", "key"]
+__all__ = [
+    "CLIP",
+    "CLIP_ROWS",
+    "JOBS",
+    "LOG",
+    "LOSS_SCALE",
+    "NORMS",
+    "NO_CLIP",
+    "ROW_NORMS",
+    "STANDARD",
+    "UNSCALE",
+    "Job",
+    "Traffic",
+    "key",
+]
 
 LOSS_SCALE = 8.0  # small, so that float16 gradients are normal numbers after it is undone
 
@@ -34,6 +48,7 @@ class Job:
         coefficient: What the gradients are multiplied by, 1 if nothing is written; powers of two, so that
             undoing is exact.
         scale: The gradients hold so many times themselves.
+        of_rows: Each row of each gradient has a norm, and a threshold, of its own.
     """
 
     key: str
@@ -41,6 +56,7 @@ class Job:
     floor: Traffic
     coefficient: float = 1.0
     scale: float = 1.0
+    of_rows: bool = False
 
     def threshold(self, total: float) -> float:
         """Twice the norm, so that there is nothing to clip, or half of it."""
@@ -48,6 +64,7 @@ class Job:
 
 
 NORMS, CLIP, NO_CLIP, UNSCALE, LOG = "norms", "clip", "no-clip", "unscale-clip", "norms-clip"
+ROW_NORMS, CLIP_ROWS = "row-norms", "clip-rows"
 
 JOBS: Mapping[str, Job] = {
     job.key: job
@@ -57,8 +74,12 @@ JOBS: Mapping[str, Job] = {
         Job(NO_CLIP, "clip, nothing to clip", Traffic(1)),
         Job(UNSCALE, "unscale and clip", Traffic(1, 1), 0.5 / LOSS_SCALE, LOSS_SCALE),
         Job(LOG, "all norms and clip", Traffic(1, 1), 0.5),
+        Job(ROW_NORMS, "norms of rows", Traffic(1), of_rows=True),
+        Job(CLIP_ROWS, "clip each row, clipping", Traffic(1, 1), 0.5, of_rows=True),
     )
 }
+
+STANDARD = tuple(job.key for job in JOBS.values() if not job.of_rows)
 
 
 def key(load: str, job: str, contender: str) -> str:

@@ -26,5 +26,14 @@ def norms(grads: Sequence[Array]) -> list[float]:
     return [norm(grad) for grad in grads]
 
 
+def row_norms(grad: Array) -> Array:
+    """The norm of each row, in blocks: float64 holds the squares exactly, and sums of few of them well."""
+    rows = grad.reshape(len(grad), -1)
+    step = max(1, _TERMS // max(1, rows.shape[1]))
+    blocks = (rows[first : first + step].astype(np.float64) for first in range(0, len(rows), step))
+    squares: Array = np.concatenate([np.einsum("ij,ij->i", block, block) for block in blocks])
+    return np.sqrt(squares)
+
+
 def total_of(norms: Sequence[float]) -> float:
     return math.sqrt(math.fsum(x * x for x in norms))

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from bench.cases import CASES, DTYPES, PAUSE, PRODUCT, Load
-from bench.jobs import CLIP, JOBS, NO_CLIP, NORMS
+from bench.jobs import CLIP, CLIP_ROWS, JOBS, NO_CLIP, NORMS, ROW_NORMS, STANDARD
 from bench.training import MODELS
 
 __all__ = ["Experiment", "Training", "named", "standard", "trainings"]
 
 _THREE = (NORMS, CLIP, NO_CLIP)
+_ROWS = (NORMS, CLIP, ROW_NORMS, CLIP_ROWS)
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Experiment:
     """
 
     loads: Sequence[Load]
-    jobs: Sequence[str] = tuple(JOBS)
+    jobs: Sequence[str] = STANDARD
     other_jobs: Sequence[str] = _THREE
     rounds: int = 15
     seconds: float = 35.0
@@ -79,7 +80,7 @@ def standard(quick: bool, jobs: Sequence[str] = tuple(JOBS)) -> list[Experiment]
 def _quick() -> list[Experiment]:
     points = ("count-1", "count-100", "count-10000", "bytes-4K", "bytes-1M", "bytes-256M")
     return [
-        Experiment(_loads("gpt2"), rounds=3, seconds=12),
+        Experiment(_loads("gpt2"), tuple(JOBS), rounds=3, seconds=12),
         Experiment(_loads("mlp"), rounds=3, seconds=5),
         Experiment(_loads("mlp", dtypes=("bfloat16",)), _THREE, rounds=3, seconds=5),
         Experiment(_loads("mlp-pause", "mlp-product"), _THREE, rounds=3, seconds=8),
@@ -90,7 +91,8 @@ def _quick() -> list[Experiment]:
 
 def _full() -> list[Experiment]:
     return [
-        Experiment(_loads("gpt2", dtypes=DTYPES), seconds=120),
+        Experiment(_loads("gpt2", dtypes=DTYPES), tuple(JOBS), seconds=150),
+        Experiment(_loads("rows"), _ROWS, seconds=60),
         Experiment(_loads("mlp", dtypes=DTYPES), seconds=60),
         *(Experiment(_loads(f"mlp-{state}"), _THREE, seconds=20) for state in (PAUSE, PRODUCT)),
         Experiment(_loads("tiny"), rounds=25, seconds=40),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from bench.cases import CASES, Load
-from bench.jobs import CLIP, JOBS, NO_CLIP, NORMS, UNSCALE, key
+from bench.jobs import CLIP, CLIP_ROWS, JOBS, NO_CLIP, NORMS, ROW_NORMS, UNSCALE, key
 from bench.peers import PEERS
 from bench.timing import Rounds, Spread, spread_of_ratio
 from bench.workload import READ, READ_WRITE, ROOFLINE
@@ -95,6 +95,11 @@ def _drop_in(case: str, job: str, bound: float) -> Target:
     return _against(case, job, _TORCH, "PyTorch", bound, _DROP_IN)
 
 
+def _of_rows(job: str, whole: str, what: str, bound: float) -> Target:
+    load = _float32("gpt2")
+    return Target(load, job, what, key(load, job, _LIST), (key(load, whole, _LIST),), bound)
+
+
 _CLIPS = (CLIP, NO_CLIP)
 
 TARGETS: tuple[Target, ...] = (
@@ -119,6 +124,21 @@ TARGETS: tuple[Target, ...] = (
     *(_drop_in("mlp", job, 5.0) for job in _CLIPS),
     *(_drop_in("mlp-product", job, 5.0) for job in _CLIPS),
     *(_drop_in("tiny", job, 8.0) for job in _CLIPS),
+    _of_rows(ROW_NORMS, NORMS, "time / norms of tensors", 1.5),
+    _of_rows(CLIP_ROWS, CLIP, "time / clip of all", 1.3),
+    _against("gpt2", ROW_NORMS, "gradclip-unbound", "rows in a list", 10.0),
+    _against("gpt2", CLIP_ROWS, "torch-loop", "PyTorch loop", 5.0),
+    *(_against("gpt2", job, "numba", "numba", 3.0) for job in (ROW_NORMS, CLIP_ROWS)),
+    Target(
+        _float32("rows"),
+        ROW_NORMS,
+        "time of a list",
+        key(_float32("rows"), ROW_NORMS, _LIST),
+        (),
+        12.0,
+        unit="ns a row",
+        scale=1e9 / CASES["rows"].shapes[0][0],
+    ),
     *(_dtype(dtype, job) for dtype in ("bfloat16", "float16") for job in (NORMS, *_CLIPS)),
 )
 

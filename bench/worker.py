@@ -97,7 +97,10 @@ def measure_experiment(
             workloads.append(workload)
             contenders += workload.rooflines()
             pairs = [
-                (p, j) for p in chosen for j in experiment.jobs_of(load) if key(load.key, j, p) not in skip
+                (p, j)
+                for p in chosen
+                for j in experiment.jobs_of(load)
+                if j in peers.PEERS[p].traffic and key(load.key, j, p) not in skip
             ]
             contenders += workload.contenders(pairs, lambda name: tell("checking answers", name, 0.0))
     outcome.checking = time.monotonic() - start

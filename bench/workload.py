@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import psutil
 from bench import reference
 from bench.cases import ALONE, PAUSE, PRODUCT, Array, Load
 from bench.data import GradientBuffer
-from bench.jobs import JOBS, NORMS, Job, key
+from bench.jobs import JOBS, NORMS, ROW_NORMS, Job, key
 from bench.peers import CPU, PEERS, Peer
 from bench.timing import Clock, Contender, Protocol, describe_error, host_clock, own_clock
 from gradclip import _core
@@ -117,6 +118,11 @@ class Workload:
         self.failures: dict[str, str] = {}
         self._peers: dict[str, Peer] = {}
 
+    @cached_property
+    def row_norms(self) -> list[Array]:
+        """Of each gradient."""
+        return [reference.row_norms(self.gradients.to_host(g)) for g in self.gradients.arrays]
+
     def protocol(self, rounds: int, seconds: float) -> Protocol:
         """Calls that take long need neither many repetitions nor a warm-up."""
         if self.load.case.cold:
@@ -169,14 +175,15 @@ class Workload:
         else:
             self._peers[peer_key] = PEERS[peer_key](self.gradients.arrays)
         peer = self._peers[peer_key]
-        max_norm = job.threshold(self.total)
+        # Half of the norm of each row, or what is said for all.
+        max_norm: Any = [norms / 2 for norms in self.row_norms] if job.of_rows else job.threshold(self.total)
         call = peer.call(job, max_norm)
         answer = call()
         self._check(name, peer, job, answer)
         writes = job.coefficient != 1
 
         def after(answer: Any) -> None:
-            if job.key != NORMS:
+            if job.key != NORMS and not job.of_rows:
                 peer.confirm(answer, max_norm, job.coefficient < 1)
             peer.settle()
 
@@ -193,7 +200,14 @@ class Workload:
         return Contender(name, call, before_turn, self.place.prepare, after, undo)
 
     def _check(self, name: str, peer: Peer, job: Job, answer: Any) -> None:
-        total, norms = peer.total(answer), peer.layer_norms(answer)
+        if job.of_rows:
+            if job.key == ROW_NORMS:
+                rows = np.concatenate(peer.norms_of_rows(answer))
+                _close("norms of rows", rows, np.concatenate(self.row_norms), peer.tolerance)
+                return
+            total, norms = None, None
+        else:
+            total, norms = peer.total(answer), peer.layer_norms(answer)
         if total is not None:
             expected = self.total / job.scale
             self.errors[name] = abs(total / expected - 1)

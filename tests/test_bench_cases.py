@@ -20,7 +20,7 @@ from bench.cases import CASES, DTYPES, Load, choose, dtype_of
 from bench.data import GradientBuffer
 from bench.errors import BenchError
 from bench.harness import PYTEST_CASES, axes, fitting
-from bench.jobs import CLIP, JOBS, NORMS, Job, key
+from bench.jobs import CLIP, CLIP_ROWS, JOBS, NORMS, ROW_NORMS, Job, key
 from bench.peers import CPU, GPU, OURS, PEERS, Peer, present
 from bench.peers.with_numpy import NumpySquares
 from bench.workload import Location, Workload, WrongAnswerError
@@ -70,8 +70,8 @@ _CPU_PEERS = [key for key in PEERS if PEERS[key].place == CPU]
 def test_every_contender_does_every_job(peer: str) -> None:
     """It answers rightly, and undoing leaves the gradients as they were."""
     assert peer in present(), f"{PEERS[peer].missing()}"
-    workload = Workload(Load(CASES["bytes-64K"]))
-    for job in JOBS.values():
+    workload = Workload(Load(CASES["mlp" if peer == "gradclip-unbound" else "bytes-64K"]))
+    for job in (JOBS[name] for name in PEERS[peer].traffic):
         contender = workload.contender(peer, job)
         contender.before_turn()
         before = [g.copy() for g in workload.gradients.arrays]
@@ -86,7 +86,6 @@ def test_every_contender_does_every_job(peer: str) -> None:
             np.testing.assert_allclose(g, held, rtol=1e-6)
         name = key(workload.load.key, job.key, peer)
         assert workload.errors.get(name, 0.0) < 1e-5
-        assert job.key in PEERS[peer].traffic
 
 
 def test_without_the_extra_the_way_to_it_is_told(tmp_path: Path) -> None:
@@ -242,3 +241,17 @@ def test_a_result_file_of_another_format_is_told(tmp_path: Path) -> None:
     (tmp_path / "old.json").write_text(json.dumps({"format": 1}))
     with pytest.raises(BenchError, match="format: expected 2, got 1"):
         results.load(tmp_path / "old.json")
+
+
+@pytest.mark.parametrize("peer", [key for key in _CPU_PEERS if CLIP_ROWS in PEERS[key].traffic])
+def test_norms_of_rows_are_checked(peer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of matrices and vectors; whoever answers wrongly is found out."""
+    workload = Workload(Load(CASES["mlp"]))
+    for job in (JOBS[ROW_NORMS], JOBS[CLIP_ROWS]):
+        workload.contender(peer, job)
+    monkeypatch.setattr(PEERS[peer], "row_norms", lambda self: [np.ones(len(g)) for g in self.grads])
+    with pytest.raises(WrongAnswerError, match="norms of rows: expected"):
+        workload.contender(peer, JOBS[ROW_NORMS])
+    monkeypatch.setattr(PEERS[peer], "clip_rows", lambda self, max_norm: None)
+    with pytest.raises(WrongAnswerError, match="gradient 0: expected"):
+        workload.contender(peer, JOBS[CLIP_ROWS])

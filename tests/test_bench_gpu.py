@@ -15,7 +15,7 @@ import bench.device
 from bench.cases import CASES, Load
 from bench.data import GradientBuffer
 from bench.device import FLAT_SUM
-from bench.jobs import JOBS, NORMS
+from bench.jobs import JOBS, NORMS, STANDARD
 from bench.peers import GPU, OURS, PEERS, ours, present, with_jax
 from bench.timing import Clock
 from bench.workload import READ, READ_WRITE, Location, Workload
@@ -31,7 +31,7 @@ def test_they_are_the_gpus() -> None:
     assert all(PEERS[key].place == GPU for key in _KEYS)
 
 
-@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize("job", STANDARD)
 @pytest.mark.parametrize("peer", _KEYS)
 def test_every_job(peer: str, job: str, device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     on_host = ours.on_host
@@ -65,7 +65,7 @@ def test_optax_on_a_gpu_but_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None
     assert with_jax._cuda_is_missing() is None
     grads = GradientBuffer(Load(CASES["bytes-4K"])).arrays
     total = math.hypot(*(float(np.linalg.norm(grad)) for grad in grads))
-    for job in JOBS.values():
+    for job in map(JOBS.__getitem__, STANDARD):
         peer = with_jax.OptaxCuda(grads)
         assert all(grad.committed for grad in peer._jax_grads)
         answer = peer.call(job, job.threshold(total))()

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gradclip
+import gradclip.torch
 import order_model
 from gradclip import _core
 from matrices import (
@@ -395,3 +396,13 @@ def test_memory_that_a_threshold_replaces_is_noticed() -> None:
 
     with pytest.raises(ValueError, match="given other memory"):
         gradclip.clip_by_global_norm_([tensor], [Hostile()], groups="row")  # type: ignore[list-item]
+
+
+def test_rows_of_a_module() -> None:
+    model = torch.nn.Linear(2, 2)
+    model.weight.grad, model.bias.grad = torch.tensor([[3.0, 4.0], [0.0, 1.0]]), torch.tensor([2.0, 0.5])
+    result = gradclip.torch.clip_module_(model, {"weight": 2.5, "bias": None}, groups="row")
+    assert model.weight.grad.tolist() == [[1.5, 2.0], [0.0, 1.0]]
+    assert result.named_group_norms() == {"weight[0]": 5.0, "weight[1]": 1.0, "bias[0]": 2.0, "bias[1]": 0.5}
+    with pytest.raises(ValueError, match="groups: expected None, 'tensor', 'module', 'row'"):
+        gradclip.torch.clip_module_(model, 1.0, groups="rows")

@@ -13,6 +13,7 @@ from bench.peers.ours import (
     GradclipPlan,
     GradclipTorch,
     GradclipTorchCuda,
+    GradclipUnbound,
 )
 from bench.peers.with_cupy import CupyNrm2, CupySquares
 from bench.peers.with_jax import Optax, OptaxCuda, OptaxDonated
@@ -25,9 +26,9 @@ __all__ = ["CPU", "GPU", "OURS", "PEERS", "Peer", "missing", "present"]
 PEERS: Mapping[str, type[Peer]] = {
     peer.key: peer
     for peer in (
-        Gradclip, GradclipPlan, GradclipMeasured, GradclipTorch, NumpyDot, NumpySquares, Numba, Torch,
-        TorchLoop, OptaxDonated, Optax, GradclipGpu, GradclipGpuPlan, GradclipTorchCuda, CupyNrm2,
-        CupySquares, TorchCuda, TorchCudaLoop, OptaxCuda, Apex, TransformerEngine,
+        Gradclip, GradclipPlan, GradclipMeasured, GradclipUnbound, GradclipTorch, NumpyDot, NumpySquares,
+        Numba, Torch, TorchLoop, OptaxDonated, Optax, GradclipGpu, GradclipGpuPlan, GradclipTorchCuda,
+        CupyNrm2, CupySquares, TorchCuda, TorchCudaLoop, OptaxCuda, Apex, TransformerEngine,
     )
 }  # fmt: skip
 # What the others are compared with, by place.

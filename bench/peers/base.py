@@ -7,11 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
-from bench.jobs import CLIP, LOG, NO_CLIP, NORMS, UNSCALE, Job, Traffic
+import numpy as np
 
-__all__ = ["CPU", "GPU", "Peer"]
+from bench.jobs import CLIP, CLIP_ROWS, LOG, NO_CLIP, NORMS, ROW_NORMS, UNSCALE, Job, Traffic
+
+__all__ = ["CPU", "GPU", "ROWS", "Peer"]
 
 CPU, GPU = "cpu", "gpu"
+# What who has norms of rows moves, as `traffic`.
+ROWS: Mapping[str, Traffic] = {ROW_NORMS: Traffic(1), CLIP_ROWS: Traffic(1, 1)}
 
 
 class Peer:
@@ -30,7 +34,8 @@ class Peer:
         rounding: Largest relative error of a clipped gradient, in halves of a unit in its last place.
         waits: Whether its calls wait for the GPU, or use streams of their own.
         copies: How many times the gradients' bytes it needs beside the gradients.
-        traffic: What it moves, by the way that it is written: the report holds it against the time taken.
+        traffic: What it moves in each job that it does, by the way that it is written: the report holds it
+            against the time taken.
     """
 
     key: ClassVar[str]
@@ -58,7 +63,7 @@ class Peer:
         """Whether it takes part where there are so many."""
         return cls.most_tensors is None or tensors <= cls.most_tensors
 
-    def call(self, job: Job, max_norm: float) -> Callable[[], Any]:
+    def call(self, job: Job, max_norm: Any) -> Callable[[], Any]:
         """What is timed; whatever its user would do once, such as compile, is done here."""
         calls: dict[str, Callable[[], Any]] = {
             NORMS: self.norms,
@@ -66,6 +71,8 @@ class Peer:
             NO_CLIP: partial(self.clip, max_norm),
             UNSCALE: partial(self.unscale_and_clip, max_norm, job.scale),
             LOG: partial(self.norms_and_clip, max_norm),
+            ROW_NORMS: self.row_norms,
+            CLIP_ROWS: partial(self.clip_rows, max_norm),
         }
         return calls[job.key]
 
@@ -84,6 +91,18 @@ class Peer:
     def norms_and_clip(self, max_norm: float) -> Any:
         """Timed: every norm, for the log, and clip."""
         raise NotImplementedError
+
+    def row_norms(self) -> Any:
+        """Timed: the norms of the rows of each gradient."""
+        raise NotImplementedError
+
+    def clip_rows(self, max_norm: Any) -> Any:
+        """Timed: measure and clip each row; ``max_norm`` has thresholds for each gradient."""
+        raise NotImplementedError
+
+    def norms_of_rows(self, answer: Any) -> Sequence[Any]:
+        """What ``row_norms`` has answered, as arrays of the host."""
+        return [np.asarray(norms) for norms in answer]
 
     def total(self, answer: Any) -> float | None:
         """The global norm that was answered; None if it is not in there."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
 
 import gradclip
 from bench.jobs import Traffic
-from bench.peers.base import GPU, Peer, traffic
+from bench.peers.base import GPU, ROWS, Peer, traffic
 from bench.peers.with_torch import Torch, TorchCuda
 from gradclip._dispatch import why_no_gpu
 
@@ -21,13 +23,16 @@ __all__ = [
     "GradclipPlan",
     "GradclipTorch",
     "GradclipTorchCuda",
+    "GradclipUnbound",
 ]
+
+_TRAFFIC = traffic(Traffic(1), Traffic(1, 1), Traffic(1), Traffic(1, 1), Traffic(1, 1))
 
 
 class Gradclip(Peer):
     key, title = "gradclip", "gradclip"
     tolerance, rounding = 1e-7, 0.0
-    traffic = traffic(Traffic(1), Traffic(1, 1), Traffic(1), Traffic(1, 1), Traffic(1, 1))
+    traffic: ClassVar[Mapping[str, Traffic]] = {**_TRAFFIC, **ROWS}
 
     def norms(self) -> Any:
         return gradclip.tensor_norms(self.grads)
@@ -40,6 +45,12 @@ class Gradclip(Peer):
 
     def norms_and_clip(self, max_norm: float) -> Any:
         return self.clip(max_norm)
+
+    def row_norms(self) -> Any:
+        return gradclip.row_norms(self.grads)
+
+    def clip_rows(self, max_norm: Any) -> Any:
+        return gradclip.clip_by_global_norm_(self.grads, max_norm, groups="row")
 
     def total(self, answer: Any) -> float:
         if isinstance(answer, gradclip.ClipResult):
@@ -73,14 +84,37 @@ class GradclipPlan(Gradclip):
     def unscale_and_clip(self, max_norm: float, scale: float) -> Any:
         return self._plan.clip_by_global_norm_(max_norm, grad_scale=scale)
 
+    def row_norms(self) -> Any:
+        return self._plan.row_norms()
+
+    def clip_rows(self, max_norm: Any) -> Any:
+        return self._plan.clip_by_global_norm_(max_norm, groups="row")
+
     def undo(self, answer: Any, factor: float) -> None:
         self._plan.scale_(factor)
+
+
+class GradclipUnbound(Gradclip):
+    """Rows as people had them before: a list of all of them."""
+
+    key, title = "gradclip-unbound", "gradclip, rows in a list"
+    traffic = ROWS
+
+    def _rows(self) -> list[Any]:
+        return [row for g in self.grads for row in g.reshape(len(g), -1)]
+
+    def row_norms(self) -> Any:
+        return [gradclip.tensor_norms(self._rows())]
+
+    def clip_rows(self, max_norm: Any) -> Any:
+        return gradclip.clip_by_norm_(self._rows(), np.concatenate(max_norm))
 
 
 class GradclipMeasured(Gradclip):
     """Somebody decides between measuring and clipping: an adaptive threshold."""
 
     key, title = "gradclip-measured", "gradclip, measure and clip"
+    traffic = _TRAFFIC
 
     def clip(self, max_norm: float) -> Any:
         measured = gradclip.measure(self.grads)
@@ -101,6 +135,7 @@ class GradclipGpu(Gradclip):
 
     key, title = "gradclip-gpu", "gradclip, GPU"
     place, needs = GPU, ("cupy",)
+    traffic = _TRAFFIC
 
     @classmethod
     def missing(cls) -> str | None:
@@ -147,7 +182,7 @@ class GradclipTorch(Torch):
 
     key, title = "gradclip-torch", "gradclip.torch"
     tolerance = Gradclip.tolerance
-    traffic = Gradclip.traffic
+    traffic = _TRAFFIC
 
     def __init__(self, grads: Sequence[Any]) -> None:
         super().__init__(grads)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from bench.jobs import Traffic
-from bench.peers.base import Peer, traffic
+from bench.peers.base import ROWS, Peer, traffic
 
 __all__ = ["Numba", "NumpyDot", "NumpySquares"]
 
@@ -79,6 +79,17 @@ class NumpySquares(_ByHand):
 
 class NumpyDot(_ByHand):
     key, title = "numpy-dot", "NumPy dot loop"
+    traffic: ClassVar[Mapping[str, Traffic]] = {**_ByHand.traffic, **ROWS}
+
+    def row_norms(self) -> list[Any]:
+        flat = (g.reshape(len(g), -1) for g in self.grads)
+        return [np.sqrt(np.einsum("ij,ij->i", rows, rows)) for rows in flat]
+
+    def clip_rows(self, max_norm: Any) -> None:
+        for g, norms, limits in zip(self.grads, self.row_norms(), max_norm, strict=True):
+            coefficients = np.minimum(limits / norms, 1.0).astype(g.dtype)
+            rows = g.reshape(len(g), -1)
+            np.multiply(rows, coefficients[:, None], out=rows)
 
     def _squares(self) -> list[float]:
         squares = []
@@ -109,11 +120,38 @@ def _compiled(parallel: bool) -> tuple[Any, Any]:
     return compile_(squares), compile_(scale)
 
 
+@cache
+def _compiled_rows(parallel: bool) -> tuple[Any, Any]:
+    numba: Any = importlib.import_module("numba")
+
+    def norms(x: Any, out: Any) -> None:
+        for i in numba.prange(x.shape[0]):
+            total = x.dtype.type(0)
+            for j in range(x.shape[1]):
+                total += x[i, j] * x[i, j]
+            out[i] = np.sqrt(total)
+
+    def clip(x: Any, limits: Any) -> None:
+        for i in numba.prange(x.shape[0]):
+            total = x.dtype.type(0)
+            for j in range(x.shape[1]):
+                total += x[i, j] * x[i, j]
+            norm = np.sqrt(total)
+            if norm > limits[i]:
+                factor = x.dtype.type(limits[i] / norm)
+                for j in range(x.shape[1]):
+                    x[i, j] *= factor
+
+    compile_ = numba.njit(parallel=parallel, fastmath=True)
+    return compile_(norms), compile_(clip)
+
+
 class Numba(_ByHand):
     """Two loops, compiled with leave to reorder sums; large arrays by all threads."""
 
     key, title = "numba", "numba loops"
     needs = ("numba",)
+    traffic: ClassVar[Mapping[str, Traffic]] = {**_ByHand.traffic, **ROWS}
 
     def __init__(self, grads: Sequence[Any]) -> None:
         super().__init__(grads)
@@ -126,3 +164,18 @@ class Numba(_ByHand):
         factor = self.grads[0].dtype.type(factor)
         for flat, _, scale in self._flat:
             scale(flat, factor)
+
+    def _rows(self) -> list[Any]:
+        return [(g.reshape(len(g), -1), *_compiled_rows(g.size >= _MANY_ELEMENTS)) for g in self.grads]
+
+    def row_norms(self) -> list[Any]:
+        answer = []
+        for rows, norms, _ in self._rows():
+            out = np.empty(len(rows))
+            norms(rows, out)
+            answer.append(out)
+        return answer
+
+    def clip_rows(self, max_norm: Any) -> None:
+        for (rows, _, clip), limits in zip(self._rows(), max_norm, strict=True):
+            clip(rows, limits)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 
 import gradclip
-from bench.jobs import LOSS_SCALE, NO_CLIP, Traffic
-from bench.peers.base import GPU, Peer, traffic
+from bench.jobs import LOSS_SCALE, NO_CLIP, Job, Traffic
+from bench.peers.base import GPU, ROWS, Peer, traffic
 from gradclip._dispatch import why_no_gpu
 
 __all__ = ["Apex", "Torch", "TorchCuda", "TorchCudaLoop", "TorchLoop", "TransformerEngine"]
@@ -83,9 +83,24 @@ class TorchLoop(Torch):
 
     key, title = "torch-loop", "PyTorch loop"
     foreach = False
+    traffic: ClassVar[Mapping[str, Traffic]] = {**Torch.traffic, **ROWS}
 
     def norms_and_clip(self, max_norm: float) -> Any:
         return [float(g.norm()) for g in self._grads], self.clip(max_norm)
+
+    def call(self, job: Job, max_norm: Any) -> Callable[[], Any]:
+        if job.of_rows:
+            pairs = zip(max_norm, self._grads, strict=True)
+            max_norm = [self._torch.from_numpy(limits).to(g) for limits, g in pairs]
+        return super().call(job, max_norm)
+
+    def row_norms(self) -> Any:
+        return [g.flatten(1).norm(dim=1) if g.dim() > 1 else g.abs() for g in self._grads]
+
+    def clip_rows(self, max_norm: Any) -> Any:
+        for g, norms, limits in zip(self._grads, self.row_norms(), max_norm, strict=True):
+            coefficients = (limits / norms).clamp_(max=1.0)
+            g.mul_(coefficients.reshape(-1, *[1] * (g.dim() - 1)))
 
 
 def _cuda_is_missing() -> str | None:

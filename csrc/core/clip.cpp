@@ -6,22 +6,16 @@ namespace gradclip {
 
 RowSums sums_of_rows(const NormOrder& order, Table<NormSum>&& rows,
                      std::span<const std::size_t> first_row, const Groups& groups) {
-  const std::size_t tensors = first_row.size() - 1;
-  Table<std::size_t> label(rows.size());
-  const auto label_rows = [&](auto label_of) {
-    for (std::size_t i = 0; i < tensors; ++i)
-      for (std::size_t r = first_row[i]; r < first_row[i + 1]; ++r)
-        label[r] = label_of(i, r - first_row[i]);
-  };
   RowSums sums;
-  label_rows([](std::size_t tensor, std::size_t) { return tensor; });
-  sums.tensors = group_sums(order, rows, label, tensors);
-  if (groups.kind == Groups::row) {
-    sums.groups = std::move(rows);
-  } else {
-    label_rows([](std::size_t, std::size_t row) { return row; });
-    sums.groups = group_sums(order, rows, label, groups.used);
+  std::vector<std::size_t> sample;  // of every row
+  for (std::size_t i = 0; i + 1 < first_row.size(); ++i) {
+    const std::size_t count = first_row[i + 1] - first_row[i];
+    sums.tensors.push_back(
+        group_sums(order, std::span(rows).subspan(first_row[i], count), {}, 1)[0]);
+    for (std::size_t r = 0; r < count && groups.kind == Groups::sample; ++r) sample.push_back(r);
   }
+  sums.groups = groups.kind == Groups::row ? std::move(rows)
+                                           : group_sums(order, rows, sample, groups.used);
   return sums;
 }
 

@@ -92,3 +92,40 @@ TEST_CASE("a plan needs no memory of the size of the tensors") {
   const std::int64_t huge = std::int64_t{1} << 40;
   CHECK(cpu::make_plan(std::vector{huge}).tasks() == static_cast<std::size_t>(huge / kLargest));
 }
+
+TEST_CASE("chunks of rows are whole rows, or parts of one that begin at its tiles") {
+  Random random(2);
+  for (int trial = 0; trial < 300; ++trial) {
+    const auto tensors = static_cast<std::size_t>(random.between(1, 20));
+    std::vector<std::int64_t> sizes(tensors), rows(tensors);
+    std::int64_t total = 0, parts = 0;
+    for (std::size_t i = 0; i < tensors; ++i) {
+      const std::int64_t row_bytes = random.between(0, std::int64_t{1} << random.between(1, 23));
+      rows[i] = random.between(0, 40);
+      sizes[i] = rows[i] * row_bytes;
+      total += sizes[i];
+    }
+    const cpu::ChunkPlan plan = cpu::make_plan(sizes, rows);
+    const std::int64_t task = std::clamp(total / kTasks, kSmallest, kLargest) / kTile * kTile;
+    std::vector<std::int64_t> covered(tensors);
+    for (const cpu::Chunk& chunk : plan.chunks) {
+      CHECK(chunk.first_byte == covered[chunk.tensor]);
+      covered[chunk.tensor] += chunk.bytes;
+      CHECK(chunk.bytes > 0);
+      CHECK(chunk.bytes <= task);
+      const std::int64_t row_bytes = sizes[chunk.tensor] / rows[chunk.tensor];
+      const std::int64_t in_row = chunk.first_byte % row_bytes;
+      if (chunk.partial == cpu::kWhole) {
+        CHECK(in_row == 0);
+        CHECK(chunk.bytes % row_bytes == 0);
+      } else {
+        CHECK(chunk.partial == parts++);
+        CHECK(row_bytes > task);
+        CHECK(in_row % kTile == 0);
+        CHECK(in_row + chunk.bytes <= row_bytes);
+      }
+    }
+    CHECK(covered == sizes);
+    CHECK(plan.partials == parts);
+  }
+}

@@ -19,7 +19,7 @@ from gradclip.torch._optimizer import param_groups_of
 
 __all__ = ["ModuleGroups", "by_name", "clip_module_", "clip_named_", "clip_param_groups_", "groups_of"]
 
-ModuleGroups: TypeAlias = Literal["tensor", "module"] | int | Sequence[str] | None
+ModuleGroups: TypeAlias = Literal["tensor", "module", "row", "sample"] | int | Sequence[str] | None
 
 
 @in_float_environment
@@ -47,8 +47,9 @@ def clip_module_(
         ord: As for :func:`gradclip.tensor_norms`.
         groups: Parameters that share one norm. ``None``: all. ``"tensor"``: each its own. ``"module"``:
             those of one submodule, ``h.0.attn.weight`` and ``h.0.attn.bias``. A depth: those whose names
-            begin with the same so many parts; at 2, ``h.0.attn.weight`` and ``h.0.mlp.bias``. Or a name of
-            a group for each parameter.
+            begin with the same so many parts; at 2, ``h.0.attn.weight`` and ``h.0.mlp.bias``. ``"row"``,
+            ``"sample"``: as for :func:`gradclip.clip_by_global_norm_`. Or a name of a group for each
+            parameter.
         grad_scale: As for :func:`gradclip.clip_by_global_norm_`. The gradients are unscaled then, which a
             ``GradScaler`` does not know: not with ``scaler.get_scale()`` before ``scaler.step(optimizer)``,
             which would unscale them again. For that there is :func:`unscale_and_clip_` with ``module=``.
@@ -178,15 +179,19 @@ def by_name(module: object) -> dict[str, Tensor]:
 
 
 def groups_of(groups: ModuleGroups, names: Sequence[str]) -> Sequence[str] | None:
-    """The name of every parameter's group; ``None`` where all share one."""
+    """The name of every parameter's group; ``None`` where all share one; a word where rows have groups."""
     if groups is None:
         return None
     if isinstance(groups, str):
+        if groups in ("row", "sample"):
+            return groups
         if groups == "tensor":
             return names
         if groups == "module":
             return [name.rpartition(".")[0] for name in names]
-        raise ValueError(f"groups: expected None, 'tensor', 'module', a depth or names, got {groups!r}")
+        raise ValueError(
+            f"groups: expected None, 'tensor', 'module', 'row', 'sample', a depth or names, got {groups!r}"
+        )
     if isinstance(groups, int) and not isinstance(groups, bool):
         if groups < 1:
             raise ValueError(f"groups: expected a depth of at least 1, got {groups}")
