@@ -107,3 +107,41 @@ def scaled(array: Array, factor: float) -> Array:
         else:
             product = (wide.astype(np.float64) * np.float64(factor)).astype(np.float32)
         return product.astype(array.dtype)
+
+
+def scaled_down(array: Array, factor: float) -> Array:
+    """The same with ``rounding="down"``, as docs/reduction-order.md says; no factor is negative."""
+    with np.errstate(all="ignore"):
+        if array.dtype.kind == "c":
+            parts = array.reshape(-1).view(np.float32 if array.dtype.itemsize == 8 else np.float64)
+            return scaled_down(parts, factor).view(array.dtype).reshape(array.shape)
+        lower = np.nextafter(np.float64(factor), 0) if factor >= 2.0**-1000 else np.float64(0)
+        if array.dtype == np.float64:
+            return _not_above(array * lower, array)
+        wide = array.astype(np.float32)
+        narrow = np.float32(factor)
+        normal = np.isfinite(narrow) and narrow >= np.finfo(np.float32).tiny
+        if (normal or factor == 0) and factor <= 1:
+            narrow = np.nextafter(narrow, np.float32(0)) if float(narrow) > factor else narrow
+            product = _not_above(wide * np.nextafter(narrow, np.float32(0)), wide)
+        else:
+            product = _cut(_not_above(wide.astype(np.float64) * lower, wide.astype(np.float64)), np.float32)
+        return _cut(product, array.dtype)
+
+
+def _not_above(product: Array, of: Array) -> Array:
+    """Products that were rounded to nearest: one number less where they are subnormal, or too large."""
+    is_less = (np.abs(product) < np.finfo(product.dtype).tiny) | (np.isinf(product) & np.isfinite(of))
+    return _less(product, is_less & (product != 0))
+
+
+def _cut(numbers: Array, dtype: Any) -> Array:
+    """Rounded towards zero."""
+    nearest = numbers.astype(dtype)
+    return _less(nearest, np.abs(nearest.astype(np.float64)) > np.abs(numbers.astype(np.float64)))
+
+
+def _less(numbers: Array, where: Array) -> Array:
+    """The next number towards zero."""
+    bits = numbers.view(f"u{numbers.dtype.itemsize}")
+    return np.where(where, bits - 1, bits).astype(bits.dtype).view(numbers.dtype)

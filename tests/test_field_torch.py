@@ -282,6 +282,7 @@ COPIED: dict[str, Callable[[], Any]] = {
     "ClipResult": lambda: gradclip.clip_by_norm_({"w": np.array([3.0, 4.0]), "b": None}, 1.0),
     "NonFiniteGradientError": lambda: _error(gradclip.NonFiniteGradientError),
     "NonFiniteNormError": lambda: _error(gradclip.torch.NonFiniteNormError),
+    "RowNames": lambda: gradclip.RowNames(("w", "b"), (0, 2, 3)),
     "Stats": gradclip.torch.Stats,
     "UnsupportedGradientError": lambda: gradclip.torch.UnsupportedGradientError("grads[0]: no"),
 }

@@ -140,8 +140,11 @@ _THRESHOLDS = (1.0, 1e-309, 3e-40, 0.3)
 CORE: dict[str, Any] = {
     "tensor_norms": _over((2, 1, 3, math.inf, 0.5), gradclip.tensor_norms),
     "global_norm": _over((2, 1, 3, math.inf, 0.5), gradclip.global_norm),
+    "row_norms": _over((2, 1, 3, math.inf, 0.5), lambda g, ord: np.concatenate(gradclip.row_norms(g, ord))),
     "clip_by_global_norm_": [
         *_over(_THRESHOLDS, gradclip.clip_by_global_norm_),
+        *_over(_THRESHOLDS, lambda g, limit: gradclip.clip_by_global_norm_(g, limit, rounding="down")),
+        *_over(_THRESHOLDS, lambda g, limit: gradclip.clip_by_global_norm_(g, limit, groups="row")),
         _each(lambda g: gradclip.clip_by_global_norm_(g, 0.7, grad_scale=3e-308, nonfinite="zero")),
         _each(lambda g: gradclip.clip_by_global_norm_(g, 0.7, ord=3, reduce=_sums, nonfinite="skip")),
     ],
@@ -164,6 +167,7 @@ _NO_ARITHMETIC = {
     "ClipResult",
     "Measured",
     "NonFiniteGradientError",
+    "RowNames",
     "__version__",
     "get_num_threads",
     "set_num_threads",

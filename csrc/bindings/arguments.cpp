@@ -279,6 +279,25 @@ NonFinite nonfinite_policy(const py::object& policy) {
                        type_name(policy));
 }
 
+ClipOptions clip_options(const py::object& nonfinite, const py::object& formula, double grad_scale,
+                         const NormOrder& order, const Gradients* alone) {
+  ClipOptions options{nonfinite_policy(nonfinite), grad_scale};
+  if (PyFloat_CheckExact(formula.ptr())) {
+    options.epsilon = PyFloat_AS_DOUBLE(formula.ptr());
+    return options;
+  }
+  const auto is = [&](const char* text) {
+    return PyUnicode_CompareWithASCIIString(formula.ptr(), text) == 0;
+  };
+  if (!PyUnicode_Check(formula.ptr()))
+    throw py::type_error("rounding: expected 'nearest' or 'down', got " + type_name(formula));
+  if (is("down"))
+    options.norm_error = norm_error_bound(order, alone && alone->has_only_float64());
+  else if (!is("nearest"))
+    throw py::value_error("rounding: expected 'nearest' or 'down', got " + repr_text(formula));
+  return options;
+}
+
 void refuse_second_use() {
   throw py::value_error(
       "measured: expected gradients as they were measured, got ones that this has clipped or "

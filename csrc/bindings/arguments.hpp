@@ -42,6 +42,10 @@ void check_reduce(const py::object& reduce, const NormOrder& order);
 
 NormOrder norm_order(const py::object& ord);
 NonFinite nonfinite_policy(const py::object& policy);
+// How a clip decides. `formula`: the rounding, "nearest" or "down", or a float that is added to norms. `alone`:
+// the gradients, where no other process has others.
+ClipOptions clip_options(const py::object& nonfinite, const py::object& formula, double grad_scale,
+                         const NormOrder& order, const Gradients* alone);
 // None, "tensor", "row", "sample"; or labels, of which equal ones share a group: integers or names, in a
 // sequence or by the names of gradients.
 NamedGroups group_labels(const py::object& groups, const Gradients& grads);

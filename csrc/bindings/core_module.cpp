@@ -66,7 +66,8 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
           [](const SharedGradients& grads, double norm) { return Measured(grads.object, norm); },
           py::arg("norm"))
       .def("clip", method(&Measured::clip), py::arg("max_norm"), py::arg("ord"), py::arg("groups"),
-           py::arg("grad_scale"), py::arg("nonfinite"), py::arg("reduce"), py::arg("epsilon") = 0.0)
+           py::arg("grad_scale"), py::arg("nonfinite"), py::arg("reduce"),
+           py::arg("formula") = "nearest")
       .def("clip_by_value", method(&gb::clip_by_value), py::arg("limit"),
            py::arg("to_nearest") = false)
       .def("scale", method(&gb::scale), py::arg("factor"))
@@ -84,7 +85,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   gb::close_class(measured_class);
   measured_class
       .def("clip", &Measured::clip_measured, py::arg("max_norm"), py::arg("nonfinite"),
-           py::arg("epsilon") = 0.0)
+           py::arg("formula") = "nearest")
       .def("scale", &Measured::scale_measured, py::arg("coefficients"))
       .def_property_readonly("total_norm",
                              [](const Measured& measured) { return measured.norms().total; })

@@ -61,7 +61,7 @@ PYBIND11_MODULE(GRADCLIP_MODULE, m, py::mod_gil_not_used()) {
       .def("with_norm", method(&with_norm), py::arg("norm"), py::arg("stream"))
       .def("clip", method(&DeviceMeasured::clip), py::arg("max_norm"), py::arg("ord"),
            py::arg("groups"), py::arg("grad_scale"), py::arg("nonfinite"), py::arg("reduce"),
-           py::arg("stream"), py::arg("epsilon"), py::arg("make"))
+           py::arg("stream"), py::arg("formula"), py::arg("make"))
       .def("clip_by_value", method(&DeviceGradients::clip_by_value), py::arg("limit"),
            py::arg("to_nearest"), py::arg("stream"), py::arg("make"))
       .def("scale", method(&DeviceGradients::scale), py::arg("factor"), py::arg("stream"))
@@ -80,7 +80,7 @@ PYBIND11_MODULE(GRADCLIP_MODULE, m, py::mod_gil_not_used()) {
   gb::close_class(measured);
   measured
       .def("clip", &DeviceMeasured::clip_measured, py::arg("max_norm"), py::arg("nonfinite"),
-           py::arg("stream"), py::arg("epsilon"), py::arg("make"))
+           py::arg("stream"), py::arg("formula"), py::arg("make"))
       .def("scale", &DeviceMeasured::scale_measured, py::arg("coefficients"), py::arg("stream"),
            py::arg("make"))
       .def_property_readonly("memory", &DeviceMeasured::memory)

@@ -133,13 +133,15 @@ py::tuple DeviceMeasured::clip(const std::shared_ptr<DeviceGradients>& grads,
                                const py::object& max_norm, const py::object& ord,
                                const py::object& groups, const py::object& grad_scale,
                                const py::object& nonfinite, const py::object& reduce,
-                               std::uintptr_t stream, double epsilon, const py::object& make) {
+                               std::uintptr_t stream, const py::object& formula,
+                               const py::object& make) {
   const cuda::DeviceGuard guard(grads->device());
   const Gradients& list = grads->gradients();
   const MeasureArguments measure(list, ord, groups, grad_scale, reduce);
   const LimitsArgument limits(max_norm, measure.groups, *grads, as_stream(stream), false);
   const cuda::Decision decision{*limits,
-                                {nonfinite_policy(nonfinite), measure.grad_scale, epsilon}};
+                                clip_options(nonfinite, formula, measure.grad_scale, measure.order,
+                                             reduce.is_none() ? &list : nullptr)};
   const NonFinite policy = decision.options.nonfinite;
   list.require_writable();
   list.recheck(grads->reader(), max_norm, ord, groups, grad_scale, nonfinite);
@@ -156,7 +158,7 @@ py::tuple DeviceMeasured::clip(const std::shared_ptr<DeviceGradients>& grads,
     list.mark_written();  // for all that is known here
     const GilRelease release;
     call.list().measure(measure.order, measure.grad_scale, result, call.stream(), &decision);
-    call.list().change(measure.grad_scale, result, call.stream());
+    call.list().change(decision.options, result, call.stream());
   } else {
     {
       const GilRelease release;
@@ -169,7 +171,7 @@ py::tuple DeviceMeasured::clip(const std::shared_ptr<DeviceGradients>& grads,
       const GilRelease release;
       call.list().take_sums(measure.order, measure.grad_scale, sums.numbers(), result,
                             call.stream(), &decision);
-      call.list().change(measure.grad_scale, result, call.stream());
+      call.list().change(decision.options, result, call.stream());
     }
     sums.let_producers_wait(call.stream());
   }
@@ -179,7 +181,11 @@ py::tuple DeviceMeasured::clip(const std::shared_ptr<DeviceGradients>& grads,
 
 DeviceMeasured::DeviceMeasured(std::shared_ptr<DeviceGradients> grads,
                                const MeasureArguments& arguments, std::uintptr_t stream)
-    : grads_(std::move(grads)), named_(arguments.groups), grad_scale_(arguments.grad_scale) {
+    : grads_(std::move(grads)),
+      named_(arguments.groups),
+      grad_scale_(arguments.grad_scale),
+      order_(arguments.order),
+      is_alone_(arguments.reduce.is_none()) {
   DeviceCall call(*grads_, stream, named_);
   groups_ = call.list().layout().groups;
   memory_ = call.allocate();
@@ -220,9 +226,12 @@ DeviceMeasured::DeviceMeasured(std::shared_ptr<DeviceGradients> grads, const py:
 }
 
 py::tuple DeviceMeasured::clip_measured(const py::object& max_norm, const py::object& nonfinite,
-                                        std::uintptr_t stream, double epsilon,
+                                        std::uintptr_t stream, const py::object& formula,
                                         const py::object& make) {
-  return apply(max_norm, false, {nonfinite_policy(nonfinite), grad_scale_, epsilon}, stream, make);
+  return apply(max_norm, false,
+               clip_options(nonfinite, formula, grad_scale_, order_,
+                            is_alone_ ? &grads_->gradients() : nullptr),
+               stream, make);
 }
 
 py::tuple DeviceMeasured::scale_measured(const py::object& coefficients, std::uintptr_t stream,
@@ -252,7 +261,7 @@ py::tuple DeviceMeasured::apply(const py::object& limits_given, bool are_coeffic
   {
     const GilRelease release;
     call.list().decide({*limits, options}, result, call.stream());
-    call.list().change(grad_scale_, result, call.stream());
+    call.list().change(options, result, call.stream());
   }
   limits.let_producers_wait(call.stream());
   py::tuple finished = finish(call, *grads_, memory_, made, options.nonfinite);

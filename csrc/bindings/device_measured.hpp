@@ -22,10 +22,10 @@ class DeviceMeasured {
   static py::tuple clip(const std::shared_ptr<DeviceGradients>& grads, const py::object& max_norm,
                         const py::object& ord, const py::object& groups,
                         const py::object& grad_scale, const py::object& nonfinite,
-                        const py::object& reduce, std::uintptr_t stream, double epsilon,
+                        const py::object& reduce, std::uintptr_t stream, const py::object& formula,
                         const py::object& make);
   py::tuple clip_measured(const py::object& max_norm, const py::object& nonfinite,
-                          std::uintptr_t stream, double epsilon, const py::object& make);
+                          std::uintptr_t stream, const py::object& formula, const py::object& make);
   py::tuple scale_measured(const py::object& coefficients, std::uintptr_t stream,
                            const py::object& make);
 
@@ -41,6 +41,8 @@ class DeviceMeasured {
   std::shared_ptr<DeviceGradients> grads_;
   NamedGroups named_;
   double grad_scale_ = 1.0;
+  NormOrder order_;
+  bool is_alone_ = false;  // as of Measured
   std::size_t groups_ = 1;
   py::object memory_;  // laid out as cuda::ResultLayout says
   bool is_used_ = false;

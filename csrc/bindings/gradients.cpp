@@ -222,6 +222,12 @@ std::optional<Problem> Gradients::find_overlaps() const {
   return std::nullopt;
 }
 
+bool Gradients::has_only_float64() const {
+  return std::ranges::all_of(spans_, [](const Span& span) {
+    return span.numel == 0 || real_of(span.dtype) == DType::float64;
+  });
+}
+
 void Gradients::require_writable() const {
   if (!knows_overlaps_.load(std::memory_order_acquire)) {
     std::optional<Problem> found = find_overlaps();  // a name's own code may run: under no lock

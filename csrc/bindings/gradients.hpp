@@ -229,6 +229,8 @@ class Gradients {
   std::int64_t elements() const;
   // Whether float64 or complex128 is among the dtypes.
   bool has_float64() const;
+  // Whether no other is.
+  bool has_only_float64() const;
 
  private:
   static bool same_memory(const Span& now, const Span& before) {

@@ -68,10 +68,11 @@ struct ClipArguments {
   Table<double> thresholds;
   ClipOptions options;
 
-  ClipArguments(const py::object& max_norm, const py::object& nonfinite, double epsilon,
-                const NamedGroups& groups, std::size_t tensors, double grad_scale)
+  ClipArguments(const py::object& max_norm, const py::object& nonfinite, const py::object& formula,
+                const NamedGroups& groups, std::size_t tensors, double grad_scale,
+                const NormOrder& order, const Gradients* alone)
       : thresholds(limits_of_groups(max_norm, groups, tensors, false)),
-        options{nonfinite_policy(nonfinite), grad_scale, epsilon} {}
+        options(clip_options(nonfinite, formula, grad_scale, order, alone)) {}
 };
 
 }  // namespace
@@ -146,7 +147,8 @@ Measured::Measured(std::shared_ptr<const Gradients> grads, const MeasureArgument
     : grads_(std::move(grads)),
       order_(arguments.order),
       named_(arguments.groups),
-      grad_scale_(arguments.grad_scale) {
+      grad_scale_(arguments.grad_scale),
+      is_alone_(arguments.reduce.is_none()) {
   Table<NormSum> sums;
   if (named_.rows) {
     RowSums of_rows = run([&] {
@@ -176,10 +178,11 @@ Measured::Measured(std::shared_ptr<const Gradients> grads, double norm) : grads_
 py::object Measured::clip(const std::shared_ptr<const Gradients>& grads, const py::object& max_norm,
                           const py::object& ord, const py::object& groups,
                           const py::object& grad_scale, const py::object& nonfinite,
-                          const py::object& reduce, double epsilon) {
+                          const py::object& reduce, const py::object& formula) {
   const MeasureArguments measure(*grads, ord, groups, grad_scale, reduce);
-  const ClipArguments clip(max_norm, nonfinite, epsilon, measure.groups, grads->spans().size(),
-                           measure.grad_scale);
+  const ClipArguments clip(max_norm, nonfinite, formula, measure.groups, grads->spans().size(),
+                           measure.grad_scale, measure.order,
+                           reduce.is_none() ? grads.get() : nullptr);
   grads->require_writable();
   grads->recheck(HostReader{}, max_norm, ord, groups, grad_scale, nonfinite);
   Measured measured(grads, measure);
@@ -188,9 +191,9 @@ py::object Measured::clip(const std::shared_ptr<const Gradients>& grads, const p
 }
 
 py::object Measured::clip_measured(const py::object& max_norm, const py::object& nonfinite,
-                                   double epsilon) {
-  const ClipArguments clip(max_norm, nonfinite, epsilon, named_, grads_->spans().size(),
-                           grad_scale_);
+                                   const py::object& formula) {
+  const ClipArguments clip(max_norm, nonfinite, formula, named_, grads_->spans().size(),
+                           grad_scale_, order_, alone());
   require_first_use();
   return apply(clip.thresholds, clip.options);
 }
@@ -229,14 +232,15 @@ py::object Measured::apply(const Table<double>& limits, const ClipOptions& optio
   is_used_ = true;
   if (decision.action == Action::nothing) return result;
   grads_->mark_written();
+  const bool down = options.rounds_down();
   run([&] {
     if (decision.action != Action::scale)
       cpu::set_to_zero(grads_->spans(), grads_->plan());
     else if (!named_.rows)
-      cpu::scale(grads_->spans(), grads_->plan(), decision.factors);
+      cpu::scale(grads_->spans(), grads_->plan(), decision.factors, down);
     else
       (named_.groups.kind == Groups::row ? cpu::scale_rows : cpu::scale_samples)(
-          *named_.rows, cpu::make_plan(*named_.rows), decision.factors);
+          *named_.rows, cpu::make_plan(*named_.rows), decision.factors, down);
   });
   return result;
 }

@@ -36,10 +36,11 @@ class Measured {
   static py::object clip(const std::shared_ptr<const Gradients>& grads, const py::object& max_norm,
                          const py::object& ord, const py::object& groups,
                          const py::object& grad_scale, const py::object& nonfinite,
-                         const py::object& reduce, double epsilon);
+                         const py::object& reduce, const py::object& formula);
 
   // Once: what is in memory afterwards was not measured.
-  py::object clip_measured(const py::object& max_norm, const py::object& nonfinite, double epsilon);
+  py::object clip_measured(const py::object& max_norm, const py::object& nonfinite,
+                           const py::object& formula);
   py::object scale_measured(const py::object& coefficients);
 
   const Gradients& gradients() const { return *grads_; }
@@ -53,13 +54,15 @@ class Measured {
 
  private:
   void require_first_use() const;
+  const Gradients* alone() const { return is_alone_ ? grads_.get() : nullptr; }
   py::object apply(const Table<double>& limits, const ClipOptions& options);
 
   std::shared_ptr<const Gradients> grads_;
   NormOrder order_;
   NamedGroups named_;
   double grad_scale_ = 1.0;
-  Table<NormSum> sums_;  // of this process's groups
+  bool is_alone_ = false;  // no other process has measured, nor somebody else
+  Table<NormSum> sums_;    // of this process's groups
   Norms norms_;
   std::vector<NonFiniteEntry> nonfinite_;
   bool is_used_ = false;

@@ -14,8 +14,8 @@ RowSums sums_of_rows(const NormOrder& order, Table<NormSum>&& rows,
         group_sums(order, std::span(rows).subspan(first_row[i], count), {}, 1)[0]);
     for (std::size_t r = 0; r < count && groups.kind == Groups::sample; ++r) sample.push_back(r);
   }
-  sums.groups = groups.kind == Groups::row ? std::move(rows)
-                                           : group_sums(order, rows, sample, groups.used);
+  sums.groups =
+      groups.kind == Groups::row ? std::move(rows) : group_sums(order, rows, sample, groups.used);
   return sums;
 }
 

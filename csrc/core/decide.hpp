@@ -20,6 +20,10 @@ struct ClipOptions {
   double epsilon = 0.0;
   // What is given for each group is its coefficient, in place of a threshold.
   bool are_coefficients = false;
+  // Of rounding down: how far below the true norm a norm may lie, relative; 0 of rounding to nearest.
+  double norm_error = 0.0;
+
+  GRADCLIP_INLINE bool rounds_down() const { return norm_error != 0.0; }
 };
 
 // Whether a threshold, or a coefficient, can be used. A threshold of 0 makes everything 0.
@@ -34,6 +38,15 @@ GRADCLIP_INLINE double clip_coefficient(double norm, double max_norm, double eps
   if (is_nan(norm)) return quiet_nan();
   norm += epsilon;
   return norm > max_norm ? max_norm / norm : 1.0;
+}
+
+// The same, so that what is written is not above the threshold, exactly: docs/reduction-order.md has the proof.
+GRADCLIP_INLINE double clip_coefficient_down(double norm, double max_norm, double norm_error) {
+  if (max_norm == infinity()) return 1.0;
+  if (is_nan(norm)) return quiet_nan();
+  const double bound = norm == 0.0 ? 0.0 : norm * (1.0 + norm_error) + 0x1p-1073;
+  if (bound <= max_norm) return 1.0;
+  return max_norm / bound;
 }
 
 // What is known of all groups before any is decided.
@@ -56,8 +69,10 @@ GRADCLIP_INLINE GroupDecision decide_group(double norm, double limit, const Clip
       return {1.0, false, false};
     if (options.nonfinite == NonFinite::zero) return {0.0, true, true};
   }
-  const double coefficient =
-      options.are_coefficients ? limit : clip_coefficient(norm, limit, options.epsilon);
+  const double coefficient = options.are_coefficients ? limit
+                             : options.rounds_down()
+                                 ? clip_coefficient_down(norm, limit, options.norm_error)
+                                 : clip_coefficient(norm, limit, options.epsilon);
   return {coefficient, coefficient != 1.0, coefficient / options.grad_scale != 1.0};
 }
 

@@ -15,6 +15,57 @@ GRADCLIP_INLINE bool fits_float(double factor) {
   return size == 0.0 || !(size < 0x1p-126 || size > 0x1.fffffep127);
 }
 
+// --- Products that are never above the exact one, in magnitude -----------------------------------------
+
+// The next number towards zero; of 0 and NaN, itself.
+GRADCLIP_INLINE double next_below(double x) {
+  return x == 0.0 || is_nan(x) ? x : bit_copy<double>(bit_copy<std::uint64_t>(x) - 1);
+}
+GRADCLIP_INLINE float next_below(float x) {
+  return x == 0.0f || is_nan(x) ? x : bit_copy<float>(bit_copy<std::uint32_t>(x) - 1);
+}
+
+// A factor for products that are rounded to nearest: they are not above those by `factor` where they are normal
+// numbers, for the factor is smaller by half of a unit in its last place or more.
+GRADCLIP_INLINE double factor_below(double factor) {
+  return factor < 0x1p-1000 ? 0.0 : next_below(factor);
+}
+GRADCLIP_INLINE float float_factor_below(double factor) {
+  const float nearest = static_cast<float>(factor);
+  return next_below(nearest > factor ? next_below(nearest) : nearest);
+}
+// And where they are not: rounded by up to half of the smallest number.
+GRADCLIP_INLINE double below_if_subnormal(double x) {
+  const double size = x < 0.0 ? -x : x;
+  return size < 0x1p-1022 ? next_below(x) : x;
+}
+GRADCLIP_INLINE float below_if_subnormal(float x) {
+  const float size = x < 0.0f ? -x : x;
+  return size < 0x1p-126f ? next_below(x) : x;
+}
+
+// By a factor_below().
+template <class T>
+GRADCLIP_INLINE T scaled_down(T x, float factor) {
+  T result;
+  truncate_to(below_if_subnormal(to_float(x) * factor), result);
+  return result;
+}
+GRADCLIP_INLINE double scaled_down(double x, double factor) {
+  const double product = x * factor;
+  if (!is_finite(product) && is_finite(x)) return next_below(product);  // it was too large
+  return below_if_subnormal(product);
+}
+template <class T>
+GRADCLIP_INLINE T scaled_down(T x, double factor) {
+  const double product = scaled_down(to_double(x), factor);
+  const float nearest = static_cast<float>(product);
+  const bool above = nearest < 0.0f ? nearest < product : nearest > product;
+  T result;
+  truncate_to(above ? next_below(nearest) : nearest, result);
+  return result;
+}
+
 // The value of a magnitude's bit pattern.
 GRADCLIP_INLINE double value_of_pattern(DType dtype, std::uint64_t bits) {
   return visit_real_type(dtype, [=](auto type) {

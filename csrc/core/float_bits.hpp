@@ -115,6 +115,37 @@ GRADCLIP_INLINE Float16 to_float16(float x) {
 #endif
 }
 
+// Towards zero.
+GRADCLIP_INLINE BFloat16 truncated_to_bfloat16(float x) {
+  const std::uint32_t bits = bit_copy<std::uint32_t>(x);
+  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  return {static_cast<std::uint16_t>((bits >> 16) | (nan ? 0x40u : 0u))};
+}
+GRADCLIP_INLINE Float16 truncated_to_float16(float x) {
+#if defined(__CUDA_ARCH__)
+  Float16 result;
+  asm("cvt.rz.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(x));
+  return result;
+#else
+  const std::uint32_t bits = bit_copy<std::uint32_t>(x);
+  const std::uint32_t sign = (bits >> 16) & 0x8000u;
+  const std::uint32_t magnitude = bits & 0x7fffffffu;
+  std::uint32_t half;
+  if (magnitude >= 0x7f800000u)
+    half = magnitude == 0x7f800000u ? 0x7c00u : 0x7e00u | ((magnitude >> 13) & 0x3ffu);
+  else if (magnitude >= 0x47800000u)
+    half = 0x7bffu;  // 65504, the largest number
+  else if (magnitude < 0x38800000u)
+    half = static_cast<std::uint32_t>(bit_copy<float>(magnitude) * 0x1p24f);  // subnormal
+  else
+    half = (magnitude - 0x38000000u) >> 13;
+  return {static_cast<std::uint16_t>(sign | half)};
+#endif
+}
+GRADCLIP_INLINE void truncate_to(float x, float& to) { to = x; }
+GRADCLIP_INLINE void truncate_to(float x, Float16& to) { to = truncated_to_float16(x); }
+GRADCLIP_INLINE void truncate_to(float x, BFloat16& to) { to = truncated_to_bfloat16(x); }
+
 // Round to T, to nearest even.
 GRADCLIP_INLINE void round_to(float x, float& to) { to = x; }
 GRADCLIP_INLINE void round_to(float x, Float16& to) { to = to_float16(x); }

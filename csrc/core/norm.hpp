@@ -101,6 +101,16 @@ inline Table<NormSum> group_sums(const NormOrder& order, std::span<const NormSum
   return result;
 }
 
+// How far below the true norm a norm may lie, relative: the bounds of docs/reduction-order.md and more, with
+// room for what is rounded in a decision.
+inline double norm_error_bound(const NormOrder& order, bool all_float64) {
+  const bool in_float64 =
+      all_float64 || order.kind == NormOrder::infinity || order.kind == NormOrder::other;
+  const double root = order.kind == NormOrder::other && order.p < 1.0 ? order.p : 1.0;
+  const bool is_slow = order.kind == NormOrder::other || order.kind == NormOrder::one;
+  return (!in_float64 ? 0x1p-22 : is_slow ? 1e-13 / root : 1e-14) + 0x1p-50;
+}
+
 // For adding over processes: the sum as one float64, 0 or infinite where it is beyond; and back.
 GRADCLIP_INLINE double to_plain(const NormOrder& order, const NormSum& sum) {
   if (order.kind == NormOrder::infinity) return sum.value;

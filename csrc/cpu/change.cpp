@@ -14,10 +14,12 @@ namespace gradclip::cpu {
 namespace {
 
 template <class Parts>
-void scale_parts(const Parts& parts, const ChunkPlan& plan, std::span<const double> factors) {
+void scale_parts(const Parts& parts, const ChunkPlan& plan, std::span<const double> factors,
+                 bool down) {
   // Backward: the norms went forward, so the end is still in the cache.
   for_each_chunk(plan, Pass::backward, [&](const Chunk& chunk) {
-    const auto kernel = kernels().of(parts.dtype(chunk.tensor)).scale;
+    const TypeKernels& type = kernels().of(parts.dtype(chunk.tensor));
+    const auto kernel = down ? type.scale_down : type.scale;
     parts.visit(chunk, [&](std::size_t part, const Span& span, const Chunk& piece) {
       const double factor = factors[part];
       if (factor == 1.0) return;
@@ -31,17 +33,20 @@ void scale_parts(const Parts& parts, const ChunkPlan& plan, std::span<const doub
 
 }  // namespace
 
-void scale(std::span<const Span> spans, const ChunkPlan& plan, std::span<const double> factors) {
-  scale_parts(TensorParts{spans}, plan, factors);
+void scale(std::span<const Span> spans, const ChunkPlan& plan, std::span<const double> factors,
+           bool down) {
+  scale_parts(TensorParts{spans}, plan, factors, down);
 }
 
-void scale_rows(const RowTable& rows, const ChunkPlan& plan, std::span<const double> factors) {
-  scale_parts(RowParts(rows), plan, factors);
+void scale_rows(const RowTable& rows, const ChunkPlan& plan, std::span<const double> factors,
+                bool down) {
+  scale_parts(RowParts(rows), plan, factors, down);
 }
 
-void scale_samples(const RowTable& rows, const ChunkPlan& plan, std::span<const double> factors) {
+void scale_samples(const RowTable& rows, const ChunkPlan& plan, std::span<const double> factors,
+                   bool down) {
   const Table<std::size_t> from_0(rows.gradients.size(), 0);
-  scale_parts(RowParts(rows, from_0, factors.size()), plan, factors);
+  scale_parts(RowParts(rows, from_0, factors.size()), plan, factors, down);
 }
 
 void set_to_zero(std::span<const Span> spans, const ChunkPlan& plan) {

@@ -26,11 +26,15 @@ Table<NormSum> measure_rows(const RowTable& rows, const ChunkPlan& plan, const N
 void row_norms(const RowTable& rows, const ChunkPlan& plan, const NormOrder& order,
                std::span<double> norms);
 
-// Multiply tensor i by factors[i]; where that is 1, its memory is not touched.
-void scale(std::span<const Span> spans, const ChunkPlan& plan, std::span<const double> factors);
+// Multiply tensor i by factors[i]; where that is 1, its memory is not touched. `down`: factors are not negative,
+// and no element is above the exact product in magnitude.
+void scale(std::span<const Span> spans, const ChunkPlan& plan, std::span<const double> factors,
+           bool down = false);
 // The same of rows, by a plan of whole rows: each has a factor, or row r of all gradients has factors[r].
-void scale_rows(const RowTable& rows, const ChunkPlan& plan, std::span<const double> factors);
-void scale_samples(const RowTable& rows, const ChunkPlan& plan, std::span<const double> factors);
+void scale_rows(const RowTable& rows, const ChunkPlan& plan, std::span<const double> factors,
+                bool down);
+void scale_samples(const RowTable& rows, const ChunkPlan& plan, std::span<const double> factors,
+                   bool down);
 
 // Set every element to +0, also where it was not finite.
 void set_to_zero(std::span<const Span> spans, const ChunkPlan& plan);

@@ -24,6 +24,8 @@ struct TypeKernels {
   // there were any; if not, nothing is written.
   bool (*clamp)(std::byte* data, std::size_t bytes, std::uint64_t limit);
   void (*scale)(std::byte* data, std::size_t bytes, double factor);
+  // By a factor that is not negative; no element is above the exact product in magnitude.
+  void (*scale_down)(std::byte* data, std::size_t bytes, double factor);
   NonFiniteCounts (*count_nonfinite)(const std::byte* data, std::size_t bytes);
 };
 

@@ -195,39 +195,56 @@ NonFiniteCounts count_nonfinite(const std::byte* data, std::size_t bytes) {
   return counts;
 }
 
+template <Rounding kRounding>
 GRADCLIP_INLINE void scale_block(std::byte* block, float factor, float) {
-  store(block, load<Floats>(block) * broadcast(factor));
+  const Floats product = load<Floats>(block) * broadcast(factor);
+  store(block, kRounding == Rounding::down ? below_if_subnormal(product) : product);
 }
-template <class T>
+template <Rounding kRounding>
+GRADCLIP_INLINE void scale_block(std::byte* block, double factor, double) {
+  const Doubles product = load<Doubles>(block) * broadcast(factor);
+  store(block, kRounding == Rounding::down ? below_if_subnormal(product) : product);
+}
+
+// Factor: of the type that products are taken in.
+template <Rounding kRounding, class T, class Factor>
+GRADCLIP_INLINE T scaled(T x, Factor factor) {
+  if constexpr (kRounding == Rounding::down)
+    x = scaled_down(x, factor);
+  else if constexpr (sizeof(T) == sizeof(double))
+    x *= factor;
+  else if constexpr (sizeof(Factor) == sizeof(double))
+    round_to(static_cast<float>(to_double(x) * factor), x);
+  else
+    round_to(to_float(x) * factor, x);
+  return x;
+}
+
+template <class T, Rounding kRounding>
 void scale(std::byte* data, std::size_t bytes, double factor) {
-  const auto one_by_one = [&](std::size_t at, auto multiply) {
+  const auto one_by_one = [&](std::size_t at, auto typed_factor) {
     for (; at < bytes; at += sizeof(T)) {
       T x;
       __builtin_memcpy(&x, data + at, sizeof(T));
-      round_to(multiply(x), x);
+      x = scaled<kRounding>(x, typed_factor);
       __builtin_memcpy(data + at, &x, sizeof(T));
     }
   };
-  if (!fits_float(factor)) {
-    one_by_one(0, [=](T x) { return static_cast<float>(to_double(x) * factor); });
-    return;
-  }
-  const float narrow_factor = static_cast<float>(factor);
-  const std::size_t rest =
-      change_blocks(data, bytes, [=](std::byte* block) { scale_block(block, narrow_factor, T{}); });
-  one_by_one(rest, [=](T x) { return to_float(x) * narrow_factor; });
-}
-template <>
-void scale<double>(std::byte* data, std::size_t bytes, double factor) {
-  const std::size_t rest = change_blocks(data, bytes, [=](std::byte* block) {
-    store(block, load<Doubles>(block) * broadcast(factor));
-  });
-  for (std::size_t at = rest; at < bytes; at += sizeof(double)) {
-    double x;
-    __builtin_memcpy(&x, data + at, sizeof(x));
-    x *= factor;
-    __builtin_memcpy(data + at, &x, sizeof(x));
-  }
+  const auto by_blocks = [&](auto typed_factor) {
+    const std::size_t rest = change_blocks(
+        data, bytes, [=](std::byte* block) { scale_block<kRounding>(block, typed_factor, T{}); });
+    one_by_one(rest, typed_factor);
+  };
+  constexpr bool kDown = kRounding == Rounding::down;
+  const double wide_factor = kDown ? factor_below(factor) : factor;
+  if (kDown && factor > 1.0)  // products may be too large
+    one_by_one(0, wide_factor);
+  else if constexpr (sizeof(T) == sizeof(double))
+    by_blocks(wide_factor);
+  else if (fits_float(factor))
+    by_blocks(kDown ? float_factor_below(factor) : static_cast<float>(factor));
+  else
+    one_by_one(0, wide_factor);
 }
 
 // --- The machine's own speed ------------------------------------------------------------------------
@@ -263,8 +280,8 @@ void read_write(std::byte* data, std::size_t bytes) {
 
 template <class T>
 constexpr TypeKernels kernels_of() {
-  return {sum_tile<T, Sum::squares>, sum_tile<T, Sum::magnitudes>, largest<T>, clamp<T>, scale<T>,
-          count_nonfinite<T>};
+  return {sum_tile<T, Sum::squares>,   sum_tile<T, Sum::magnitudes>, largest<T>,        clamp<T>,
+          scale<T, Rounding::nearest>, scale<T, Rounding::down>,     count_nonfinite<T>};
 }
 
 constexpr Kernels kernels() {

@@ -212,30 +212,71 @@ GRADCLIP_INLINE Words round_words(const Floats& x, BFloat16) {
              bits_of(x));
 }
 
+// Products that have been rounded to nearest, for those that must not be above the exact ones: as
+// below_if_subnormal() in core/element.hpp.
+GRADCLIP_INLINE Floats below_if_subnormal(const Floats& x) {
+  return floats_of(map(
+      [](WordRegister bits) {
+        return bits + (WordRegister)((bits & 0x7fffffffu) - 1u < 0x7fffffu);  // a mask is -1
+      },
+      bits_of(x)));
+}
+GRADCLIP_INLINE Doubles below_if_subnormal(const Doubles& x) {
+  return map(
+      [](DoubleRegister r) {
+        const LongRegister bits = (LongRegister)r;
+        constexpr std::uint64_t kMask = 0x7fffffffffffffffu, kSubnormals = 0xfffffffffffffu;
+        return (DoubleRegister)(bits + (LongRegister)((bits & kMask) - 1u < kSubnormals));
+      },
+      x);
+}
+
+enum class Rounding { nearest, down };
+
+// As truncated_to_bfloat16. NaN needs no care, as above.
+GRADCLIP_INLINE Words truncate_words(const Floats& x, BFloat16) {
+  return bits_of(below_if_subnormal(x)) >> 16;
+}
+template <Rounding kRounding, class Half>
+GRADCLIP_INLINE Words product_words(const Floats& x, const Floats& factors, Half) {
+  if constexpr (kRounding == Rounding::down)
+    return truncate_words(x * factors, Half{});
+  else
+    return round_words(x * factors, Half{});
+}
+
 // Multiply 32 elements in place.
+template <Rounding kRounding>
 GRADCLIP_INLINE void scale_block(std::byte* block, float factor, BFloat16) {
   const Floats factors = broadcast(factor);
   const FloatPair pair = split(load<Words>(block), BFloat16{});
-  store(block, round_words(pair.low * factors, BFloat16{}) |
-                   (round_words(pair.high * factors, BFloat16{}) << 16));
+  store(block, product_words<kRounding>(pair.low, factors, BFloat16{}) |
+                   (product_words<kRounding>(pair.high, factors, BFloat16{}) << 16));
 }
 
 #if defined(__AVX512F__)
+template <Rounding kRounding>
 GRADCLIP_INLINE void scale_block(std::byte* block, float factor, Float16) {
+  // Products that are subnormal in float32 are 0 here: truncated, whatever they were rounded to.
+  constexpr int kMode =
+      kRounding == Rounding::down ? _MM_FROUND_TO_ZERO : _MM_FROUND_TO_NEAREST_INT;
   for (int half = 0; half < 2; ++half) {
     auto* address = reinterpret_cast<__m256i_u*>(block + 32 * half);
     const __m512 x = _mm512_cvtph_ps(_mm256_loadu_si256(address));
     const __m512 product = _mm512_mul_ps(x, _mm512_set1_ps(factor));
-    _mm256_storeu_si256(address, _mm512_cvtps_ph(product, _MM_FROUND_TO_NEAREST_INT));
+    _mm256_storeu_si256(address, _mm512_cvtps_ph(product, kMode));
   }
 }
 #elif defined(__AVX2__)
+template <Rounding kRounding>
 GRADCLIP_INLINE void scale_block(std::byte* block, float factor, Float16) {
+  constexpr int kMode =
+      kRounding == Rounding::down ? _MM_FROUND_TO_ZERO : _MM_FROUND_TO_NEAREST_INT;
   for (int quarter = 0; quarter < 4; ++quarter) {
     auto* address = reinterpret_cast<__m128i_u*>(block + 16 * quarter);
     const __m256 x = _mm256_cvtph_ps(_mm_loadu_si128(address));
     const __m256 product = _mm256_mul_ps(x, _mm256_set1_ps(factor));
-    _mm_storeu_si128(address, _mm256_cvtps_ph(product, _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128(address, _mm256_cvtps_ph(product, kMode));
   }
 }
 #else
@@ -255,11 +296,30 @@ GRADCLIP_INLINE Words round_words(const Floats& x, Float16) {
       },
       bits_of(x));
 }
+// As truncated_to_float16.
+GRADCLIP_INLINE Words truncate_words(const Floats& x, Float16) {
+  return map(
+      [](WordRegister bits) {
+        typedef std::int32_t SignedRegister __attribute__((vector_size(kRegisterBytes)));
+        const WordRegister magnitude = bits & 0x7fffffffu;
+        const auto is_subnormal = (WordRegister)(magnitude < 0x38800000u);
+        const auto small = (FloatRegister)(magnitude & is_subnormal) * 0x1p24f;
+        const auto subnormal = (WordRegister) __builtin_convertvector(small, SignedRegister);
+        WordRegister half = choose(is_subnormal, subnormal, (magnitude - 0x38000000u) >> 13);
+        half = choose((WordRegister)(magnitude >= 0x47800000u), WordRegister{} + 0x7bffu, half);
+        half = choose((WordRegister)(magnitude == 0x7f800000u), WordRegister{} + 0x7c00u, half);
+        half = choose((WordRegister)(magnitude > 0x7f800000u),
+                      ((magnitude >> 13) & 0x3ffu) | 0x7e00u, half);
+        return ((bits >> 16) & 0x8000u) | half;
+      },
+      bits_of(x));
+}
+template <Rounding kRounding>
 GRADCLIP_INLINE void scale_block(std::byte* block, float factor, Float16) {
   const Floats factors = broadcast(factor);
   const FloatPair pair = split(load<Words>(block), Float16{});
-  store(block, round_words(pair.low * factors, Float16{}) |
-                   (round_words(pair.high * factors, Float16{}) << 16));
+  store(block, product_words<kRounding>(pair.low, factors, Float16{}) |
+                   (product_words<kRounding>(pair.high, factors, Float16{}) << 16));
 }
 #endif
 

@@ -85,6 +85,7 @@ struct ChangeArguments {
   double grad_scale;
   double factor;
   bool are_samples;  // the groups
+  bool rounds_down;
 };
 
 struct ValueClipArguments {

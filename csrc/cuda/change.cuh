@@ -98,22 +98,30 @@ __device__ __forceinline__ void change_tiles(const TensorEntry& entry, const Tab
     change_elements(element_memory<T>(entry, table), first, end, change);
 }
 
+// `down`: no element is above the exact product in magnitude. Chosen for each element, not for each loop: twice as
+// many loops would take twice as long to compile, and memory is what the kernel waits for.
 __device__ __forceinline__ void scale_tiles(const TensorEntry& entry, const TableView& table,
-                                            const TileRange& tiles, double factor) {
+                                            const TileRange& tiles, double factor, bool down) {
   visit_real_type(entry.dtype, [&](auto type) {
     using T = decltype(type);
+    const double wide_factor = down ? factor_below(factor) : factor;
     if constexpr (sizeof(T) == 8) {
-      change_tiles<T>(entry, table, tiles, [=](double x) { return x * factor; });
-    } else if (fits_float(factor)) {
-      const auto narrow_factor = static_cast<float>(factor);
+      change_tiles<T>(entry, table, tiles, [=](double x) {
+        return down ? scaled_down(x, wide_factor) : x * wide_factor;
+      });
+    } else if (fits_float(factor) &&
+               !(down && factor > 1.0)) {  // by more, products may be too large
+      const float narrow_factor = down ? float_factor_below(factor) : static_cast<float>(factor);
       change_tiles<T>(entry, table, tiles, [=](T x) {
-        round_to(to_float(x) * narrow_factor, x);
-        return x;
+        T nearest;
+        round_to(to_float(x) * narrow_factor, nearest);
+        return down ? scaled_down(x, narrow_factor) : nearest;
       });
     } else {
       change_tiles<T>(entry, table, tiles, [=](T x) {
-        round_to(static_cast<float>(to_double(x) * factor), x);
-        return x;
+        T nearest;
+        round_to(static_cast<float>(to_double(x) * wide_factor), nearest);
+        return down ? scaled_down(x, wide_factor) : nearest;
       });
     }
   });
@@ -138,7 +146,7 @@ __device__ __forceinline__ void change(const ChangeArguments& arguments, Entries
     const std::uint32_t group = arguments.are_samples ? ways.cursor().row : table.group_of(part);
     const double factor =
         arguments.flags ? arguments.coefficients[group] / arguments.grad_scale : arguments.factor;
-    if (factor != 1.0) scale_tiles(entry, table, tiles, factor);
+    if (factor != 1.0) scale_tiles(entry, table, tiles, factor, arguments.rounds_down);
   };
   walk<kChangesBackward>(table, entries, ways, visit);
 }

@@ -341,15 +341,15 @@ void List::decide(const Decision& decision, std::byte* result, Stream stream) {
   take_sums({}, decision.options.grad_scale, nullptr, result, stream, &decision);
 }
 
-void List::change(double grad_scale, const std::byte* result, Stream stream) {
+void List::change(const ClipOptions& options, const std::byte* result, Stream stream) {
   const ResultPointers pointers(layout(), const_cast<std::byte*>(result));
-  state_->launch_change({state_->table, pointers.flags, pointers.coefficients, grad_scale, 1.0,
-                         state_->grouping == Groups::sample},
+  state_->launch_change({state_->table, pointers.flags, pointers.coefficients, options.grad_scale,
+                         1.0, state_->grouping == Groups::sample, options.rounds_down()},
                         stream);
 }
 
 void List::scale(double factor, Stream stream) {
-  state_->launch_change({state_->table, nullptr, nullptr, 1.0, factor, false}, stream);
+  state_->launch_change({state_->table, nullptr, nullptr, 1.0, factor, false, false}, stream);
 }
 
 void List::clip_by_value(const ValueLimit& limit, std::byte* result, Stream stream) {

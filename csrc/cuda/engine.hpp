@@ -88,7 +88,7 @@ class List {
   void decide(const Decision& decision, std::byte* result, Stream stream);
   // Multiply or set to zero as the flags and coefficients in `result` say. One launch, which
   // returns early where there is nothing to do.
-  void change(double grad_scale, const std::byte* result, Stream stream);
+  void change(const ClipOptions& options, const std::byte* result, Stream stream);
 
   void scale(double factor, Stream stream);
   // Real tensors alone. norms, total_norm and flags.clipped and nonfinite of `result` are set.

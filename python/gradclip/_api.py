@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from gradclip import _core
 from gradclip._dispatch import read, read_and_see
-from gradclip._measured import Measured, Policy, clip
+from gradclip._measured import Measured, Policy, clip, formula_of
 from gradclip._result import ClipResult, warn_of_nothing
 
 __all__ = [
@@ -47,6 +47,7 @@ Grouping: TypeAlias = (
     | None
 )
 NonFinite: TypeAlias = Literal["raise", "skip", "zero", "propagate"]
+Rounding: TypeAlias = Literal["nearest", "down"]
 Reduce: TypeAlias = Callable[[npt.NDArray[np.float64]], npt.ArrayLike]
 
 
@@ -185,6 +186,7 @@ def clip_by_global_norm_(
     grad_scale: float = 1.0,
     nonfinite: NonFinite = "raise",
     reduce: Reduce | None = None,
+    rounding: Rounding = "nearest",
 ) -> ClipResult:
     """Clip gradients in place so that the norm of every group is at most ``max_norm`` (rounded).
 
@@ -221,6 +223,11 @@ def clip_by_global_norm_(
             ``inf``), returns the sums over all processes in the same shape. What it raises is raised here.
             One that has an attribute ``ord`` (those of :mod:`gradclip.distributed`) is refused under
             another ``ord``.
+        rounding: ``"nearest"``: each product is rounded to nearest, so that the norm of what is written may
+            be above ``max_norm`` by that much, as with every library. ``"down"``: the exact norm of what
+            memory holds afterwards is at most ``max_norm``, which a proof of differential privacy needs. Of
+            float32 at most 1e-6 of the norm is given away; 16-bit elements are cut off. See
+            ``docs/reduction-order.md``.
 
     Returns:
         What was measured and done. With ``reduce``, ``total_norm`` and ``group_norms`` are over all
@@ -251,7 +258,7 @@ def clip_by_global_norm_(
         (array([1.5, 2. ]), array([6.]))
     """
     gradients, has_any = read_and_see(grads)
-    result = clip(gradients, max_norm, ord, groups, grad_scale, nonfinite, reduce)
+    result = clip(gradients, max_norm, ord, groups, grad_scale, nonfinite, reduce, formula_of(rounding))
     if not has_any and reduce is None:  # else other processes may have some
         warn_of_nothing()
     return result
@@ -264,6 +271,7 @@ def clip_by_norm_(
     grad_scale: float = 1.0,
     nonfinite: NonFinite = "raise",
     reduce: Reduce | None = None,
+    rounding: Rounding = "nearest",
 ) -> ClipResult:
     """Clip each gradient in place by its own norm: :func:`clip_by_global_norm_` with ``groups="tensor"``.
 
@@ -274,6 +282,7 @@ def clip_by_norm_(
         grad_scale: As for :func:`clip_by_global_norm_`.
         nonfinite: As for :func:`clip_by_global_norm_`.
         reduce: As for :func:`clip_by_global_norm_`.
+        rounding: As for :func:`clip_by_global_norm_`.
 
     Returns:
         What was measured and done; ``coefficient`` is an array with one entry per gradient.
@@ -290,7 +299,7 @@ def clip_by_norm_(
         array([0.2, 1. ])
     """
     gradients, has_any = read_and_see(grads)
-    result = clip(gradients, max_norm, ord, "tensor", grad_scale, nonfinite, reduce)
+    result = clip(gradients, max_norm, ord, "tensor", grad_scale, nonfinite, reduce, formula_of(rounding))
     if not has_any and reduce is None:  # else other processes may have some
         warn_of_nothing()
     return result

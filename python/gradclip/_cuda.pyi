@@ -35,7 +35,7 @@ class Gradients:
         nonfinite: object,
         reduce: object,
         stream: int,
-        epsilon: float,
+        formula: object,
         make: Callable[..., Any],
     ) -> tuple[Any, list[tuple[int, int, int]] | None]: ...
     def clip_by_value(
@@ -63,7 +63,7 @@ class Measured:
 
     # As of Gradients; once: the second time raises ValueError.
     def clip(
-        self, max_norm: object, nonfinite: object, stream: int, epsilon: float, make: Callable[..., Any]
+        self, max_norm: object, nonfinite: object, stream: int, formula: object, make: Callable[..., Any]
     ) -> tuple[Any, list[tuple[int, int, int]] | None]: ...
     def scale(
         self, coefficients: object, stream: int, make: Callable[..., Any]

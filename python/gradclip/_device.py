@@ -180,10 +180,10 @@ class GpuMeasured(DeviceClipResult):
         object.__setattr__(self, "_gradients", gradients)
         object.__setattr__(self, "_measured", measured)
 
-    def clip(self, max_norm: object, nonfinite: object, epsilon: float = 0.0) -> DeviceClipResult:
+    def clip(self, max_norm: object, nonfinite: object, formula: object = "nearest") -> DeviceClipResult:
         stream = self._gradients.stream()
         return self._gradients.finished(
-            *self._measured.clip(max_norm, nonfinite, stream[0], epsilon, self._gradients.maker(stream))
+            *self._measured.clip(max_norm, nonfinite, stream[0], formula, self._gradients.maker(stream))
         )
 
     def scale(self, coefficients: object) -> DeviceClipResult:
@@ -280,13 +280,13 @@ class GpuGradients:
         grad_scale: object,
         nonfinite: object,
         reduce: object,
-        epsilon: float = 0.0,
+        formula: object = "nearest",
     ) -> DeviceClipResult:
-        """``epsilon`` is added to norms: PyTorch's formula."""
+        """``formula``: how what is written is rounded, or a float that is added to norms, as PyTorch does."""
         stream, make = self.stream(), self.maker
         return self.finished(
             *self._gradients.clip(
-                max_norm, ord, groups, grad_scale, nonfinite, reduce, stream[0], epsilon, make(stream)
+                max_norm, ord, groups, grad_scale, nonfinite, reduce, stream[0], formula, make(stream)
             )
         )
 

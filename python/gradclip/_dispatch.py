@@ -33,7 +33,7 @@ _CUDA, _CUDA_MANAGED = 2, 13  # of DLPack's device types
 class MeasuredGradients(Protocol):
     """What an engine has measured: of a CPU, numbers; of a GPU, arrays there."""
 
-    def clip(self, max_norm: object, nonfinite: object, epsilon: float = ...) -> ClipResult: ...
+    def clip(self, max_norm: object, nonfinite: object, formula: object = ...) -> ClipResult: ...
     def scale(self, coefficients: object) -> ClipResult: ...
     @property
     def total_norm(self) -> Any: ...
@@ -63,7 +63,7 @@ class ReadGradients(Protocol):
         self, ord: object, groups: object, grad_scale: object, reduce: object
     ) -> MeasuredGradients: ...
     def with_norm(self, norm: Any) -> MeasuredGradients: ...  # that somebody has measured, of all together
-    # In one call: epsilon is added to norms.
+    # In one call. `formula`: how what is written is rounded, or a float that is added to norms.
     def clip(
         self,
         max_norm: object,
@@ -72,7 +72,7 @@ class ReadGradients(Protocol):
         grad_scale: object,
         nonfinite: object,
         reduce: object,
-        epsilon: float = ...,
+        formula: object = ...,
     ) -> ClipResult: ...
     def clip_by_value(self, limit: object, to_nearest: bool = ...) -> ClipResult: ...
     def scale(self, factor: object) -> None: ...

@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from gradclip._api import NonFinite, Thresholds
+    from gradclip._api import NonFinite, Rounding, Thresholds
     from gradclip._dispatch import MeasuredGradients, ReadGradients
 
-__all__ = ["Measured", "Policy", "clip"]
+__all__ = ["Measured", "Policy", "clip", "formula_of"]
 
 
 class Policy(Protocol):
@@ -103,13 +103,19 @@ class Measured:
         to_host = getattr(self._measured, "to_host", None)
         return self._measured if to_host is None else to_host()
 
-    def clip_(self, max_norm: Thresholds | Policy, nonfinite: NonFinite = "raise") -> ClipResult:
+    def clip_(
+        self,
+        max_norm: Thresholds | Policy,
+        nonfinite: NonFinite = "raise",
+        rounding: Rounding = "nearest",
+    ) -> ClipResult:
         """Clip the gradients in place, as :func:`gradclip.clip_by_global_norm_` does after measuring them.
 
         Args:
             max_norm: As for :func:`gradclip.clip_by_global_norm_`.
             nonfinite: As for :func:`gradclip.clip_by_global_norm_`. After an error (``"raise"``) nothing has
                 been written, and another choice may follow.
+            rounding: As for :func:`gradclip.clip_by_global_norm_`.
 
         Returns:
             What was measured and done.
@@ -125,14 +131,14 @@ class Measured:
             >>> gradclip.measure(grads, groups="tensor").clip_([10.0, 6.0]).coefficient
             array([1. , 0.5])
         """
-        return self.clip_with_epsilon_(max_norm, nonfinite, 0.0)
+        return self.clip_by_formula_(max_norm, nonfinite, formula_of(rounding))
 
-    def clip_with_epsilon_(
-        self, max_norm: Thresholds | Policy, nonfinite: NonFinite, epsilon: float
+    def clip_by_formula_(
+        self, max_norm: Thresholds | Policy, nonfinite: NonFinite, formula: str | float
     ) -> ClipResult:
         decide = getattr(max_norm, "thresholds", None)
         thresholds = max_norm if decide is None else decide(self)
-        return self._measured.clip(thresholds, nonfinite, epsilon)
+        return self._measured.clip(thresholds, nonfinite, formula)
 
     def scale_(self, coefficients: Any) -> ClipResult:
         """Multiply each group in place by a coefficient that the caller has decided.
@@ -173,6 +179,13 @@ class Measured:
         return "\n".join([head, *norm_rows(host.norms, self.nonfinite, self.names)]) + ")"
 
 
+def formula_of(rounding: object) -> str:
+    """The formula of a rounding. The engine says what is wrong with any other word."""
+    if not isinstance(rounding, str):
+        raise TypeError(f"rounding: expected 'nearest' or 'down', got {type(rounding).__name__}")
+    return rounding
+
+
 def clip(
     read: ReadGradients,
     max_norm: Any,
@@ -181,13 +194,16 @@ def clip(
     grad_scale: object,
     nonfinite: Any,
     reduce: object,
-    epsilon: float = 0.0,
+    formula: str | float,
 ) -> ClipResult:
-    """Measure, decide and clip: in one call of the engine, unless a policy decides in between."""
+    """Measure, decide and clip: in one call of the engine, unless a policy decides in between.
+
+    ``formula``: how what is written is rounded, or a float that is added to norms, as PyTorch does.
+    """
     if type(max_norm) is not float and hasattr(max_norm, "thresholds"):
         measured = Measured(read.measure(ord, groups, grad_scale, reduce))
-        return measured.clip_with_epsilon_(max_norm, nonfinite, epsilon)
-    return read.clip(max_norm, ord, groups, grad_scale, nonfinite, reduce, epsilon)
+        return measured.clip_by_formula_(max_norm, nonfinite, formula)
+    return read.clip(max_norm, ord, groups, grad_scale, nonfinite, reduce, formula)
 
 
 Measured.__module__ = "gradclip"

@@ -7,9 +7,9 @@ from typing import NoReturn, SupportsFloat
 import numpy as np
 import numpy.typing as npt
 
-from gradclip._api import GradientArrays, Grouping, NonFinite, Reduce, Thresholds
+from gradclip._api import GradientArrays, Grouping, NonFinite, Reduce, Rounding, Thresholds
 from gradclip._dispatch import read_and_see
-from gradclip._measured import Measured, Policy, clip
+from gradclip._measured import Measured, Policy, clip, formula_of
 from gradclip._result import ClipResult, count_of, warn_of_nothing
 
 __all__ = ["Plan"]
@@ -98,9 +98,10 @@ class Plan:
         grad_scale: float = 1.0,
         nonfinite: NonFinite = "raise",
         reduce: Reduce | None = None,
+        rounding: Rounding = "nearest",
     ) -> ClipResult:
         """As :func:`gradclip.clip_by_global_norm_`."""
-        return clip(self._plan, max_norm, ord, groups, grad_scale, nonfinite, reduce)
+        return clip(self._plan, max_norm, ord, groups, grad_scale, nonfinite, reduce, formula_of(rounding))
 
     def clip_by_norm_(
         self,
@@ -109,9 +110,10 @@ class Plan:
         grad_scale: float = 1.0,
         nonfinite: NonFinite = "raise",
         reduce: Reduce | None = None,
+        rounding: Rounding = "nearest",
     ) -> ClipResult:
         """As :func:`gradclip.clip_by_norm_`."""
-        return clip(self._plan, max_norm, ord, "tensor", grad_scale, nonfinite, reduce)
+        return clip(self._plan, max_norm, ord, "tensor", grad_scale, nonfinite, reduce, formula_of(rounding))
 
     def clip_by_value_(self, limit: SupportsFloat) -> ClipResult:
         """As :func:`gradclip.clip_by_value_`."""

@@ -185,6 +185,9 @@ class RowNames(Sequence[str]):
             for row in range(end - first):
                 yield f"{name}[{row}]"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.gradients, self._first)
+
     def __repr__(self) -> str:
         return f"RowNames({count_of(len(self), 'row')} of {count_of(len(self._first) - 1, 'gradient')})"
 

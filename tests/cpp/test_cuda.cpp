@@ -121,7 +121,7 @@ void compare(List& list, const Call& call, bool in_two_steps) {
   } else {
     gpu.measure(call.order, call.grad_scale, result, nullptr, &decision);
   }
-  gpu.change(call.grad_scale, result, nullptr);
+  gpu.change(options, result, nullptr);
 
   const auto number = [&](std::size_t offset, std::size_t i) {
     return bits(memory[offset / 8 + i]);
@@ -328,7 +328,7 @@ TEST_CASE("the grid of a kernel is what is resident of it") {
   List list;
   list.emplace_back(DType::float32, 1'000'000);
   list[0].fill(1, 1.0);
-  cuda::List gpu(spans_of(list), {}, 0, nullptr);
+  cuda::List gpu(spans_of(list), {}, nullptr, 0, nullptr);
   std::vector<double> memory(gpu.layout().bytes() / 8);
   auto* const result = reinterpret_cast<std::byte*>(memory.data());
   gpu.measure({}, 1.0, result, nullptr);
@@ -369,7 +369,7 @@ TEST_CASE("value clip and scale") {
       const auto scaled = bytes_of(list);
 
       restore(list, before);
-      cuda::List gpu(spans, {}, 0, nullptr);
+      cuda::List gpu(spans, {}, nullptr, 0, nullptr);
       std::vector<double> memory(gpu.layout().bytes() / 8);
       auto* const result = reinterpret_cast<std::byte*>(memory.data());
       gpu.clip_by_value(limit, result, nullptr);
@@ -400,7 +400,7 @@ TEST_CASE("sums go out to be reduced and come back") {
     const NormOrder order{kind, 2.0};
     const Groups groups{Groups::tensor};
     const Table<NormSum> sums = cpu::measure(spans, plan_of(spans), order);
-    cuda::List gpu(spans, groups, 0, nullptr);
+    cuda::List gpu(spans, groups, nullptr, 0, nullptr);
     const cuda::ResultLayout at = gpu.layout();
     std::vector<double> memory(at.bytes() / 8);
     auto* const result = reinterpret_cast<std::byte*>(memory.data());
@@ -433,13 +433,13 @@ TEST_CASE("a threshold on the device that is not positive writes nothing and say
     for (const bool per_group : {false, true}) {
       const float one_bad[] = {1.0f, bad};
       const Groups groups = per_group ? Groups{Groups::labels, {0}, 2} : Groups{};
-      cuda::List gpu(spans_of(list), groups, 0, nullptr);
+      cuda::List gpu(spans_of(list), groups, nullptr, 0, nullptr);
       std::vector<double> memory(gpu.layout().bytes() / 8);
       auto* const result = reinterpret_cast<std::byte*>(memory.data());
       cuda::Decision decision{{0.0, &bad, DType::float32}, {NonFinite::skip}};
       if (per_group) decision.limits = {0.0, one_bad, DType::float32, true};
       gpu.measure({}, 1.0, result, nullptr, &decision);
-      gpu.change(1.0, result, nullptr);
+      gpu.change({}, result, nullptr);
       cuda::ResultFlags flags{};
       std::memcpy(&flags, result + gpu.layout().flags(), sizeof(flags));
       CHECK(flags.bad_limit == 1);
@@ -486,7 +486,7 @@ TEST_CASE("calls of a kept list take turns on the device, whatever their streams
   List list;
   list.emplace_back(DType::float32, 100'000);
   list[0].fill(1, 1.0);
-  cuda::List gpu(spans_of(list), {}, 0);
+  cuda::List gpu(spans_of(list), {}, nullptr, 0);
   std::vector<double> memory(gpu.layout().bytes() / 8);
   auto* const result = reinterpret_cast<std::byte*>(memory.data());
   auto* const first = reinterpret_cast<cuda::Stream>(std::uintptr_t{16});
@@ -495,7 +495,7 @@ TEST_CASE("calls of a kept list take turns on the device, whatever their streams
   using Waits = std::vector<std::pair<cuda::Stream, cuda::Stream>>;
   waits.clear();
   gpu.measure({}, 1.0, result, first);
-  gpu.change(1.0, result, first);
+  gpu.change({}, result, first);
   CHECK(waits.empty());
   gpu.clip_by_value({1.0}, result, second);
   CHECK(waits == Waits{{second, first}});

@@ -96,6 +96,43 @@ TEST_CASE_TEMPLATE("scale", T, GRADCLIP_ALL_TYPES) {
   }
 }
 
+TEST_CASE_TEMPLATE("scale down: not above the product, and no kernel differs", T,
+                   GRADCLIP_ALL_TYPES) {
+  for (const double factor :
+       {0.5, 1.0 / 3.0, 1.0, 0.0, 1e-3, 0x1p-126, 1e-42, 1e-60, 1e-200, 1e-310, 3e4, 1e300}) {
+    CAPTURE(factor);
+    sweep<T>(7, [&](const cpu::TypeKernels& type, const std::vector<T>& before, Guarded& memory) {
+      type.scale_down(memory.data(), memory.size(), factor);
+      std::vector<T> after(before.size());
+      if (!after.empty()) std::memcpy(after.data(), memory.data(), memory.size());
+      for (std::size_t i = 0; i < before.size(); ++i) {
+        const T& x = before[i];
+        const double was = to_double(x), now = to_double(after[i]);
+        if (is_nan_element(x) || magnitude_bits(x) == FloatBits<T>::infinity) {
+          if (is_nan_element(after[i]) || std::isinf(now)) continue;
+        } else {
+          // The product is exact in 64 bits of mantissa but for float64.
+          const long double product = std::fabs(static_cast<long double>(was) * factor);
+          T again;
+          if (factor > 1.0 || !fits_float(factor) || sizeof(T) == sizeof(double)) {
+            again = scaled_down(x, factor_below(factor));
+          } else if constexpr (sizeof(T) != sizeof(double)) {
+            again = scaled_down(x, float_factor_below(factor));
+          }
+          if (std::fabs(now) <= product &&
+              bit_copy<WordOf<T>>(after[i]) == bit_copy<WordOf<T>>(again))
+            continue;
+        }
+        CAPTURE(i);
+        CAPTURE(bit_copy<WordOf<T>>(x));
+        CAPTURE(bit_copy<WordOf<T>>(after[i]));
+        FAIL_CHECK("above the product, or another one");
+        return;
+      }
+    });
+  }
+}
+
 TEST_CASE_TEMPLATE("clamp", T, GRADCLIP_ALL_TYPES) {
   for (const double limit : {0.0, 0.75, 3.0, 1e4, double(INFINITY)}) {
     CAPTURE(limit);

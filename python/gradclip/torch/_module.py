@@ -8,8 +8,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from gradclip._api import NonFinite, Reduce, Thresholds
-from gradclip._measured import Policy, clip
+from gradclip._api import NonFinite, Reduce, Rounding, Thresholds
+from gradclip._measured import Policy, clip, formula_of
 from gradclip._result import ClipResult
 from gradclip.torch._arguments import Tensors, warn_if_nothing
 from gradclip.torch._dtensor import is_dtensor
@@ -32,6 +32,7 @@ def clip_module_(
     grad_scale: float = 1.0,
     nonfinite: NonFinite = "raise",
     reduce: Reduce | None = None,
+    rounding: Rounding = "nearest",
 ) -> ClipResult:
     """Clip the gradients of a module in place, and tell every parameter's norm by its name.
 
@@ -55,6 +56,7 @@ def clip_module_(
             which would unscale them again. For that there is :func:`unscale_and_clip_` with ``module=``.
         nonfinite: As for :func:`gradclip.clip_by_global_norm_`.
         reduce: As for :func:`gradclip.clip_by_global_norm_`.
+        rounding: As for :func:`gradclip.clip_by_global_norm_`.
 
     Returns:
         The norms, by name in ``named_norms()``, and those of groups in ``named_group_norms()``.
@@ -81,7 +83,14 @@ def clip_module_(
     """
     parameters = by_name(module)
     return clip_named_(
-        parameters, groups_of(groups, list(parameters)), max_norm, ord, grad_scale, nonfinite, reduce
+        parameters,
+        groups_of(groups, list(parameters)),
+        max_norm,
+        ord,
+        grad_scale,
+        nonfinite,
+        reduce,
+        formula_of(rounding),
     )
 
 
@@ -214,14 +223,14 @@ def clip_named_(
     grad_scale: float,
     nonfinite: NonFinite,
     reduce: Reduce | None,
-    epsilon: float = 0.0,
+    formula: str | float = "nearest",
 ) -> ClipResult:
-    """Clip the gradients of parameters with names. ``epsilon`` is added to norms."""
+    """Clip the gradients of parameters with names, by a formula of ``gradclip._measured.clip``."""
     names = list(parameters)
     grads = [_grad(parameter, name) for name, parameter in parameters.items()]
 
     def clip_read(found: list[OnDevice], _: Tensors) -> ClipResult:
-        return clip(found[0].read, max_norm, ord, group_of, grad_scale, nonfinite, reduce, epsilon)
+        return clip(found[0].read, max_norm, ord, group_of, grad_scale, nonfinite, reduce, formula)
 
     result = read_or_convert(grads, [f"{name}.grad" for name in names], WRITING, clip_read, names)
     if reduce is None:
