@@ -237,14 +237,14 @@ void scale(std::byte* data, std::size_t bytes, double factor) {
   };
   constexpr bool kDown = kRounding == Rounding::down;
   const double wide_factor = kDown ? factor_below(factor) : factor;
-  if (kDown && factor > 1.0)  // products may be too large
+  // By a factor above 1, products may be too large.
+  const bool needs_wide = sizeof(T) < sizeof(double) && !fits_float(factor);
+  if ((kDown && factor > 1.0) || needs_wide)
     one_by_one(0, wide_factor);
   else if constexpr (sizeof(T) == sizeof(double))
     by_blocks(wide_factor);
-  else if (fits_float(factor))
-    by_blocks(kDown ? float_factor_below(factor) : static_cast<float>(factor));
   else
-    one_by_one(0, wide_factor);
+    by_blocks(kDown ? float_factor_below(factor) : static_cast<float>(factor));
 }
 
 // --- The machine's own speed ------------------------------------------------------------------------

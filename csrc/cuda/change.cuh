@@ -40,9 +40,8 @@ __device__ __forceinline__ void change_element(typename FloatBits<T>::Word* at, 
 // Change bytes [first, end) of a tensor; from the end to the beginning if kChangesBackward: the norms went
 // forward, so the end is still in the cache. __ldcg and __stcg say that it is global memory, which the
 // compiler does not see where the address comes out of a table.
-template <class T, class Change>
+template <class T, int kVectors, class Change>
 __device__ __forceinline__ void change_dense(std::byte* first, std::byte* end, Change change) {
-  constexpr int kVectors = kTuning.vectors_in_flight;
   using Word = typename FloatBits<T>::Word;
   const auto up = [](std::byte* p) {
     return p + (16 - reinterpret_cast<std::uintptr_t>(p) % 16) % 16;
@@ -88,42 +87,52 @@ __device__ __forceinline__ void change_elements(const ElementMemory<T>& memory, 
 }
 
 // Change tiles of a tensor. change(x) for every real element.
-template <class T, class Change>
+template <class T, int kVectors = kTuning.vectors_in_flight, class Change>
 __device__ __forceinline__ void change_tiles(const TensorEntry& entry, const TableView& table,
                                              const TileRange& tiles, Change change) {
   const std::int64_t first = tiles.first_byte(), end = tiles.end_byte(entry.bytes);
   if (entry.axes == 0)
-    change_dense<T>(entry.data + first, entry.data + end, change);
+    change_dense<T, kVectors>(entry.data + first, entry.data + end, change);
   else
     change_elements(element_memory<T>(entry, table), first, end, change);
 }
 
-// `down`: no element is above the exact product in magnitude. Chosen for each element, not for each loop: twice as
-// many loops would take twice as long to compile, and memory is what the kernel waits for.
 __device__ __forceinline__ void scale_tiles(const TensorEntry& entry, const TableView& table,
-                                            const TileRange& tiles, double factor, bool down) {
+                                            const TileRange& tiles, double factor) {
   visit_real_type(entry.dtype, [&](auto type) {
     using T = decltype(type);
-    const double wide_factor = down ? factor_below(factor) : factor;
     if constexpr (sizeof(T) == 8) {
-      change_tiles<T>(entry, table, tiles, [=](double x) {
-        return down ? scaled_down(x, wide_factor) : x * wide_factor;
-      });
-    } else if (fits_float(factor) &&
-               !(down && factor > 1.0)) {  // by more, products may be too large
-      const float narrow_factor = down ? float_factor_below(factor) : static_cast<float>(factor);
+      change_tiles<T>(entry, table, tiles, [=](double x) { return x * factor; });
+    } else if (fits_float(factor)) {
+      const auto narrow_factor = static_cast<float>(factor);
       change_tiles<T>(entry, table, tiles, [=](T x) {
-        T nearest;
-        round_to(to_float(x) * narrow_factor, nearest);
-        return down ? scaled_down(x, narrow_factor) : nearest;
+        round_to(to_float(x) * narrow_factor, x);
+        return x;
       });
     } else {
       change_tiles<T>(entry, table, tiles, [=](T x) {
-        T nearest;
-        round_to(static_cast<float>(to_double(x) * wide_factor), nearest);
-        return down ? scaled_down(x, wide_factor) : nearest;
+        round_to(static_cast<float>(to_double(x) * factor), x);
+        return x;
       });
     }
+  });
+}
+
+// The same, but that no element is above the exact product in magnitude. Called, and with one vector in flight:
+// it has ten times the instructions, and compiling them takes as long.
+__device__ __noinline__ void scale_tiles_down(const TensorEntry& entry, const TableView& table,
+                                              const TileRange& tiles, double factor) {
+  visit_real_type(entry.dtype, [&](auto type) {
+    using T = decltype(type);
+    const double wide_factor = factor_below(factor);
+    if constexpr (sizeof(T) < 8) {
+      if (fits_float(factor) && !(factor > 1.0)) {  // by more, products may be too large
+        const float narrow_factor = float_factor_below(factor);
+        change_tiles<T, 1>(entry, table, tiles, [=](T x) { return scaled_down(x, narrow_factor); });
+        return;
+      }
+    }
+    change_tiles<T, 1>(entry, table, tiles, [=](T x) { return scaled_down(x, wide_factor); });
   });
 }
 
@@ -146,7 +155,11 @@ __device__ __forceinline__ void change(const ChangeArguments& arguments, Entries
     const std::uint32_t group = arguments.are_samples ? ways.cursor().row : table.group_of(part);
     const double factor =
         arguments.flags ? arguments.coefficients[group] / arguments.grad_scale : arguments.factor;
-    if (factor != 1.0) scale_tiles(entry, table, tiles, factor, arguments.rounds_down);
+    if (factor == 1.0) return;
+    if (arguments.rounds_down)
+      scale_tiles_down(entry, table, tiles, factor);
+    else
+      scale_tiles(entry, table, tiles, factor);
   };
   walk<kChangesBackward>(table, entries, ways, visit);
 }

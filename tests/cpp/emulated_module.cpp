@@ -3,6 +3,8 @@
 #include <cuda_runtime.h>
 #include <pybind11/stl.h>
 
+#include "bindings/address.hpp"
+
 namespace simt {
 
 namespace {
@@ -21,7 +23,7 @@ void add_emulator(pybind11::module_& m) {
         machine().is_busy = is_busy;
         machine().others_capture = others_capture;
         machine().broken_captures = 0;
-        machine().busy_stream = reinterpret_cast<cudaStream_t>(busy_stream);
+        machine().busy_stream = gradclip::bindings::pointer_at<CUstream_st>(busy_stream);
         machine().contexts.clear();
         machine().memory.clear();
         machine().waits.clear();
