@@ -271,6 +271,20 @@ def test_a_plan_clips_rows() -> None:
         assert [g.tobytes() for g in grads] == [g.tobytes() for g in alone]
 
 
+@pytest.mark.parametrize("make", [np.ones, torch.ones])
+def test_a_plan_of_what_has_been_reshaped(make: Callable[[tuple[int, int]], Any]) -> None:
+    array = make((4, 3))
+    plan = gradclip.Plan([array])
+    if isinstance(array, torch.Tensor):
+        array.resize_(3, 4)
+    else:
+        array.shape = (3, 4)
+    for call in (plan.row_norms, lambda: plan.clip_by_global_norm_(1.0, groups="row")):
+        with pytest.raises(ValueError, match=r"grads\[0\]: expected 4 rows, as it had when it was read, got"):
+            call()
+    assert array.max() == 1
+
+
 def test_rows_that_need_no_clip_are_not_written() -> None:
     grads = np.array([[3.0, 4.0], [0.3, 0.4]])
     grads.flags.writeable = False
@@ -363,6 +377,12 @@ def _row_clip(max_norm: Any) -> Callable[[Any], object]:
             [np.ones((2, 3))],
             TypeError,
             "max_norm[0]: expected a number or an array of 2 numbers, got one of dtype <U1",
+        ),
+        (
+            _row_clip(np.zeros(2, [("x", np.float32)])),
+            [np.ones((2, 3))],
+            TypeError,
+            "max_norm: expected a number or an array of 2 numbers, got one of dtype [('x', '<f4')]",
         ),
         (
             lambda grads: gradclip.measure(grads, groups="row").scale_([np.array([1.0, np.inf])]),

@@ -134,8 +134,9 @@ void add_limits_of_rows(const py::object& value, std::size_t rows, const std::st
     }
   }();
   const py::object dtype = any.attr("dtype");
-  const std::string kind = str_text(dtype.attr("kind"));
-  if (kind != "f" && kind != "i" && kind != "u" && kind != "V")
+  const std::optional<DType> known = find_dtype(dtype.ptr());  // bfloat16 among them
+  const bool is_real = known && !is_complex(*known);
+  if (!is_real && std::string("fiu").find(str_text(dtype.attr("kind"))) == std::string::npos)
     throw py::type_error(name + ": expected " + expected + ", got one of dtype " + str_text(dtype));
   const py::array_t<double> numbers = any.attr("astype")("float64");
   if (numbers.ndim() != 1 || static_cast<std::size_t>(numbers.size()) != rows)

@@ -38,8 +38,8 @@ DeviceGradients::~DeviceGradients() {
   try {
     guard.emplace(device_);
   } catch (const std::exception&) {
-    guard
-        .reset();  // at the end of the process the driver may be gone, and with it what is freed here
+    // At the end of the process the driver may be gone, and with it what is freed here.
+    guard.reset();
   }
   const GilRelease release;
   for (Kept& kept : kept_) const cuda::List freed(std::move(kept.list));  // which may wait

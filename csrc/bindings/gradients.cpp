@@ -241,9 +241,17 @@ void Gradients::require_writable() const {
 RowSpan Gradients::rows_of(std::size_t i, bool of_samples,
                            std::list<StridedLayout>& layouts) const {
   Span span = spans_[i];
-  if (span.rows == Span::kUnknownRows) {  // of a CuPy array, in C order
+  // Not known of a CuPy array; of one that is kept, it may have been reshaped.
+  if (span.rows == Span::kUnknownRows || (is_kept_ && find_attribute(arrays_[i], "shape"))) {
     const py::tuple shape(arrays_[i].attr("shape"));
-    span.rows = shape.empty() ? Span::kNoAxes : shape[0].cast<std::int64_t>();
+    const std::int64_t rows = shape.empty() ? Span::kNoAxes : shape[0].cast<std::int64_t>();
+    if (span.rows != Span::kUnknownRows && span.rows != rows)
+      EntryName(i, names_)
+          .problem(Problem::value_error,
+                   std::to_string(span.rows) + " rows, as it had when it was read",
+                   "an array of shape " + str_text(shape))
+          .raise();
+    span.rows = rows;
   }
   if (span.rows < 0)
     EntryName(i, names_)

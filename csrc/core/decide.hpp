@@ -46,7 +46,9 @@ GRADCLIP_INLINE double clip_coefficient_down(double norm, double max_norm, doubl
   if (is_nan(norm)) return quiet_nan();
   const double bound = norm == 0.0 ? 0.0 : norm * (1.0 + norm_error) + 0x1p-1073;
   if (bound <= max_norm) return 1.0;
-  return max_norm / bound;
+  const double coefficient = max_norm / bound;
+  return coefficient < 0x1p-1000 ? 0.0
+                                 : coefficient;  // quotients that are subnormal are not so exact
 }
 
 // What is known of all groups before any is decided.

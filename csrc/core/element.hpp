@@ -28,7 +28,7 @@ GRADCLIP_INLINE float next_below(float x) {
 // A factor for products that are rounded to nearest: they are not above those by `factor` where they are normal
 // numbers, for the factor is smaller by half of a unit in its last place or more.
 GRADCLIP_INLINE double factor_below(double factor) {
-  return factor < 0x1p-1000 ? 0.0 : next_below(factor);
+  return factor < 0x1p-1000 ? 0.0 : next_below(factor);  // as in clip_coefficient_down()
 }
 GRADCLIP_INLINE float float_factor_below(double factor) {
   const float nearest = static_cast<float>(factor);

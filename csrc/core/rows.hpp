@@ -24,8 +24,7 @@ struct RowSpan {
 // Of all gradients: row r of gradient i is number first[i] + r.
 struct RowTable {
   Table<RowSpan> gradients;
-  Table<std::size_t> first = {
-      0};  // one more than there are gradients: its last is the number of rows
+  Table<std::size_t> first = {0};    // one more than gradients: the last is the number of rows
   std::list<StridedLayout> layouts;  // that rows point to; addresses must stay
 
   RowTable() = default;
@@ -39,8 +38,7 @@ struct RowTable {
   }
 };
 
-// Of a gradient whose rows are dense, one after the other or (is_fortran) one inside of the other: null where
-// they are neither. The gradient has axes.
+// Of a dense gradient with axes: its rows lie one after the other, or, where it is_fortran, side by side.
 inline RowSpan rows_of_dense(const Span& span, std::list<StridedLayout>& layouts) {
   const std::int64_t numel = span.rows == 0 ? 0 : span.numel / span.rows;
   RowSpan rows{span.data, span.rows, numel * span.itemsize(), numel, nullptr, span.dtype};
