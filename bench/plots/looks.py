@@ -18,6 +18,7 @@ LOOKS: dict[str, tuple[str, str, str]] = {
     "gradclip": (OURS, "o", "-"),
     "gradclip-plan": (PLAN, "o", "-"),
     "gradclip-measured": (OURS, "d", ":"),
+    "gradclip-unbound": (PLAN, "d", ":"),
     "gradclip-torch": (OURS, "X", "--"),
     "numpy-dot": ("#0072B2", "s", "-"),
     "numpy-sum": ("#0072B2", "D", "--"),

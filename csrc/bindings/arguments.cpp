@@ -143,8 +143,9 @@ void add_limits_of_rows(const py::object& value, std::size_t rows, const std::st
     throw py::value_error(name + ": expected " + expected + ", got one of shape " +
                           str_text(any.attr("shape")));
   const cpu::DefaultFloatEnvironment environment;
+  const auto limit_of = numbers.unchecked<1>();
   for (py::ssize_t r = 0; r < numbers.size(); ++r) {
-    const double limit = numbers.at(r);
+    const double limit = limit_of(r);
     if (!is_usable({.are_coefficients = are_coefficients}, limit))
       throw py::value_error(name + "[" + std::to_string(r) + "]: expected a " +
                             (are_coefficients ? "finite number" : "number that is not negative") +

@@ -150,19 +150,28 @@ Measured::Measured(std::shared_ptr<const Gradients> grads, const MeasureArgument
       grad_scale_(arguments.grad_scale),
       is_alone_(arguments.reduce.is_none()) {
   Table<NormSum> sums;
-  if (named_.rows) {
-    RowSums of_rows = run([&] {
+  Table<double> of_rows;  // norms
+  if (!named_.rows) {
+    sums = run([&] { return cpu::measure(grads_->spans(), grads_->plan(), order_); });
+    sums_ = decide([&] { return sums_of_groups(order_, sums, named_.groups); });
+  } else if (named_.groups.kind == Groups::row && order_.kind == NormOrder::two && is_alone_) {
+    cpu::RowNorms norms = run([&] {
+      return cpu::measure_row_norms(*named_.rows, cpu::make_plan(*named_.rows), grad_scale_);
+    });
+    sums = std::move(norms.tensors);
+    of_rows = std::move(norms.rows);
+  } else {
+    RowSums both = run([&] {
       const RowTable& rows = *named_.rows;
       return sums_of_rows(order_, cpu::measure_rows(rows, cpu::make_plan(rows), order_), rows.first,
                           named_.groups);
     });
-    sums = std::move(of_rows.tensors);
-    sums_ = std::move(of_rows.groups);
-  } else {
-    sums = run([&] { return cpu::measure(grads_->spans(), grads_->plan(), order_); });
-    sums_ = decide([&] { return sums_of_groups(order_, sums, named_.groups); });
+    sums = std::move(both.tensors);
+    sums_ = std::move(both.groups);
   }
-  norms_ = decide([&] { return norms_of(order_, sums, named_.groups, sums_, grad_scale_); });
+  norms_ = decide([&] {
+    return norms_of(order_, sums, named_.groups, sums_, grad_scale_, std::move(of_rows));
+  });
   nonfinite_ = count_nonfinite(*grads_, norms_.odd);
   if (arguments.reduce.is_none()) return;
   const Table<NormSum> reduced = reduce_sums(arguments.reduce, order_, sums_);
@@ -240,7 +249,8 @@ py::object Measured::apply(const Table<double>& limits, const ClipOptions& optio
       cpu::scale(grads_->spans(), grads_->plan(), decision.factors, down);
     else
       (named_.groups.kind == Groups::row ? cpu::scale_rows : cpu::scale_samples)(
-          *named_.rows, cpu::make_plan(*named_.rows), decision.factors, down);
+          *named_.rows, cpu::make_plan(*named_.rows), decision.coefficients, options.grad_scale,
+          down);
   });
   return result;
 }

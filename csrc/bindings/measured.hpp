@@ -49,7 +49,7 @@ class Measured {
   bool is_global() const { return named_.groups.kind == Groups::all; }
   // Tensors with elements that are not finite.
   std::vector<std::size_t> nonfinite() const;
-  // This process's, as `reduce` gets them.
+  // This process's, as `reduce` gets them; none of rows without one.
   Table<double> group_sums() const;
 
  private:

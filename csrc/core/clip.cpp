@@ -20,7 +20,7 @@ RowSums sums_of_rows(const NormOrder& order, Table<NormSum>&& rows,
 }
 
 Norms norms_of(const NormOrder& order, std::span<const NormSum> tensors, const Groups& groups,
-               std::span<const NormSum> group, double grad_scale) {
+               std::span<const NormSum> group, double grad_scale, Table<double>&& known) {
   const auto unscaled = [&](const NormSum& sum) { return norm_of(order, sum, grad_scale); };
   Norms norms;
   norms.tensors.reserve(tensors.size());
@@ -28,6 +28,7 @@ Norms norms_of(const NormOrder& order, std::span<const NormSum> tensors, const G
     norms.tensors.push_back(unscaled(tensors[i]));
     if (!is_finite(tensors[i].value) || !is_finite(tensors[i].unit)) norms.odd.push_back(i);
   }
+  norms.groups = std::move(known);
   norms.groups.reserve(group.size());
   for (const NormSum& sum : group) norms.groups.push_back(unscaled(sum));
   // From the tensors: it does not depend on the grouping.
@@ -63,12 +64,10 @@ ClipDecision decide_clip(const Norms& norms, const Groups& groups, std::span<con
   }
   decision.action = action_of(options, all, any_changes);
   if (decision.action != Action::scale) return decision;
-  const bool of_rows = groups.are_of_rows();
-  const std::size_t factors = of_rows ? decision.coefficients.size() : norms.tensors.size();
-  decision.factors.reserve(factors);
-  for (std::size_t i = 0; i < factors; ++i)
-    decision.factors.push_back(decision.coefficients[of_rows ? i : groups.of(i)] /
-                               options.grad_scale);
+  if (groups.are_of_rows()) return decision;
+  decision.factors.reserve(norms.tensors.size());
+  for (std::size_t i = 0; i < norms.tensors.size(); ++i)
+    decision.factors.push_back(decision.coefficients[groups.of(i)] / options.grad_scale);
   return decision;
 }
 

@@ -46,9 +46,9 @@ struct Norms {
   std::vector<std::size_t> odd;  // tensors whose sum is infinite or NaN
 };
 
-// `group`: the sums of groups of these tensors.
+// `group`: the sums of groups of these tensors; none where their norms are known already.
 Norms norms_of(const NormOrder& order, std::span<const NormSum> tensors, const Groups& groups,
-               std::span<const NormSum> group, double grad_scale);
+               std::span<const NormSum> group, double grad_scale, Table<double>&& known = {});
 // Instead of this process's, the sums of groups over all processes.
 void take_sums(Norms& norms, const NormOrder& order, std::span<const NormSum> group,
                double grad_scale);
@@ -58,7 +58,8 @@ struct ClipDecision {
   bool any_nonfinite = false;  // whether some norm is not finite
   bool clipped = false;
   Action action = Action::nothing;
-  Table<double> factors;  // to `scale`, of every tensor, or group of rows: coefficient / grad_scale
+  Table<double>
+      factors;  // of every tensor, to `scale`: coefficient / grad_scale; none where rows have groups
 };
 
 // `limits` are thresholds or coefficients, one for each group, or one for all.

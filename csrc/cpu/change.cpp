@@ -15,13 +15,13 @@ namespace {
 
 template <class Parts>
 void scale_parts(const Parts& parts, const ChunkPlan& plan, std::span<const double> factors,
-                 bool down) {
+                 double divisor, bool down) {
   // Backward: the norms went forward, so the end is still in the cache.
   for_each_chunk(plan, Pass::backward, [&](const Chunk& chunk) {
     const TypeKernels& type = kernels().of(parts.dtype(chunk.tensor));
     const auto kernel = down ? type.scale_down : type.scale;
     parts.visit(chunk, [&](std::size_t part, const Span& span, const Chunk& piece) {
-      const double factor = factors[part];
+      const double factor = factors[part] / divisor;
       if (factor == 1.0) return;
       change_each_piece(span, piece, [&](std::byte* data, std::size_t bytes) {
         kernel(data, bytes, factor);
@@ -35,18 +35,18 @@ void scale_parts(const Parts& parts, const ChunkPlan& plan, std::span<const doub
 
 void scale(std::span<const Span> spans, const ChunkPlan& plan, std::span<const double> factors,
            bool down) {
-  scale_parts(TensorParts{spans}, plan, factors, down);
+  scale_parts(TensorParts{spans}, plan, factors, 1.0, down);
 }
 
-void scale_rows(const RowTable& rows, const ChunkPlan& plan, std::span<const double> factors,
-                bool down) {
-  scale_parts(RowParts(rows), plan, factors, down);
+void scale_rows(const RowTable& rows, const ChunkPlan& plan, std::span<const double> coefficients,
+                double grad_scale, bool down) {
+  scale_parts(RowParts(rows), plan, coefficients, grad_scale, down);
 }
 
-void scale_samples(const RowTable& rows, const ChunkPlan& plan, std::span<const double> factors,
-                   bool down) {
+void scale_samples(const RowTable& rows, const ChunkPlan& plan,
+                   std::span<const double> coefficients, double grad_scale, bool down) {
   const Table<std::size_t> from_0(rows.gradients.size(), 0);
-  scale_parts(RowParts(rows, from_0, factors.size()), plan, factors, down);
+  scale_parts(RowParts(rows, from_0, coefficients.size()), plan, coefficients, grad_scale, down);
 }
 
 void set_to_zero(std::span<const Span> spans, const ChunkPlan& plan) {

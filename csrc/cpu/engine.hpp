@@ -21,6 +21,14 @@ Table<NormSum> measure(std::span<const Span> spans, const ChunkPlan& plan, const
 
 // The sum of every row, by a plan of whole rows: that of the row as a tensor of its own.
 Table<NormSum> measure_rows(const RowTable& rows, const ChunkPlan& plan, const NormOrder& order);
+
+// Of the 2-norm, without a table of the sums: the norms of rows, divided by the scale of the gradients, and the sum
+// of every gradient, which is the group of its rows.
+struct RowNorms {
+  Table<double> rows;
+  Table<NormSum> tensors;
+};
+RowNorms measure_row_norms(const RowTable& rows, const ChunkPlan& plan, double grad_scale);
 // Their norms alone, into what is 0 where a row has no elements. (Sums of millions of rows would cost more than
 // the rows.)
 void row_norms(const RowTable& rows, const ChunkPlan& plan, const NormOrder& order,
@@ -30,11 +38,11 @@ void row_norms(const RowTable& rows, const ChunkPlan& plan, const NormOrder& ord
 // and no element is above the exact product in magnitude.
 void scale(std::span<const Span> spans, const ChunkPlan& plan, std::span<const double> factors,
            bool down = false);
-// The same of rows, by a plan of whole rows: each has a factor, or row r of all gradients has factors[r].
-void scale_rows(const RowTable& rows, const ChunkPlan& plan, std::span<const double> factors,
-                bool down);
-void scale_samples(const RowTable& rows, const ChunkPlan& plan, std::span<const double> factors,
-                   bool down);
+// The same of rows, by a plan of whole rows: each has a coefficient, or row r of all gradients has number r.
+void scale_rows(const RowTable& rows, const ChunkPlan& plan, std::span<const double> coefficients,
+                double grad_scale, bool down);
+void scale_samples(const RowTable& rows, const ChunkPlan& plan,
+                   std::span<const double> coefficients, double grad_scale, bool down);
 
 // Set every element to +0, also where it was not finite.
 void set_to_zero(std::span<const Span> spans, const ChunkPlan& plan);

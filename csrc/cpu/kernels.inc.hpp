@@ -153,10 +153,24 @@ template <class T, Sum kSum>
   }
 }
 
+GRADCLIP_INLINE float to_work(float x) { return x; }
+GRADCLIP_INLINE double to_work(double x) { return x; }
+template <class Half>
+GRADCLIP_INLINE float to_work(Half x) {
+  return to_float(x);
+}
+
 template <class T, Sum kSum>
 WideValue sum_tile(const std::byte* tile, std::size_t bytes) {
-  const double sum =
-      sum_terms(tile, bytes, [](const std::byte* block) { return terms<kSum>(block, T{}); });
+  double sum;
+  if (bytes == sizeof(T)) {  // a row of a vector: all that is added to its term is 0
+    T x;
+    __builtin_memcpy(&x, tile, sizeof(T));
+    const auto value = to_work(x);
+    sum = kSum == Sum::squares ? value * value : value < 0 ? -value : value;
+  } else {
+    sum = sum_terms(tile, bytes, [](const std::byte* block) { return terms<kSum>(block, T{}); });
+  }
   if (order::can_be_trusted(sum, sizeof(T) == sizeof(double))) return {sum, 0};
   return sum_tile_again<T, kSum>(tile, bytes);
 }

@@ -44,19 +44,24 @@ ExactSum sum_powers(const Span& span, const Chunk& chunk, double unit, double p)
   return sum;
 }
 
-// Sums of the parts: store(part, sum), by any thread, of each part that has bytes. `units` are the largest
-// magnitudes of slow ones, if there are any.
+NormSum norm_sum(const ExactSum& sum) {
+  const WideValue rounded = sum.rounded();
+  return {rounded.value, rounded.exponent, 0.0};
+}
+
+// Sums of the parts: store(chunk, part, sum), by any thread, but by one for a chunk, of each part that has bytes;
+// `chunk` is where the part begins. `units` are the largest magnitudes of slow ones, if there are any.
 template <class Parts, class Store>
 void sum_parts(const Parts& parts, const ChunkPlan& plan, const NormOrder& order,
                const Table<double>& units, Store store) {
   const auto is_slow = [&](std::size_t tensor) {
     return !units.empty() && needs_unit(order, is_complex(parts.dtype(tensor)));
   };
-  const auto finish = [&](std::size_t part, const ExactSum& exact, bool slow) {
+  const auto finish = [&](const Chunk& chunk, std::size_t part, const ExactSum& exact, bool slow) {
+    if (!slow) return store(chunk, part, norm_sum(exact));
     const WideValue sum = exact.rounded();
-    if (!slow) return store(part, {sum.value, sum.exponent, 0.0});
     const double unit = units[part], terms = is_finite(unit) ? narrow(sum) : 1.0;
-    store(part,
+    store(chunk, part,
           order.kind == NormOrder::one ? magnitude_sum(terms, unit) : NormSum{terms, 0, unit});
   };
   Table<ExactSum> partials(plan.partials);
@@ -69,7 +74,7 @@ void sum_parts(const Parts& parts, const ChunkPlan& plan, const NormOrder& order
           piece.bytes <= static_cast<std::int64_t>(order::kTileBytes)) {
         // A part of one tile, of which there are often thousands: nothing to add.
         const WideValue sum = sum_tile(span.data, static_cast<std::size_t>(piece.bytes));
-        store(part, {sum.value, sum.exponent, 0.0});
+        store(chunk, part, {sum.value, sum.exponent, 0.0});
         return;
       }
       ExactSum sum;
@@ -82,7 +87,7 @@ void sum_parts(const Parts& parts, const ChunkPlan& plan, const NormOrder& order
         });
       }
       if (whole)
-        finish(part, sum, slow);
+        finish(chunk, part, sum, slow);
       else
         partials[chunk.partial] = sum;
     });
@@ -99,7 +104,7 @@ void sum_parts(const Parts& parts, const ChunkPlan& plan, const NormOrder& order
            parts.part_of(plan.chunks[c]) == part;
          ++c)
       sum.add(partials[plan.chunks[c].partial]);
-    finish(part, sum, is_slow(first.tensor));
+    finish(first, part, sum, is_slow(first.tensor));
   }
 }
 
@@ -115,7 +120,7 @@ void measure_parts(const Parts& parts, const ChunkPlan& plan, const NormOrder& o
   if (order.kind == NormOrder::infinity) {
     const Table<double> magnitudes = largest([](std::size_t) { return false; });
     for (std::size_t part = 0; part < magnitudes.size(); ++part)
-      store(part, {magnitudes[part], 0, 0.0});
+      store(Chunk{}, part, {magnitudes[part], 0, 0.0});
     return;
   }
   const auto is_fast = [&](std::size_t i) {
@@ -131,7 +136,7 @@ template <class Parts>
 Table<NormSum> sums_of(const Parts& parts, const ChunkPlan& plan, const NormOrder& order) {
   Table<NormSum> sums(parts.count());
   measure_parts(parts, plan, order,
-                [&](std::size_t part, const NormSum& sum) { sums[part] = sum; });
+                [&](const Chunk&, std::size_t part, const NormSum& sum) { sums[part] = sum; });
   return sums;
 }
 
@@ -148,7 +153,25 @@ Table<NormSum> measure_rows(const RowTable& rows, const ChunkPlan& plan, const N
 void row_norms(const RowTable& rows, const ChunkPlan& plan, const NormOrder& order,
                std::span<double> norms) {
   measure_parts(RowParts(rows), plan, order,
-                [&](std::size_t part, const NormSum& sum) { norms[part] = norm_of(order, sum); });
+                [&](const Chunk&, std::size_t part, const NormSum& sum) {
+                  norms[part] = norm_of(order, sum);
+                });
+}
+
+RowNorms measure_row_norms(const RowTable& rows, const ChunkPlan& plan, double grad_scale) {
+  const NormOrder order;
+  RowNorms norms{Table<double>(rows.count()), {}};
+  Table<ExactSum> chunks(plan.chunks.size()), tensors(rows.gradients.size());
+  measure_parts(RowParts(rows), plan, order,
+                [&](const Chunk& chunk, std::size_t part, const NormSum& sum) {
+                  norms.rows[part] = norm_of(order, sum, grad_scale);
+                  const auto c = static_cast<std::size_t>(&chunk - plan.chunks.data());
+                  chunks[c].add(sum.value, sum.exponent);
+                });
+  const DefaultFloatEnvironment environment;
+  for (std::size_t c = 0; c < chunks.size(); ++c) tensors[plan.chunks[c].tensor].add(chunks[c]);
+  for (const ExactSum& sum : tensors) norms.tensors.push_back(norm_sum(sum));
+  return norms;
 }
 
 }  // namespace gradclip::cpu
