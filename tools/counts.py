@@ -29,6 +29,7 @@ MARKS = ("<!-- counts: python -m tools.counts -->\n", "<!-- end of counts -->\n"
 
 ROW, TILE_ROWS = 512, 32  # bytes; csrc/core/reduction_order.hpp
 WARPS = sass.THREADS // 32
+GRANULE = 2 << 20  # of a device's memory
 SQUARES = "measure_kernelILNS0_7MeasureE0"
 KERNELS = {
     "norms, 2": SQUARES,
@@ -125,12 +126,18 @@ def call_table() -> str:
     sys.path.insert(0, str(ROOT / "tests"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from device import emulated_device  # noqa: PLC0415 (needs CuPy and the emulated kernels)
+        import cupy  # noqa: PLC0415
+
+        from device import emulated_device  # noqa: PLC0415 (needs the emulated kernels)
     import gradclip  # noqa: PLC0415
 
     cells = []
     with emulated_device() as device:
-        few, many = ([device.array(np.ones(8, np.float32)) for _ in range(n)] for n in (300, 2000))
+        # On one page of 2 MB, for which the driver is asked once.
+        whole = device.array(np.ones(2 * GRANULE // 4, np.float32))
+        page = whole.data + -whole.data.ptr % GRANULE
+        many = [cupy.ndarray((8,), np.float32, page + 512 * i) for i in range(2000)]
+        few = many[:300]
         plan = gradclip.Plan(few)
         tasks: Mapping[str, Callable[[], Any]] = {
             "`global_norm`, 300 arrays": lambda: gradclip.global_norm(few),
