@@ -241,9 +241,11 @@ void Gradients::require_writable() const {
 RowSpan Gradients::rows_of(std::size_t i, bool of_samples,
                            std::list<StridedLayout>& layouts) const {
   Span span = spans_[i];
-  // Not known of a CuPy array; of one that is kept, it may have been reshaped.
-  if (span.rows == Span::kUnknownRows || (is_kept_ && find_attribute(arrays_[i], "shape"))) {
-    const py::tuple shape(arrays_[i].attr("shape"));
+  // Not known of a CuPy array; one that is kept may have been reshaped.
+  const py::object object = arrays_[i];
+  const bool may_differ = is_kept_ && (is_numpy_array(object.ptr()) || is_torch_tensor(object));
+  if (span.rows == Span::kUnknownRows || may_differ) {
+    const py::tuple shape(object.attr("shape"));
     const std::int64_t rows = shape.empty() ? Span::kNoAxes : shape[0].cast<std::int64_t>();
     if (span.rows != Span::kUnknownRows && span.rows != rows)
       EntryName(i, names_)

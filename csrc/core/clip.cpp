@@ -8,6 +8,7 @@ RowSums sums_of_rows(const NormOrder& order, Table<NormSum>&& rows,
                      std::span<const std::size_t> first_row, const Groups& groups) {
   RowSums sums;
   std::vector<std::size_t> sample;  // of every row
+  if (groups.kind == Groups::sample) sample.reserve(rows.size());
   for (std::size_t i = 0; i + 1 < first_row.size(); ++i) {
     const std::size_t count = first_row[i + 1] - first_row[i];
     sums.tensors.push_back(

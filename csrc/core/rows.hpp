@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <list>
+#include <stdexcept>
 
 #include "core/span.hpp"
 #include "core/table.hpp"
@@ -31,8 +32,13 @@ struct RowTable {
   RowTable(RowTable&&) = default;  // which keeps the addresses
   RowTable& operator=(RowTable&&) = default;
 
+  // Of rows without elements there can be any number.
+  static constexpr std::size_t kMostRows = std::size_t{1} << 48;
+
   std::size_t count() const { return first.back(); }
   void add(const RowSpan& rows) {
+    if (static_cast<std::size_t>(rows.count) > kMostRows - first.back())
+      throw std::length_error("grads: expected at most 2^48 rows together, got more");
     gradients.push_back(rows);
     first.push_back(first.back() + static_cast<std::size_t>(rows.count));
   }

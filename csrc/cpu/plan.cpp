@@ -28,7 +28,7 @@ ChunkPlan make_plan(std::span<const std::int64_t> tensor_bytes,
   const std::int64_t task_bytes =
       std::clamp(plan.total_bytes / kTasksWanted, kSmallestTask, kLargestTask) / tile * tile;
 
-  // Two chunks of rows may be of so little more than half of a task each.
+  // Chunks of rows are more than half of a task, on an average.
   const std::int64_t most_chunks = plan.total_bytes / task_bytes * (rows.empty() ? 1 : 2);
   if (most_chunks > kWhole - static_cast<std::int64_t>(tensor_bytes.size()))
     throw std::length_error("grads: expected fewer than 2^32 - 1 chunks of 1 MB, got more");

@@ -104,12 +104,10 @@ struct CountArguments {
 // first_cost is the total). They lie in memory, or where the list is short beside the arguments: no
 // copy, no memory of the device.
 struct EntriesInMemory {
-  static constexpr bool kMayBeRows = true;
   const TensorEntry* first;
   GRADCLIP_INLINE const TensorEntry& operator[](std::uint32_t i) const { return first[i]; }
 };
 struct EntriesInArgument {
-  static constexpr bool kMayBeRows = false;
   const TensorEntry* first;
   GRADCLIP_INLINE const TensorEntry& operator[](std::uint32_t i) const { return first[i]; }
 };

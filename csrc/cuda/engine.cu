@@ -215,7 +215,6 @@ void List::State::read(std::span<const Span> spans, const Groups& groups_wanted,
     for (std::uint32_t i = 0; i < tensors; ++i) members[next[labels[i]]++] = i;
   }
   table.tensors = static_cast<std::uint32_t>(tensors);
-  table.parts = static_cast<std::uint32_t>(parts);
   table.groups = static_cast<std::uint32_t>(groups);
   table.cost = cost;
   const int count = multiprocessors(device);

@@ -56,7 +56,6 @@ struct TableView {
   const std::uint32_t* members;
   const std::uint32_t* group_begin;
   std::uint32_t tensors;
-  std::uint32_t parts;  // tensors, or rows
   std::uint32_t groups;
   std::int64_t cost;
   bool is_in_argument;  // the entries

@@ -44,9 +44,9 @@ __device__ __forceinline__ CostRange range_of_this_warp(const TableView& table) 
 struct Cursor {
   TensorEntry part;
   TileRange tiles;
-  std::int64_t stride, cost;  // from here to the next row
-  std::uint32_t tensor, number, row,
-      left;  // of the part; its row in the tensor; rows that are left with it
+  std::int64_t stride, cost;     // from here to the next row
+  std::uint32_t tensor, number;  // of the part
+  std::uint32_t row, left;       // in the tensor; how many are left there, this one included
 };
 // Where the warps of a block are on their ways, in shared memory: hot loops have no register to spare for it.
 struct Ways {

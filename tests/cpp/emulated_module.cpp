@@ -49,6 +49,7 @@ void add_emulator(pybind11::module_& m) {
         [] { return reinterpret_cast<std::uintptr_t>(machine().last_wait); });
   // Calls of the runtime since the process began, by name.
   m.def("calls", [] { return machine().calls; });
+  m.def("bytes_copied", [] { return counters().bytes_copied; });
   // (launches, allocations, copies, host waits) since the process began.
   m.def("counters", [] {
     const Counters& all = counters();

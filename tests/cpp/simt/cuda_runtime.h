@@ -252,6 +252,7 @@ inline cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes
       simt::kind_of(from).device != simt::machine().current_device)
     return cudaErrorInvalidDevice;
   ++simt::counters().copies;
+  simt::counters().bytes_copied += bytes;
   std::memcpy(to, from, bytes);
   return cudaSuccess;
 }

@@ -28,7 +28,7 @@ Schedule& schedule();
 
 // Since the process began.
 struct Counters {
-  std::size_t launches = 0, allocations = 0, copies = 0, waits = 0;
+  std::size_t launches = 0, allocations = 0, copies = 0, waits = 0, bytes_copied = 0;
   std::size_t loads = 0;  // through the read-only cache
   unsigned blocks_of_last_launch = 0;
 };
