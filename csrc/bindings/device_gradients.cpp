@@ -8,7 +8,13 @@
 namespace gradclip::bindings {
 namespace {
 
-bool same(const Groups& a, const Groups& b) { return a.kind == b.kind && a.label == b.label; }
+bool same(const RowTable* a, const RowTable* b) {
+  return a && b ? std::ranges::equal(a->gradients, b->gradients) : a == b;
+}
+bool same(const NamedGroups& a, const NamedGroups& b) {
+  return a.groups.kind == b.groups.kind && a.groups.label == b.groups.label &&
+         same(a.rows.get(), b.rows.get());
+}
 
 }  // namespace
 
@@ -46,11 +52,10 @@ DeviceGradients::~DeviceGradients() {
 }
 
 DeviceGradients::Kept& DeviceGradients::kept(const NamedGroups& named, bool is_capturing) {
-  const Groups& groups = named.groups;
   {
     const std::scoped_lock lock(kept_mutex_);
     const auto found = std::ranges::find_if(
-        kept_, [&](const Kept& candidate) { return same(candidate.groups, groups); });
+        kept_, [&](const Kept& candidate) { return same(candidate.named, named); });
     if (found != kept_.end()) return *found;
   }
   if (is_capturing)
@@ -59,11 +64,11 @@ DeviceGradients::Kept& DeviceGradients::kept(const NamedGroups& named, bool is_c
         "CUDA graph (call it once), got a new one");
   cuda::List list = [&] {
     const GilRelease release;
-    return cuda::List(gradients_.spans(), groups, named.rows.get(), device_);
+    return cuda::List(gradients_.spans(), named.groups, named.rows.get(), device_);
   }();
   py::object memory = allocate_for(list.layout());
   const std::scoped_lock lock(kept_mutex_);
-  kept_.push_back({groups, std::move(list), std::move(memory)});  // perhaps by two threads: no harm
+  kept_.push_back({named, std::move(list), std::move(memory)});  // perhaps by two threads: no harm
   return kept_.back();
 }
 

@@ -41,7 +41,7 @@ class DeviceGradients {
   // What one grouping of the gradients has on the device. Memory of results is used where none can
   // be allocated: while a stream is captured.
   struct Kept {
-    Groups groups;
+    NamedGroups named;
     cuda::List list;
     py::object memory;
   };

@@ -124,7 +124,6 @@ bool DeviceReader::read_plain(PyObject* object, Span& span) {
   const Span plain{address_of_cupy(data), integer(size.of(object)), nullptr, *type};
   if (plain.numel != 0 && !(is_aligned(plain) && is_device_memory(plain.data, &data))) return false;
   span = plain;
-  span.rows = Span::kUnknownRows;
   return true;
 }
 

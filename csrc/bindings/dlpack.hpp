@@ -13,5 +13,6 @@ std::optional<DType> find_dtype(const DLDataType& type);
 bool is_at(const DLDevice& device, const Place& place);
 // Check device and dtype, and set span and layout.
 void read_tensor(const DLTensor& tensor, const EntryName& name, const Place& place, Entry& entry);
+Axes tensor_axes(const DLTensor& tensor);
 
 }  // namespace gradclip::bindings

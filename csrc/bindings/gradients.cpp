@@ -28,7 +28,6 @@ void set_layout(Entry& entry, std::byte* data, const Shape& shape, const EntryNa
     refuse("an array of 0 to 64 axes", "one of " + std::to_string(shape.axes));
   if (shape.axes > 0 && !shape.sizes) refuse("an array with a shape", "one without");
   const auto axes = static_cast<std::size_t>(shape.axes);
-  entry.span.rows = axes == 0 ? Span::kNoAxes : shape.sizes[0];
   std::int64_t bytes = itemsize;
   for (std::size_t a = 0; a < axes; ++a) {
     if (shape.sizes[a] < 0)
@@ -44,7 +43,7 @@ void set_layout(Entry& entry, std::byte* data, const Shape& shape, const EntryNa
   std::vector<StridedLayout::Axis> list(axes);
   // The lowest and the highest byte, seen from the first element.
   std::int64_t lowest = 0, highest = itemsize - 1, dense = itemsize;
-  bool is_possible = true, is_c_order = true;
+  bool is_possible = true;
   for (std::size_t a = axes; a-- > 0; dense *= shape.sizes[a]) {
     if (shape.sizes[a] == 1) {
       list[a] = {1, itemsize};  // the stride of one element may be anything
@@ -57,16 +56,11 @@ void set_layout(Entry& entry, std::byte* data, const Shape& shape, const EntryNa
     std::int64_t& end = reach < 0 ? lowest : highest;
     is_possible = is_possible && !__builtin_add_overflow(end, reach, &end);
     list[a] = {shape.sizes[a], stride};
-    is_c_order = is_c_order && stride == dense;
   }
   const auto address = reinterpret_cast<std::uintptr_t>(data);
   if (!is_possible || address > INT64_MAX || static_cast<std::int64_t>(address) < -lowest ||
       static_cast<std::int64_t>(address) > INT64_MAX - highest)
     refuse("elements within memory", "strides that reach beyond its addresses");
-  if (!is_c_order) {
-    OrderedAxes row = order_axes(data, itemsize, {list.begin() + 1, list.end()});
-    entry.rows = {row.data, list[0].stride, std::move(row.layout)};
-  }
   OrderedAxes ordered = order_axes(data, itemsize, std::move(list));
   entry.span.data = ordered.data;
   entry.layout = std::move(ordered.layout);
@@ -118,10 +112,9 @@ void Gradients::add(Entry&& entry) {
     layouts_.push_back(std::move(*entry.layout));
     entry.span.layout = &layouts_.back();
   }
-  if (entry.rows) strided_rows_.emplace(spans_.size(), std::move(*entry.rows));
   if (entry.unwritable && !unwritable_) unwritable_ = std::move(entry.unwritable);
+  if (entry.owner) owners_.emplace(spans_.size(), std::move(entry.owner));
   spans_.push_back(entry.span);
-  if (entry.owner) owners_.push_back(std::move(entry.owner));
 }
 
 void Gradients::take_arrays(const py::object& grads) {
@@ -215,7 +208,7 @@ std::optional<Problem> Gradients::find_overlaps() const {
                                         "an array that overlaps itself (expanded, broadcast or "
                                         "as_strided): clone() the tensor, copy() the array");
   }
-  if (const auto shared = find_shared_memory(spans_))
+  if (const auto shared = find_shared_memory(spans_, spans_.size()))
     return EntryName(shared->second, names_)
         .problem(Problem::value_error, "memory of its own",
                  "memory shared with " + entry_name(shared->first, names_));
@@ -238,35 +231,58 @@ void Gradients::require_writable() const {
   if (unwritable_) unwritable_->raise();
 }
 
+StridedArray Gradients::array_of(std::size_t i) const {
+  const Span& span = spans_[i];
+  const py::handle object = PyTuple_GET_ITEM(arrays_.ptr(), i);
+  const auto owner = owners_.find(i);
+  const auto find_axes = [&]() -> std::optional<Axes> {
+    if (is_numpy_array(object.ptr())) return numpy_axes(object.ptr());
+    if (auto axes = find_torch_axes(object.ptr())) return axes;
+    if (owner != owners_.end()) return find_exported_axes(owner->second.ptr());
+    return std::nullopt;
+  };
+  StridedArray array{span.data, span.itemsize(), {}};
+  if (auto axes = find_axes()) {
+    array.axes = std::move(*axes);
+  } else {  // of a device: a CuPy array, or a __cuda_array_interface__
+    const bool is_interface = owner != owners_.end();
+    const auto field = [&](const char* name) {
+      return is_interface ? owner->second.attr("get")(name) : py::object(object.attr(name));
+    };
+    const py::tuple shape(field("shape"));
+    const py::object strides = field("strides");
+    array.axes.resize(shape.size());
+    std::int64_t dense = array.itemsize;
+    for (std::size_t a = shape.size(); a-- > 0; dense *= array.axes[a].size)
+      array.axes[a] = {
+          shape[a].cast<std::int64_t>(),
+          strides.is_none() ? dense : py::tuple(strides)[a].cast<std::int64_t>()};
+  }
+  for (const auto& axis : array.axes)
+    if (axis.stride < 0 && axis.size > 1) array.data -= (axis.size - 1) * axis.stride;
+  return array;
+}
+
 RowSpan Gradients::rows_of(std::size_t i, bool of_samples,
                            std::list<StridedLayout>& layouts) const {
-  Span span = spans_[i];
-  // Not known of a CuPy array; one that is kept may have been reshaped.
-  const py::object object = arrays_[i];
-  const bool may_differ = is_kept_ && (is_numpy_array(object.ptr()) || is_torch_tensor(object));
-  if (span.rows == Span::kUnknownRows || may_differ) {
-    const py::tuple shape(object.attr("shape"));
-    const std::int64_t rows = shape.empty() ? Span::kNoAxes : shape[0].cast<std::int64_t>();
-    if (span.rows != Span::kUnknownRows && span.rows != rows)
-      EntryName(i, names_)
-          .problem(Problem::value_error,
-                   std::to_string(span.rows) + " rows, as it had when it was read",
-                   "an array of shape " + str_text(shape))
-          .raise();
-    span.rows = rows;
-  }
-  if (span.rows < 0)
+  const StridedArray array = array_of(i);
+  if (array.axes.empty())
     EntryName(i, names_)
         .problem(Problem::value_error,
                  of_samples ? "an array with a first axis, that of the samples"
                             : "an array with a first axis, that of its rows",
                  "one without axes (g.reshape(1) has one row)")
         .raise();
-  const auto strided = strided_rows_.find(i);
-  if (strided == strided_rows_.end()) return rows_of_dense(span, layouts);
-  const auto& [first, stride, layout] = strided->second;
-  return {first,     span.rows, stride, span.numel / span.rows, layout ? &*layout : nullptr,
-          span.dtype};
+  const auto [count, stride] = array.axes[0];
+  if (std::ranges::any_of(array.axes, [](const auto& axis) { return axis.size == 0; }))
+    return {array.data, count, 0, 0, nullptr, spans_[i].dtype};
+  RowSpan rows{array.data, count, stride, 1, nullptr, spans_[i].dtype};
+  for (std::size_t a = 1; a < array.axes.size(); ++a) rows.numel *= array.axes[a].size;
+  OrderedAxes row =
+      order_axes(array.data, array.itemsize, {array.axes.begin() + 1, array.axes.end()});
+  rows.first = row.data;
+  if (row.layout) rows.layout = &layouts.emplace_back(std::move(*row.layout));
+  return rows;
 }
 
 RowTable Gradients::rows(bool of_samples) const {

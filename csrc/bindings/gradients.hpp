@@ -54,15 +54,8 @@ class EntryName {
 // What an array reader finds out about one entry. The readers check what any use needs and raise;
 // what forbids only writing goes to `unwritable` ("writable memory, got a read-only array").
 struct Entry {
-  // Rows that do not follow from the span: where row 0 lies, and the bytes to the next one.
-  struct StridedRows {
-    std::byte* first;
-    std::int64_t stride;
-    std::optional<StridedLayout> layout;  // of one row
-  };
   Span span;
   std::optional<StridedLayout> layout;
-  std::optional<StridedRows> rows;
   std::optional<Problem> unwritable;
   py::object owner;  // what keeps the memory alive beside the array itself
 
@@ -86,6 +79,13 @@ void prefetch_shape(PyObject* object);
 // anything else.
 bool read_plain_numpy(PyObject* object, Span& span);
 void read_numpy(PyObject* array, const EntryName& name, Entry& entry);
+// The axes of an array, as they are, with strides in bytes of either sign.
+using Axes = std::vector<StridedLayout::Axis>;
+Axes numpy_axes(PyObject* array);
+// Of what read_torch reads.
+std::optional<Axes> find_torch_axes(PyObject* object);
+// Of the capsule that an export has made.
+std::optional<Axes> find_exported_axes(PyObject* capsule);
 // Whether an array's memory lies in that of the array that owns it, where that can be seen: its resize
 // (refcheck=False) may have moved it.
 bool lies_in_its_owner(PyObject* array, const Span& span);
@@ -241,6 +241,8 @@ class Gradients {
   [[noreturn]] static void refuse_changed(const EntryName& name, const Entry& now);
   bool is_missing(std::size_t i) const { return PyTuple_GET_ITEM(arrays_.ptr(), i) == Py_None; }
   RowSpan rows_of(std::size_t i, bool of_samples, std::list<StridedLayout>& layouts) const;
+  // As they are now, or were when the entry was exported. Kernels are given what recheck() finds unchanged.
+  StridedArray array_of(std::size_t i) const;
   void take_arrays(const py::object& grads);
   void add(Entry&& entry);
   void count_bytes();
@@ -252,9 +254,8 @@ class Gradients {
   std::int64_t nbytes_ = 0;
   cpu::ChunkPlan plan_;
   std::list<StridedLayout> layouts_;  // of the spans that are not dense; addresses must stay
-  std::map<std::size_t, Entry::StridedRows> strided_rows_;  // by entry
   py::tuple arrays_;
-  std::vector<py::object> owners_;
+  std::map<std::size_t, py::object> owners_;  // by entry
   py::object names_ = py::none();
   mutable std::optional<Problem> unwritable_;  // the first one
   mutable std::mutex overlaps_mutex_;

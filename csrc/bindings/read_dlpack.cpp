@@ -142,6 +142,26 @@ void read_tensor(const DLTensor& tensor, const EntryName& name, const Place& pla
              {tensor.ndim, tensor.shape, tensor.strides, entry.span.itemsize()}, name);
 }
 
+Axes tensor_axes(const DLTensor& tensor) {
+  const std::int64_t itemsize = tensor.dtype.bits / 8;
+  Axes axes(static_cast<std::size_t>(tensor.ndim));
+  std::int64_t dense = itemsize;
+  for (std::size_t a = axes.size(); a-- > 0; dense *= tensor.shape[a])
+    axes[a] = {tensor.shape[a], tensor.strides ? tensor.strides[a] * itemsize : dense};
+  return axes;
+}
+
+std::optional<Axes> find_exported_axes(PyObject* capsule) {
+  if (PyCapsule_IsValid(capsule, "dltensor_versioned"))
+    return tensor_axes(static_cast<const DLManagedTensorVersioned*>(
+                           PyCapsule_GetPointer(capsule, "dltensor_versioned"))
+                           ->dl_tensor);
+  if (PyCapsule_IsValid(capsule, "dltensor"))
+    return tensor_axes(
+        static_cast<const DLManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"))->dl_tensor);
+  return std::nullopt;
+}
+
 bool is_torch_tensor(py::handle object) {
   const py::object tensor = imported("torch", "Tensor");
   return !tensor.is_none() && py::isinstance(object, tensor);

@@ -51,12 +51,6 @@ std::int64_t numel_of(const py::detail::PyArray_Proxy& proxy) {
   return numel;
 }
 
-// Of a dense array.
-void set_rows(const py::detail::PyArray_Proxy& proxy, Span& span) {
-  span.rows = proxy.nd == 0 ? Span::kNoAxes : proxy.dimensions[0];
-  span.is_fortran = !(proxy.flags & npy_api::NPY_ARRAY_C_CONTIGUOUS_);
-}
-
 }  // namespace
 
 void init_numpy() { ndarray_type = npy_api::get().PyArray_Type_; }
@@ -91,8 +85,14 @@ bool read_plain_numpy(PyObject* array, Span& span) {
   const std::optional<DType> dtype = find_dtype(proxy.descr);
   if (!dtype) return false;
   span = {reinterpret_cast<std::byte*>(proxy.data), numel_of(proxy), nullptr, *dtype};
-  set_rows(proxy, span);
   return true;
+}
+
+Axes numpy_axes(PyObject* array) {
+  const auto& proxy = *py::detail::array_proxy(array);
+  Axes axes;
+  for (int a = 0; a < proxy.nd; ++a) axes.push_back({proxy.dimensions[a], proxy.strides[a]});
+  return axes;
 }
 
 bool lies_in_its_owner(PyObject* array, const Span& span) {
@@ -119,7 +119,6 @@ void read_numpy(PyObject* array, const EntryName& name, Entry& entry) {
   auto* const data = reinterpret_cast<std::byte*>(proxy.data);
   if (proxy.flags & kDense) {
     entry.span.data = data;
-    set_rows(proxy, entry.span);
   } else {
     static_assert(sizeof(ssize_t) == sizeof(std::int64_t));
     set_layout(entry, data,

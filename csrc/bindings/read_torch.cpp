@@ -105,8 +105,13 @@ bool read_plain_torch(PyObject* object, const Place& place, Span& span) {
   const std::optional<DType> dtype = find_dtype(tensor.dtype);
   if (!dtype || (!tensor.data && numel != 0)) return false;
   span = {static_cast<std::byte*>(tensor.data) + tensor.byte_offset, numel, nullptr, *dtype};
-  span.rows = tensor.ndim == 0 ? Span::kNoAxes : tensor.shape[0];
   return true;
+}
+
+std::optional<Axes> find_torch_axes(PyObject* object) {
+  DLTensor tensor;
+  if (!borrow(object, tensor)) return std::nullopt;
+  return tensor_axes(tensor);
 }
 
 }  // namespace gradclip::bindings

@@ -20,6 +20,11 @@ struct RowSpan {
 
   Span operator[](std::int64_t row) const { return {first + row * stride, numel, layout, dtype}; }
   std::int64_t row_bytes() const { return numel * static_cast<std::int64_t>(size_of(dtype)); }
+  bool operator==(const RowSpan& other) const {
+    return first == other.first && count == other.count && stride == other.stride &&
+           numel == other.numel && dtype == other.dtype &&
+           (layout && other.layout ? layout->axes == other.layout->axes : layout == other.layout);
+  }
 };
 
 // Of all gradients: row r of gradient i is number first[i] + r.
@@ -43,16 +48,5 @@ struct RowTable {
     first.push_back(first.back() + static_cast<std::size_t>(rows.count));
   }
 };
-
-// Of a dense gradient with axes: its rows lie one after the other, or, where it is_fortran, side by side.
-inline RowSpan rows_of_dense(const Span& span, std::list<StridedLayout>& layouts) {
-  const std::int64_t numel = span.rows == 0 ? 0 : span.numel / span.rows;
-  RowSpan rows{span.data, span.rows, numel * span.itemsize(), numel, nullptr, span.dtype};
-  if (!span.is_fortran) return rows;
-  rows.stride = span.itemsize();
-  if (numel > 1 && span.rows > 1)
-    rows.layout = &layouts.emplace_back(StridedLayout{{{numel, span.rows * span.itemsize()}}});
-  return rows;
-}
 
 }  // namespace gradclip

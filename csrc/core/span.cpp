@@ -1,6 +1,7 @@
 #include "core/span.hpp"
 
 #include <algorithm>
+#include <array>
 #include <numeric>
 #include <stdexcept>
 #include <string>
@@ -23,13 +24,13 @@ class ByteSet {
   ByteSet(std::int64_t extent, std::int64_t grain)
       : grain_(grain), words_(static_cast<std::size_t>(extent / grain / 64 + 1)) {}
 
-  // False if any of the bytes was there already.
-  bool insert(std::int64_t offset, std::int64_t bytes) {
+  // Whether none of the bytes is there; `stays`: they are afterwards.
+  bool is_fresh(std::int64_t offset, std::int64_t bytes, bool stays) {
     for (std::int64_t i = offset / grain_; i < (offset + bytes) / grain_; ++i) {
       std::uint64_t& word = words_[static_cast<std::size_t>(i / 64)];
       const std::uint64_t bit = std::uint64_t{1} << (i % 64);
       if (word & bit) return false;
-      word |= bit;
+      if (stays) word |= bit;
     }
     return true;
   }
@@ -48,12 +49,12 @@ std::int64_t grain_of(const Span& span, const std::byte* base) {
 }
 
 // False if an element of `span` is in `seen` already.
-bool insert_elements(ByteSet& seen, const Span& span, const std::byte* base) {
+bool are_fresh(ByteSet& seen, const Span& span, const std::byte* base, bool stay = true) {
   bool fresh = true;
   for_each_run(span, 0, span.numel,
                [&](const std::byte* run, std::int64_t elements, std::int64_t stride) {
                  for (std::int64_t i = 0; fresh && i < elements; ++i)
-                   fresh = seen.insert(run + i * stride - base, span.itemsize());
+                   fresh = seen.is_fresh(run + i * stride - base, span.itemsize(), stay);
                });
   return fresh;
 }
@@ -73,36 +74,72 @@ bool overlaps_itself(const Span& span) {
   }
   if (nested) return false;
   ByteSet seen(inside, grain_of(span, span.data));
-  return !insert_elements(seen, span, span.data);
+  return !are_fresh(seen, span, span.data);
 }
 
-OrderedAxes order_axes(std::byte* data, std::int64_t itemsize,
-                       std::vector<StridedLayout::Axis> axes) {
-  std::erase_if(axes, [](const auto& axis) { return axis.size == 1; });
-  for (auto& axis : axes) {
-    if (axis.stride < 0) {
-      data += (axis.size - 1) * axis.stride;
-      axis.stride = -axis.stride;
+namespace {
+
+// The axes of N arrays of one shape, in the order of the first of them; data of each moves to where it begins.
+template <std::size_t N>
+std::array<OrderedAxes, N> order_all(std::array<std::byte*, N> data,
+                                     std::array<std::int64_t, N> itemsize,
+                                     std::array<std::vector<StridedLayout::Axis>, N> axes) {
+  struct Axis {
+    std::int64_t size;
+    std::array<std::int64_t, N> strides;
+  };
+  std::vector<Axis> all;
+  for (std::size_t a = 0; a < axes[0].size(); ++a) {
+    Axis axis{axes[0][a].size, {}};
+    if (axis.size == 1) continue;
+    for (std::size_t n = 0; n < N; ++n) axis.strides[n] = axes[n][a].stride;
+    if (axis.strides[0] < 0) {
+      for (std::size_t n = 0; n < N; ++n) {
+        data[n] += (axis.size - 1) * axis.strides[n];
+        axis.strides[n] = -axis.strides[n];
+      }
     }
+    all.push_back(axis);
   }
-  std::stable_sort(axes.begin(), axes.end(),
-                   [](const auto& a, const auto& b) { return a.stride > b.stride; });
-  std::vector<StridedLayout::Axis> merged;
-  for (const auto& axis : axes) {
-    if (!merged.empty() && merged.back().stride == axis.size * axis.stride)
-      merged.back() = {merged.back().size * axis.size, axis.stride};
+  std::stable_sort(all.begin(), all.end(),
+                   [](const Axis& a, const Axis& b) { return a.strides[0] > b.strides[0]; });
+  std::vector<Axis> merged;
+  for (const Axis& axis : all) {
+    bool joins = !merged.empty();
+    for (std::size_t n = 0; joins && n < N; ++n)
+      joins = merged.back().strides[n] == axis.size * axis.strides[n];
+    if (joins)
+      merged.back() = {merged.back().size * axis.size, axis.strides};
     else
       merged.push_back(axis);
   }
-  const bool dense = merged.empty() || (merged.size() == 1 && merged[0].stride == itemsize);
-  if (dense) return {data, std::nullopt};
-  if (merged.size() > StridedLayout::kMaxAxes)
-    throw std::length_error("expected at most 64 strided axes, got " +
-                            std::to_string(merged.size()));
-  return {data, StridedLayout{std::move(merged)}};
+  std::array<OrderedAxes, N> ordered;
+  for (std::size_t n = 0; n < N; ++n) {
+    ordered[n].data = data[n];
+    if (merged.empty() || (merged.size() == 1 && merged[0].strides[n] == itemsize[n])) continue;
+    if (merged.size() > StridedLayout::kMaxAxes)
+      throw std::length_error("expected at most 64 strided axes, got " +
+                              std::to_string(merged.size()));
+    StridedLayout& layout = ordered[n].layout.emplace();
+    for (const Axis& axis : merged) layout.axes.push_back({axis.size, axis.strides[n]});
+  }
+  return ordered;
 }
 
-std::optional<SharedMemory> find_shared_memory(std::span<const Span> spans) {
+}  // namespace
+
+OrderedAxes order_axes(std::byte* data, std::int64_t itemsize,
+                       std::vector<StridedLayout::Axis> axes) {
+  return std::move(order_all<1>({data}, {itemsize}, {std::move(axes)})[0]);
+}
+
+OrderedPair order_pair(const StridedArray& first, const StridedArray& second) {
+  auto [x, y] = order_all<2>({first.data, second.data}, {first.itemsize, second.itemsize},
+                             {first.axes, second.axes});
+  return {std::move(x), std::move(y)};
+}
+
+std::optional<SharedMemory> find_shared_memory(std::span<const Span> spans, std::size_t read_only) {
   struct Range {
     const std::byte *begin, *end;
     std::size_t entry;
@@ -132,14 +169,19 @@ std::optional<SharedMemory> find_shared_memory(std::span<const Span> spans) {
       std::int64_t grain = grain_of(spans[ranges[i].entry], base);
       for (std::size_t k = i + 1; k < next; ++k)
         grain = std::gcd(grain, grain_of(spans[ranges[k].entry], base));
+      // What is written first.
+      const auto first = ranges.begin() + static_cast<std::ptrdiff_t>(i);
+      std::stable_partition(first, ranges.begin() + static_cast<std::ptrdiff_t>(next),
+                            [&](const Range& range) { return range.entry < read_only; });
       ByteSet seen(end - base, grain);
       for (std::size_t k = i; k < next; ++k) {
-        if (insert_elements(seen, spans[ranges[k].entry], base)) continue;
+        const Span& span = spans[ranges[k].entry];
+        if (are_fresh(seen, span, base, ranges[k].entry < read_only)) continue;
         // With whom: rare and for the message alone, so found pair by pair.
         for (std::size_t j = i; j < k; ++j) {
           ByteSet pair(end - base, grain);
-          insert_elements(pair, spans[ranges[j].entry], base);
-          if (insert_elements(pair, spans[ranges[k].entry], base)) continue;
+          are_fresh(pair, spans[ranges[j].entry], base);
+          if (are_fresh(pair, span, base, false)) continue;
           const std::size_t a = ranges[j].entry, b = ranges[k].entry;
           return SharedMemory{std::min(a, b), std::max(a, b)};
         }

@@ -11,7 +11,8 @@
 
 namespace gradclip {
 
-// Axes from the outermost to the innermost in memory; all strides are positive or 0, in bytes.
+// Axes from the outermost to the innermost in memory; all strides are positive or 0, in bytes (of the second of
+// a pair, of either sign).
 struct StridedLayout {
   struct Axis {
     std::int64_t size, stride;
@@ -29,10 +30,7 @@ struct Span {
   std::int64_t numel = 0;
   const StridedLayout* layout = nullptr;  // null where the elements are dense
   DType dtype = DType::float32;
-  bool is_fortran = false;  // dense, and the first axis is the innermost
-  std::int64_t rows = 0;    // the length of the first axis; kNoAxes, kUnknownRows
 
-  static constexpr std::int64_t kNoAxes = -1, kUnknownRows = -2;
   std::int64_t itemsize() const { return static_cast<std::int64_t>(size_of(dtype)); }
   std::int64_t nbytes() const { return numel * itemsize(); }
   std::int64_t extent() const { return layout ? layout->extent(itemsize()) : nbytes(); }
@@ -48,6 +46,18 @@ struct OrderedAxes {
 };
 OrderedAxes order_axes(std::byte* data, std::int64_t itemsize,
                        std::vector<StridedLayout::Axis> axes);
+
+// The same of two arrays of one shape, in the order in which the first lies in memory. Strides of the second one
+// can be negative then.
+struct StridedArray {
+  std::byte* data;  // of the first element
+  std::int64_t itemsize;
+  std::vector<StridedLayout::Axis> axes;
+};
+struct OrderedPair {
+  OrderedAxes first, second;
+};
+OrderedPair order_pair(const StridedArray& first, const StridedArray& second);
 
 // Call run(address, elements, stride) for elements [first, first + count), in order, one innermost
 // axis at a time.
@@ -86,10 +96,11 @@ void for_each_run(const Span& span, std::int64_t first, std::int64_t count, Run 
 bool overlaps_itself(const Span& span);
 
 // A pair of entries that share memory, if any: `first < second`. Exact, also for interleaved
-// views, whose address ranges overlap but whose elements do not. No entry may overlap itself.
+// views, whose address ranges overlap but whose elements do not. No entry may overlap itself; but those from
+// `read_only` on, which may, and one another.
 struct SharedMemory {
   std::size_t first, second;
 };
-std::optional<SharedMemory> find_shared_memory(std::span<const Span> spans);
+std::optional<SharedMemory> find_shared_memory(std::span<const Span> spans, std::size_t read_only);
 
 }  // namespace gradclip

@@ -182,7 +182,7 @@ TEST_CASE("memory shared by two of several spans") {
     }
     std::vector<Span> spans;
     for (const Sample& sample : samples) spans.push_back(sample.view());
-    const auto found = find_shared_memory(spans);
+    const auto found = find_shared_memory(spans, spans.size());
     REQUIRE(found.has_value() == !expected.empty());
     if (found) CHECK(expected.count({found->first, found->second}) == 1);
     sharing += found.has_value();
@@ -192,7 +192,9 @@ TEST_CASE("memory shared by two of several spans") {
 }
 
 TEST_CASE("empty spans share nothing, interleaved and adjacent ones neither") {
-  const auto shared = [](const std::vector<Span>& spans) { return find_shared_memory(spans); };
+  const auto shared = [](const std::vector<Span>& spans) {
+    return find_shared_memory(spans, spans.size());
+  };
   const Sample even(DType::float32, arena, {{8, 8}}), odd(DType::float32, arena + 4, {{8, 8}});
   const Span empty{arena, 0, nullptr, DType::float32},
       after{arena + 64, 4, nullptr, DType::float32};
