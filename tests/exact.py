@@ -145,3 +145,74 @@ def _less(numbers: Array, where: Array) -> Array:
     """The next number towards zero."""
     bits = numbers.view(f"u{numbers.dtype.itemsize}")
     return np.where(where, bits - 1, bits).astype(bits.dtype).view(numbers.dtype)
+
+
+# --- Pairs ----------------------------------------------------------------------------------------------
+
+
+def _wide_parts(array: Array) -> Array:
+    """The real numbers of an array as float64, in C order; those of a complex one side by side."""
+    flat = array.reshape(-1)
+    return flat.astype(np.complex128).view(np.float64) if flat.dtype.kind == "c" else flat.astype(np.float64)
+
+
+def pair_model(x: Array, y: Array, factor: float, sign_factor: float = 0.0) -> Array:
+    """``x + factor * y + sign_factor * sign(y)`` in float64, as docs/reduction-order.md says."""
+    with np.errstate(all="ignore"):
+        z, beside = _wide_parts(x), _wide_parts(y)
+        if factor:
+            z = z + factor * beside
+        if sign_factor:
+            z = z + np.where(beside > 0, sign_factor, np.where(beside < 0, -sign_factor, beside))
+        return (z.view(np.complex128) if x.dtype.kind == "c" else z).reshape(x.shape)
+
+
+def _narrowed(z: Array, dtype: Any) -> Array:
+    """float64 numbers in a real dtype: by way of float32, to nearest."""
+    with np.errstate(all="ignore"):
+        return z if dtype == np.float64 else z.astype(np.float32).astype(dtype)
+
+
+def _real(dtype: Any) -> Any:
+    return {"complex64": np.dtype(np.float32), "complex128": np.dtype(np.float64)}.get(dtype.name, dtype)
+
+
+def written_from(z: Array, factor: Any, dtype: Any, rounding: str = "nearest") -> Array:
+    """What memory becomes of what was made of a pair, ``factor`` times."""
+    parts = _wide_parts(z)
+    if rounding == "down":
+        product = parts if factor == 1.0 else scaled_down(parts, float(factor))
+        if _real(dtype) != np.float64:
+            product = _cut(_cut(product, np.float32), _real(dtype))
+        written = product
+    else:
+        written = _narrowed(parts if factor == 1.0 else parts * np.float64(factor), _real(dtype))
+    return written.view(dtype).reshape(z.shape)
+
+
+def written_beside(z: Array, factor: Any, base: Array, rounding: str = "nearest") -> Array:
+    """What memory becomes of an update: ``base + factor * z``."""
+    parts, beside, real = _wide_parts(z), _wide_parts(base), _real(base.dtype)
+    if rounding == "nearest":
+        written = _narrowed(beside + parts * np.float64(factor), real)
+    else:
+        steps = scaled_down(parts, float(factor))
+        written = _narrowed(beside + steps, real)
+        moved = written.astype(np.float64) - beside
+        is_far = (moved != 0) & ~(np.abs(moved) < np.abs(steps))
+        towards = beside.astype(real)
+        nearer = np.array([_next_to(a, b) for a, b in zip(written, towards, strict=True)], real)
+        written = np.where(is_far, nearer, written).astype(real)
+    return written.view(base.dtype).reshape(z.shape)
+
+
+def _next_to(number: Any, towards: Any) -> Any:
+    """The next number of a dtype on the way, which NumPy does not know of bfloat16."""
+    if number == towards:
+        return number
+    bits = np.array([number]).view(f"u{number.dtype.itemsize}")
+    if number == 0:
+        smallest = np.array([1], bits.dtype).view(number.dtype)[0]
+        return smallest if towards > number else -smallest
+    outwards = (towards > number) == (number > 0)
+    return (bits + 1 if outwards else bits - 1).astype(bits.dtype).view(number.dtype)[0]

@@ -80,6 +80,8 @@ bool is_sequence_of_numbers(const py::object& value) {
   return find_axes(value) == 1;
 }
 
+}  // namespace
+
 bool is_mapping(const py::object& value) {
   if (PyDict_Check(value.ptr())) return true;
   if (PyFloat_Check(value.ptr()) || PyLong_Check(value.ptr()) || PyList_Check(value.ptr()))
@@ -87,7 +89,6 @@ bool is_mapping(const py::object& value) {
   return py::isinstance(value, py::module_::import("collections.abc").attr("Mapping"));
 }
 
-// The values of a mapping in the order of the names that it is to have, each once.
 py::list values_by_name(const py::object& mapping, const py::object& names, const char* argument,
                         const char* what) {
   const std::string name(argument);
@@ -108,6 +109,8 @@ py::list values_by_name(const py::object& mapping, const py::object& names, cons
   }
   return values;
 }
+
+namespace {
 
 // A limit or more of rows: a number, None, or so many of an array. Appended to `limits`.
 void add_limits_of_rows(const py::object& value, std::size_t rows, const std::string& name,
@@ -282,7 +285,7 @@ NonFinite nonfinite_policy(const py::object& policy) {
 }
 
 ClipOptions clip_options(const py::object& nonfinite, const py::object& formula, double grad_scale,
-                         const NormOrder& order, const Gradients* alone) {
+                         const NormOrder& order, bool in_float64) {
   ClipOptions options{nonfinite_policy(nonfinite), grad_scale};
   if (PyFloat_CheckExact(formula.ptr())) {
     options.epsilon = PyFloat_AS_DOUBLE(formula.ptr());
@@ -294,7 +297,7 @@ ClipOptions clip_options(const py::object& nonfinite, const py::object& formula,
   if (!PyUnicode_Check(formula.ptr()))
     throw py::type_error("rounding: expected 'nearest' or 'down', got " + type_name(formula));
   if (is("down"))
-    options.norm_error = norm_error_bound(order, alone && alone->has_only_float64());
+    options.norm_error = norm_error_bound(order, in_float64);
   else if (!is("nearest"))
     throw py::value_error("rounding: expected 'nearest' or 'down', got " + repr_text(formula));
   return options;

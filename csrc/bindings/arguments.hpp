@@ -28,6 +28,11 @@ struct NamedGroups {
   std::shared_ptr<const RowTable> rows = nullptr;  // where rows have groups
 };
 
+bool is_mapping(const py::object& value);
+// The values of a mapping in the order of the names that it is to have, each once.
+py::list values_by_name(const py::object& mapping, const py::object& names, const char* argument,
+                        const char* what);
+
 // What groups are clipped to (max_norm: not negative, infinity allowed) or multiplied by (coefficients: finite):
 // a number; or, unless all share a group, one for each, in a sequence or by the names of the groups. None
 // leaves a group alone. Of rows, a sequence or a mapping by the names of the gradients has for each gradient a
@@ -42,10 +47,10 @@ void check_reduce(const py::object& reduce, const NormOrder& order);
 
 NormOrder norm_order(const py::object& ord);
 NonFinite nonfinite_policy(const py::object& policy);
-// How a clip decides. `formula`: the rounding, "nearest" or "down", or a float that is added to norms. `alone`:
-// the gradients, where no other process has others.
+// How a clip decides. `formula`: the rounding, "nearest" or "down", or a float that is added to norms.
+// `in_float64`: all that is measured is, also by other processes.
 ClipOptions clip_options(const py::object& nonfinite, const py::object& formula, double grad_scale,
-                         const NormOrder& order, const Gradients* alone);
+                         const NormOrder& order, bool in_float64);
 // None, "tensor", "row", "sample"; or labels, of which equal ones share a group: integers or names, in a
 // sequence or by the names of gradients.
 NamedGroups group_labels(const py::object& groups, const Gradients& grads);

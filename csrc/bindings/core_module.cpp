@@ -24,11 +24,30 @@ using gb::Gradients;
 using gb::Measured;
 using gb::method;
 using SharedGradients = gb::Shared<Gradients>;
+using SharedPair = gb::Shared<gb::Pair>;
 
 namespace {
 
-SharedGradients read_gradients(const py::object& grads, bool is_kept) {
-  return {std::make_shared<Gradients>(grads, gb::HostReader{is_kept})};
+SharedGradients read_gradients(const py::object& grads, bool is_kept, bool is_update) {
+  return {std::make_shared<Gradients>(grads, gb::HostReader{is_kept}, is_update ? "new" : "grads")};
+}
+
+SharedPair with_params(const std::shared_ptr<const Gradients>& grads, const py::object& params,
+                       const py::object& l2, const py::object& l1) {
+  return {std::make_shared<gb::Pair>(gb::Pair::with_params(grads, params, l2, l1))};
+}
+SharedPair with_base(const std::shared_ptr<const Gradients>& grads, const py::object& base) {
+  return {std::make_shared<gb::Pair>(gb::Pair::with_base(grads, base))};
+}
+
+Measured measure_pair(const std::shared_ptr<const gb::Pair>& pair, const py::object& ord,
+                      const py::object& groups, const py::object& grad_scale,
+                      const py::object& reduce) {
+  const std::shared_ptr<const Gradients>& grads = pair->gradients();
+  const gb::MeasureArguments arguments(*grads, ord, groups, grad_scale, reduce);
+  grads->recheck(gb::HostReader{}, ord, groups, grad_scale);
+  pair->recheck(ord, groups, grad_scale);
+  return {grads, arguments, pair};
 }
 
 Measured measure(const std::shared_ptr<const Gradients>& grads, const py::object& ord,
@@ -81,6 +100,18 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
                              [](const SharedGradients& grads) { return grads.object->nbytes(); })
       .def_property_readonly("num_elements", method(&Gradients::elements));
 
+  gradients
+      .def("with_params", method(&with_params), py::arg("params"), py::arg("l2"), py::arg("l1"))
+      .def("with_base", method(&with_base), py::arg("base"));
+
+  py::class_<SharedPair> pair(m, "Pair");
+  gb::close_class(pair);
+  pair.def("measure", method(&measure_pair), py::arg("ord"), py::arg("groups"),
+           py::arg("grad_scale"), py::arg("reduce"))
+      .def("clip", method(&Measured::clip_pair), py::arg("max_norm"), py::arg("ord"),
+           py::arg("groups"), py::arg("grad_scale"), py::arg("nonfinite"), py::arg("reduce"),
+           py::arg("formula") = "nearest");
+
   py::class_<Measured> measured_class(m, "Measured");
   gb::close_class(measured_class);
   measured_class
@@ -110,11 +141,14 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       .def_property_readonly("names",
                              [](const Measured& measured) { return measured.gradients().names(); })
       .def_property_readonly("group_names", &Measured::group_names)
+      .def_property_readonly("penalty", &Measured::penalty)
       .def_property_readonly("is_global", &Measured::is_global);
 
   // `is_kept`: for many calls. For one, torch tensors are borrowed: no other thread may give a tensor other
   // memory while it runs.
-  m.def("read", &read_gradients, py::arg("grads"), py::arg("is_kept") = false);
+  // `is_update`: the list is called new in messages.
+  m.def("read", &read_gradients, py::arg("grads"), py::arg("is_kept") = false,
+        py::arg("is_update") = false);
 
   m.def(
       "set_num_threads",

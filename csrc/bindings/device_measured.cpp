@@ -141,7 +141,7 @@ py::tuple DeviceMeasured::clip(const std::shared_ptr<DeviceGradients>& grads,
   const LimitsArgument limits(max_norm, measure.groups, *grads, as_stream(stream), false);
   const cuda::Decision decision{*limits,
                                 clip_options(nonfinite, formula, measure.grad_scale, measure.order,
-                                             reduce.is_none() ? &list : nullptr)};
+                                             reduce.is_none() && list.has_only_float64())};
   const NonFinite policy = decision.options.nonfinite;
   list.require_writable();
   list.recheck(grads->reader(), max_norm, ord, groups, grad_scale, nonfinite);
@@ -230,13 +230,16 @@ py::tuple DeviceMeasured::clip_measured(const py::object& max_norm, const py::ob
                                         const py::object& make) {
   return apply(max_norm, false,
                clip_options(nonfinite, formula, grad_scale_, order_,
-                            is_alone_ ? &grads_->gradients() : nullptr),
+                            is_alone_ && grads_->gradients().has_only_float64()),
                stream, make);
 }
 
 py::tuple DeviceMeasured::scale_measured(const py::object& coefficients, std::uintptr_t stream,
                                          const py::object& make) {
-  return apply(coefficients, true, {NonFinite::propagate, grad_scale_, 0.0, true}, stream, make);
+  return apply(
+      coefficients, true,
+      {.nonfinite = NonFinite::propagate, .grad_scale = grad_scale_, .are_coefficients = true},
+      stream, make);
 }
 
 py::tuple DeviceMeasured::apply(const py::object& limits_given, bool are_coefficients,

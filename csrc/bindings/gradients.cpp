@@ -13,9 +13,11 @@ void Problem::raise() const {
   throw py::value_error(message);
 }
 
-std::string entry_name(std::size_t index, const py::object& names) {
-  if (names.is_none()) return "grads[" + std::to_string(index) + "]";
-  return "grads[" + repr_text(py::reinterpret_borrow<py::tuple>(names)[index]) + "]";
+std::string entry_name(const char* list, std::size_t index, const py::object& names) {
+  const std::string place = names.is_none()
+                                ? std::to_string(index)
+                                : repr_text(py::reinterpret_borrow<py::tuple>(names)[index]);
+  return std::string(list).append("[").append(place).append("]");
 }
 
 void set_layout(Entry& entry, std::byte* data, const Shape& shape, const EntryName& name) {
@@ -84,16 +86,16 @@ bool is_plain(const py::object& argument) {
 void HostReader::read(PyObject* object, const EntryName& name, Entry& entry) const {
   if (is_numpy_array(object))
     read_numpy(object, name, entry);
-  else if (is_kept || !read_torch(object, name, Place{}, entry))
-    read_dlpack(object, name, Place{}, entry);
+  else if (is_kept || !read_torch(object, name, place, entry))
+    read_dlpack(object, name, place, entry);
 }
 
-Again HostReader::read_again(PyObject* object, const EntryName& name, Entry& entry) {
+Again HostReader::read_again(PyObject* object, const EntryName& name, Entry& entry) const {
   if (is_numpy_array(object)) {
     read_numpy(object, name, entry);
     return lies_in_its_owner(object, entry.placed()) ? Again::read : Again::gone;
   }
-  if (read_torch(object, name, Place{}, entry)) return Again::read;
+  if (read_torch(object, name, place, entry)) return Again::read;
   return is_plain_torch(object) ? Again::gone : Again::held;
 }
 
@@ -119,7 +121,8 @@ void Gradients::add(Entry&& entry) {
 
 void Gradients::take_arrays(const py::object& grads) {
   const auto wrong_kind = [&](const char* hint) {
-    throw py::type_error("grads: expected a sequence or a mapping of arrays, got " +
+    throw py::type_error(std::string(argument_) +
+                         ": expected a sequence or a mapping of arrays, got " +
                          std::string(Py_TYPE(grads.ptr())->tp_name) + hint);
   };
   PyObject* const object = grads.ptr();
@@ -136,11 +139,12 @@ void Gradients::take_arrays(const py::object& grads) {
     py::list keys, items;
     for (const py::handle item : py::list(grads.attr("items")())) {
       if (!PyTuple_Check(item.ptr()) || PyTuple_GET_SIZE(item.ptr()) != 2)
-        throw py::type_error("grads: expected items() of pairs, got " + repr_text(item));
+        throw py::type_error(std::string(argument_) + ": expected items() of pairs, got " +
+                             repr_text(item));
       const py::tuple pair = py::reinterpret_borrow<py::tuple>(item);
       if (!PyUnicode_Check(pair[0].ptr()))
-        throw py::type_error("grads: expected names (str) as keys, got the key " +
-                             repr_text(pair[0]));
+        throw py::type_error(std::string(argument_) +
+                             ": expected names (str) as keys, got the key " + repr_text(pair[0]));
       keys.append(pair[0]);
       items.append(pair[1]);
     }
@@ -155,8 +159,6 @@ void Gradients::take_arrays(const py::object& grads) {
     }
     arrays_ = py::reinterpret_steal<py::tuple>(tuple);
   }
-
-  spans_.reserve(arrays_.size());
 }
 
 void Gradients::count_bytes() {
@@ -204,14 +206,14 @@ bool Gradients::has_float64() const {
 std::optional<Problem> Gradients::find_overlaps() const {
   for (std::size_t i = 0; i < spans_.size(); ++i) {
     if (!overlaps_itself(spans_[i])) continue;
-    return EntryName(i, names_).problem(Problem::value_error, "elements that do not share memory",
-                                        "an array that overlaps itself (expanded, broadcast or "
-                                        "as_strided): clone() the tensor, copy() the array");
+    return name_at(i).problem(Problem::value_error, "elements that do not share memory",
+                              "an array that overlaps itself (expanded, broadcast or "
+                              "as_strided): clone() the tensor, copy() the array");
   }
   if (const auto shared = find_shared_memory(spans_, spans_.size()))
-    return EntryName(shared->second, names_)
+    return name_at(shared->second)
         .problem(Problem::value_error, "memory of its own",
-                 "memory shared with " + entry_name(shared->first, names_));
+                 "memory shared with " + name_at(shared->first)());
   return std::nullopt;
 }
 
@@ -254,9 +256,8 @@ StridedArray Gradients::array_of(std::size_t i) const {
     array.axes.resize(shape.size());
     std::int64_t dense = array.itemsize;
     for (std::size_t a = shape.size(); a-- > 0; dense *= array.axes[a].size)
-      array.axes[a] = {
-          shape[a].cast<std::int64_t>(),
-          strides.is_none() ? dense : py::tuple(strides)[a].cast<std::int64_t>()};
+      array.axes[a] = {shape[a].cast<std::int64_t>(),
+                       strides.is_none() ? dense : py::tuple(strides)[a].cast<std::int64_t>()};
   }
   for (const auto& axis : array.axes)
     if (axis.stride < 0 && axis.size > 1) array.data -= (axis.size - 1) * axis.stride;
@@ -267,7 +268,7 @@ RowSpan Gradients::rows_of(std::size_t i, bool of_samples,
                            std::list<StridedLayout>& layouts) const {
   const StridedArray array = array_of(i);
   if (array.axes.empty())
-    EntryName(i, names_)
+    name_at(i)
         .problem(Problem::value_error,
                  of_samples ? "an array with a first axis, that of the samples"
                             : "an array with a first axis, that of its rows",
@@ -294,10 +295,10 @@ RowTable Gradients::rows(bool of_samples) const {
     if (!with_samples) with_samples = i;
     const std::int64_t expected = table.gradients[*with_samples].count;
     if (table.gradients[i].count != expected)
-      EntryName(i, names_)
+      name_at(i)
           .problem(Problem::value_error,
                    std::to_string(expected) + " samples along the first axis, as " +
-                       entry_name(*with_samples, names_) + " has",
+                       name_at(*with_samples)() + " has",
                    std::to_string(table.gradients[i].count))
           .raise();
   }
@@ -307,7 +308,7 @@ RowTable Gradients::rows(bool of_samples) const {
 void Gradients::require_real() const {
   for (std::size_t i = 0; i < spans_.size(); ++i)
     if (spans_[i].numel != 0 && is_complex(spans_[i].dtype))
-      EntryName(i, names_)
+      name_at(i)
           .problem(Problem::type_error, "a real dtype (complex numbers have no order)",
                    name_of(spans_[i].dtype))
           .raise();

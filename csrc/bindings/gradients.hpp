@@ -31,22 +31,26 @@ struct Problem {
 };
 
 // "grads[3]" or "grads['h.0.attn.w']".
-std::string entry_name(std::size_t index, const py::object& names);
+std::string entry_name(const char* list, std::size_t index, const py::object& names);
 
 // The name of an entry, made only when a message needs it.
 class EntryName {
  public:
-  EntryName(std::size_t index, const py::object& names) : index_(index), names_(&names) {}
-  // Of an array that is not one of `grads`.
+  // Of a list: the argument that it came as.
+  EntryName(const char* list, std::size_t index, const py::object& names)
+      : argument_(list), index_(index), names_(&names) {}
+  // Of an array that is in none.
   explicit EntryName(const char* argument) : argument_(argument) {}
-  std::string operator()() const { return argument_ ? argument_ : entry_name(index_, *names_); }
+  std::string operator()() const {
+    return names_ ? entry_name(argument_, index_, *names_) : argument_;
+  }
   // "<name>: expected <expected>, got <got>"
   Problem problem(Problem::Kind kind, const std::string& expected, const std::string& got) const {
     return {kind, (*this)() + ": expected " + expected + ", got " + got};
   }
 
  private:
-  const char* argument_ = nullptr;
+  const char* argument_;
   std::size_t index_ = 0;
   const py::object* names_ = nullptr;
 };
@@ -94,8 +98,9 @@ bool is_jax_array(py::handle object);
 
 // Where the arrays of a call must lie: on the CPU, or on one CUDA device.
 struct Place {
-  int device = -1;            // the number of the CUDA device
-  std::uintptr_t stream = 0;  // of that device: what DLPack exports must be ready for
+  int device = -1;                // the number of the CUDA device
+  std::uintptr_t stream = 0;      // of that device: what DLPack exports must be ready for
+  bool may_require_grad = false;  // torch tensors, which then are only read
 };
 void read_dlpack(py::handle object, const EntryName& name, const Place& place, Entry& entry);
 // A C-contiguous torch.Tensor or Parameter (no subclass) in that place. False if it is anything else.
@@ -132,55 +137,32 @@ struct HostReader {
   static constexpr bool kRunsChunks = true;
   // For many calls, between which a torch tensor may be given another storage.
   bool is_kept = false;
+  Place place = {};
 
   static void prefetch(PyObject* object) { prefetch_shape(object); }
   // The common case: a dense, writable array. False if it is anything else.
   bool read_plain(PyObject* object, Span& span) const {
-    return read_plain_numpy(object, span) || (!is_kept && read_plain_torch(object, Place{}, span));
+    return read_plain_numpy(object, span) || (!is_kept && read_plain_torch(object, place, span));
   }
   void read(PyObject* object, const EntryName& name, Entry& entry) const;
   // The same two once more; no code of the user's runs.
-  static bool read_plain_again(PyObject* object, Span& span) {
+  bool read_plain_again(PyObject* object, Span& span) const {
     return (read_plain_numpy(object, span) && lies_in_its_owner(object, span)) ||
-           read_plain_torch(object, Place{}, span);
+           read_plain_torch(object, place, span);
   }
-  static Again read_again(PyObject* object, const EntryName& name, Entry& entry);
+  Again read_again(PyObject* object, const EntryName& name, Entry& entry) const;
 };
 
 class Gradients {
  public:
   // Throws a Python exception that names the entry which cannot be read. A reader is like HostReader.
+  // `argument`: what the list is called in messages. `names`: of a sequence that belongs to another list.
   template <class Reader>
-  Gradients(const py::object& grads, Reader&& reader) : is_kept_(reader.is_kept) {
+  Gradients(const py::object& grads, Reader&& reader, const char* argument = "grads",
+            const py::object& names = py::none())
+      : is_kept_(reader.is_kept), argument_(argument), names_(names) {
     take_arrays(grads);
-    const std::size_t count = arrays_.size();
-    bool ran_code = false;
-    for (std::size_t i = 0; i < count; ++i) {
-      // The last call's kernels have put the array objects out of the cache.
-      if (i + 16 < count) __builtin_prefetch(PyTuple_GET_ITEM(arrays_.ptr(), i + 16));
-      if (i + 8 < count) reader.prefetch(PyTuple_GET_ITEM(arrays_.ptr(), i + 8));
-      PyObject* const object = PyTuple_GET_ITEM(arrays_.ptr(), i);
-      Span span;
-      if (object == Py_None || reader.read_plain(object, span)) {
-        spans_.push_back(span);
-        continue;
-      }
-      const EntryName name(i, names_);
-      Entry entry;
-      try {
-        reader.read(object, name, entry);
-      } catch (py::error_already_set& error) {
-        raise_with_name(error, name);
-      }
-      ran_code = ran_code || entry.owner;
-      add(std::move(entry));
-    }
-    // An export runs code of its own, which may have given another entry other memory.
-    if (ran_code) require_unchanged(reader);
-    if constexpr (std::remove_cvref_t<Reader>::kRunsChunks)
-      make_plan_of_spans();
-    else
-      count_bytes();
+    read_arrays(reader);
   }
   // The layouts of spans point into the object.
   Gradients(const Gradients&) = delete;
@@ -200,7 +182,7 @@ class Gradients {
       if (object == Py_None) continue;
       Span plain;
       if (reader.read_plain_again(object, plain) && same_memory(plain, spans_[i])) continue;
-      const EntryName name(i, names_);
+      const EntryName name = name_at(i);
       Entry now;
       const Again again = reader.read_again(object, name, now);
       if (again == Again::gone || (again == Again::read && !same_memory(now.placed(), spans_[i])))
@@ -232,17 +214,52 @@ class Gradients {
   // Whether no other is.
   bool has_only_float64() const;
 
+  EntryName name_at(std::size_t i) const { return {argument_, i, names_}; }
+  const char* argument() const { return argument_; }
+  bool is_missing(std::size_t i) const { return PyTuple_GET_ITEM(arrays_.ptr(), i) == Py_None; }
+  // As it is now, or was when the entry was exported. Kernels are given what recheck() finds unchanged.
+  StridedArray array_of(std::size_t i) const;
+
  private:
+  template <class Reader>
+  void read_arrays(Reader&& reader) {
+    const std::size_t count = arrays_.size();
+    spans_.reserve(count);
+    bool ran_code = false;
+    for (std::size_t i = 0; i < count; ++i) {
+      // The last call's kernels have put the array objects out of the cache.
+      if (i + 16 < count) __builtin_prefetch(PyTuple_GET_ITEM(arrays_.ptr(), i + 16));
+      if (i + 8 < count) reader.prefetch(PyTuple_GET_ITEM(arrays_.ptr(), i + 8));
+      PyObject* const object = PyTuple_GET_ITEM(arrays_.ptr(), i);
+      Span span;
+      if (object == Py_None || reader.read_plain(object, span)) {
+        spans_.push_back(span);
+        continue;
+      }
+      const EntryName name = name_at(i);
+      Entry entry;
+      try {
+        reader.read(object, name, entry);
+      } catch (py::error_already_set& error) {
+        raise_with_name(error, name);
+      }
+      ran_code = ran_code || entry.owner;
+      add(std::move(entry));
+    }
+    // An export runs code of its own, which may have given another entry other memory.
+    if (ran_code) require_unchanged(reader);
+    if constexpr (std::remove_cvref_t<Reader>::kRunsChunks)
+      make_plan_of_spans();
+    else
+      count_bytes();
+  }
   static bool same_memory(const Span& now, const Span& before) {
     return now.data == before.data && now.numel == before.numel && now.dtype == before.dtype &&
            (now.layout && before.layout ? now.layout->axes == before.layout->axes
                                         : now.layout == before.layout);
   }
   [[noreturn]] static void refuse_changed(const EntryName& name, const Entry& now);
-  bool is_missing(std::size_t i) const { return PyTuple_GET_ITEM(arrays_.ptr(), i) == Py_None; }
   RowSpan rows_of(std::size_t i, bool of_samples, std::list<StridedLayout>& layouts) const;
-  // As they are now, or were when the entry was exported. Kernels are given what recheck() finds unchanged.
-  StridedArray array_of(std::size_t i) const;
   void take_arrays(const py::object& grads);
   void add(Entry&& entry);
   void count_bytes();
@@ -250,13 +267,14 @@ class Gradients {
   std::optional<Problem> find_overlaps() const;
 
   bool is_kept_;
+  const char* argument_;
   Table<Span> spans_;
   std::int64_t nbytes_ = 0;
   cpu::ChunkPlan plan_;
   std::list<StridedLayout> layouts_;  // of the spans that are not dense; addresses must stay
   py::tuple arrays_;
   std::map<std::size_t, py::object> owners_;  // by entry
-  py::object names_ = py::none();
+  py::object names_;
   mutable std::optional<Problem> unwritable_;  // the first one
   mutable std::mutex overlaps_mutex_;
   mutable std::atomic<bool> knows_overlaps_ = false;  // looked for when somebody wants to write

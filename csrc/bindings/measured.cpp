@@ -50,13 +50,14 @@ Table<NormSum> reduce_sums(const py::object& reduce, const NormOrder& order,
 
 // Of those tensors that hold elements which are not finite. A sum that is not finite need not mean that:
 // the magnitude of a finite complex128 element can be beyond float64.
-std::vector<NonFiniteEntry> count_nonfinite(const Gradients& grads,
+std::vector<NonFiniteEntry> count_nonfinite(const Gradients& grads, const cpu::PairTable* pairs,
                                             const std::vector<std::size_t>& tensors) {
   std::vector<NonFiniteEntry> counts;
   if (tensors.empty()) return counts;
   run([&] {
     for (const std::size_t i : tensors) {
-      const cpu::NonFiniteCounts count = cpu::count_nonfinite(grads.spans()[i]);
+      const cpu::NonFiniteCounts count = pairs ? cpu::count_nonfinite(pairs->gradients[i])
+                                               : cpu::count_nonfinite(grads.spans()[i]);
       if (count.nan + count.infinity > 0) counts.push_back({i, count});
     }
   });
@@ -69,10 +70,13 @@ struct ClipArguments {
   ClipOptions options;
 
   ClipArguments(const py::object& max_norm, const py::object& nonfinite, const py::object& formula,
-                const NamedGroups& groups, std::size_t tensors, double grad_scale,
-                const NormOrder& order, const Gradients* alone)
-      : thresholds(limits_of_groups(max_norm, groups, tensors, false)),
-        options(clip_options(nonfinite, formula, grad_scale, order, alone)) {}
+                const NamedGroups& groups, const Gradients& grads, const Pair* pair,
+                double grad_scale, const NormOrder& order, bool is_alone)
+      : thresholds(limits_of_groups(max_norm, groups, grads.spans().size(), false)),
+        options(clip_options(nonfinite, formula, grad_scale, order,
+                             is_alone && (pair || grads.has_only_float64()))) {
+    options.always_changes = pair && !pair->is_difference();
+  }
 };
 
 }  // namespace
@@ -88,9 +92,9 @@ py::object in_result_module(const char* name) {
 class ResultMaker {
  public:
   ResultMaker() : type_(in_result_module("ClipResult")) {
-    const char* const names[kFields] = {"total_norm", "norms",        "coefficient",
-                                        "clipped",    "nonfinite",    "missing",
-                                        "names",      "_group_norms", "group_names"};
+    const char* const names[kFields] = {"total_norm",  "norms",   "coefficient", "clipped",
+                                        "nonfinite",   "missing", "names",       "_group_norms",
+                                        "group_names", "penalty"};
     for (std::size_t i = 0; i < kFields; ++i) {
       const py::object slot = type_.attr(names[i]);
       if (Py_TYPE(slot.ptr()) != &PyMemberDescr_Type)
@@ -98,7 +102,7 @@ class ResultMaker {
       offsets_[i] = reinterpret_cast<PyMemberDescrObject*>(slot.ptr())->d_member->offset;
     }
   }
-  static constexpr std::size_t kFields = 9;
+  static constexpr std::size_t kFields = 10;
 
   py::object make(const std::array<py::object, kFields>& values) const {
     auto* const type = reinterpret_cast<PyTypeObject*>(type_.ptr());
@@ -115,7 +119,7 @@ class ResultMaker {
 };
 
 [[noreturn]] void raise_nonfinite(const std::vector<NonFiniteEntry>& entries,
-                                  const py::object& names, const py::object& norms) {
+                                  const Gradients& grads, const py::object& norms) {
   const py::object counts = checked(PyList_New(0));
   for (const auto& [tensor, elements] : entries) {
     const py::object entry = checked(Py_BuildValue("(nLL)", static_cast<Py_ssize_t>(tensor),
@@ -123,7 +127,8 @@ class ResultMaker {
                                                    static_cast<long long>(elements.infinity)));
     if (PyList_Append(counts.ptr(), entry.ptr()) != 0) throw py::error_already_set();
   }
-  const py::object error = in_result_module("nonfinite_error")(counts, names, norms);
+  const py::object error =
+      in_result_module("nonfinite_error")(counts, grads.names(), norms, grads.argument());
   PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error.ptr())), error.ptr());
   throw py::error_already_set();
 }
@@ -133,25 +138,29 @@ class ResultMaker {
 py::object make_result(double total, const Table<double>& norms, const py::object& coefficient,
                        bool clipped, const std::vector<std::size_t>& nonfinite,
                        const Gradients& grads, const py::object& group_norms,
-                       const py::object& group_names) {
+                       const py::object& group_names, double penalty) {
   PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<ResultMaker> storage;
   const ResultMaker& maker =
       storage.call_once_and_store_result([] { return ResultMaker(); }).get_stored();
   const py::object& names = grads.names();
   return maker.make({to_float(total), to_array(norms), coefficient, py::bool_(clipped),
                      to_named(nonfinite, names), to_named(grads.missing(), names), names,
-                     group_norms, group_names});
+                     group_norms, group_names, to_float(penalty)});
 }
 
-Measured::Measured(std::shared_ptr<const Gradients> grads, const MeasureArguments& arguments)
+Measured::Measured(std::shared_ptr<const Gradients> grads, const MeasureArguments& arguments,
+                   std::shared_ptr<const Pair> pair)
     : grads_(std::move(grads)),
+      pair_(std::move(pair)),
       order_(arguments.order),
       named_(arguments.groups),
       grad_scale_(arguments.grad_scale),
       is_alone_(arguments.reduce.is_none()) {
   Table<NormSum> sums;
   Table<double> of_rows;  // norms
-  if (!named_.rows) {
+  if (pair_) {
+    measure_pair(sums);
+  } else if (!named_.rows) {
     sums = run([&] { return cpu::measure(grads_->spans(), grads_->plan(), order_); });
     sums_ = decide([&] { return sums_of_groups(order_, sums, named_.groups); });
   } else if (named_.groups.kind == Groups::row && order_.kind == NormOrder::two && is_alone_) {
@@ -172,10 +181,29 @@ Measured::Measured(std::shared_ptr<const Gradients> grads, const MeasureArgument
   norms_ = decide([&] {
     return norms_of(order_, sums, named_.groups, sums_, grad_scale_, std::move(of_rows));
   });
-  nonfinite_ = count_nonfinite(*grads_, norms_.odd);
+  nonfinite_ = count_nonfinite(*grads_, pairs_.get(), norms_.odd);
   if (arguments.reduce.is_none()) return;
   const Table<NormSum> reduced = reduce_sums(arguments.reduce, order_, sums_);
   decide([&] { take_sums(norms_, order_, reduced, grad_scale_); });
+}
+
+// `sums`: of tensors.
+void Measured::measure_pair(Table<NormSum>& sums) {
+  pairs_ = std::make_shared<const cpu::PairTable>(
+      pair_->table(grad_scale_, named_.groups.are_of_rows()));
+  PairSums second;
+  run([&] {
+    Table<NormSum> parts = cpu::measure_pairs(*pairs_, cpu::make_plan(*pairs_), order_, second);
+    if (named_.groups.are_of_rows()) {
+      RowSums both = sums_of_rows(order_, std::move(parts), pairs_->first, named_.groups);
+      sums = std::move(both.tensors);
+      sums_ = std::move(both.groups);
+    } else {
+      sums = std::move(parts);
+      sums_ = sums_of_groups(order_, sums, named_.groups);
+    }
+  });
+  penalty_ = pair_->penalty(second);
 }
 
 Measured::Measured(std::shared_ptr<const Gradients> grads, double norm) : grads_(std::move(grads)) {
@@ -188,21 +216,38 @@ py::object Measured::clip(const std::shared_ptr<const Gradients>& grads, const p
                           const py::object& ord, const py::object& groups,
                           const py::object& grad_scale, const py::object& nonfinite,
                           const py::object& reduce, const py::object& formula) {
+  return clip_measuring(grads, nullptr, max_norm, ord, groups, grad_scale, nonfinite, reduce,
+                        formula);
+}
+
+py::object Measured::clip_pair(const std::shared_ptr<const Pair>& pair, const py::object& max_norm,
+                               const py::object& ord, const py::object& groups,
+                               const py::object& grad_scale, const py::object& nonfinite,
+                               const py::object& reduce, const py::object& formula) {
+  return clip_measuring(pair->gradients(), pair, max_norm, ord, groups, grad_scale, nonfinite,
+                        reduce, formula);
+}
+
+py::object Measured::clip_measuring(std::shared_ptr<const Gradients> grads,
+                                    std::shared_ptr<const Pair> pair, const py::object& max_norm,
+                                    const py::object& ord, const py::object& groups,
+                                    const py::object& grad_scale, const py::object& nonfinite,
+                                    const py::object& reduce, const py::object& formula) {
   const MeasureArguments measure(*grads, ord, groups, grad_scale, reduce);
-  const ClipArguments clip(max_norm, nonfinite, formula, measure.groups, grads->spans().size(),
-                           measure.grad_scale, measure.order,
-                           reduce.is_none() ? grads.get() : nullptr);
-  grads->require_writable();
+  const ClipArguments clip(max_norm, nonfinite, formula, measure.groups, *grads, pair.get(),
+                           measure.grad_scale, measure.order, reduce.is_none());
+  pair ? pair->require_writable() : grads->require_writable();
   grads->recheck(HostReader{}, max_norm, ord, groups, grad_scale, nonfinite);
-  Measured measured(grads, measure);
-  if (!reduce.is_none()) grads->require_unchanged(HostReader{});
+  if (pair) pair->recheck(max_norm, ord, groups, grad_scale, nonfinite);
+  Measured measured(std::move(grads), measure, std::move(pair));
+  if (!reduce.is_none()) measured.require_unchanged();
   return measured.apply(clip.thresholds, clip.options);
 }
 
 py::object Measured::clip_measured(const py::object& max_norm, const py::object& nonfinite,
                                    const py::object& formula) {
-  const ClipArguments clip(max_norm, nonfinite, formula, named_, grads_->spans().size(),
-                           grad_scale_, order_, alone());
+  const ClipArguments clip(max_norm, nonfinite, formula, named_, *grads_, pair_.get(), grad_scale_,
+                           order_, is_alone_);
   require_first_use();
   return apply(clip.thresholds, clip.options);
 }
@@ -211,7 +256,10 @@ py::object Measured::scale_measured(const py::object& coefficients) {
   const Table<double> numbers =
       limits_of_groups(coefficients, named_, grads_->spans().size(), true);
   require_first_use();
-  return apply(numbers, {NonFinite::propagate, grad_scale_, 0.0, true});
+  return apply(numbers, {.nonfinite = NonFinite::propagate,
+                         .grad_scale = grad_scale_,
+                         .are_coefficients = true,
+                         .always_changes = pair_ && !pair_->is_difference()});
 }
 
 std::vector<std::size_t> Measured::nonfinite() const {
@@ -224,35 +272,52 @@ Table<double> Measured::group_sums() const { return plain_sums(order_, sums_); }
 
 void Measured::require_first_use() const {
   if (is_used_) refuse_second_use();
-  grads_->require_writable();
+  pair_ ? pair_->require_writable() : grads_->require_writable();
+  require_unchanged();
+}
+
+void Measured::require_unchanged() const {
   grads_->require_unchanged(HostReader{});
+  if (pair_) pair_->require_unchanged();
 }
 
 py::object Measured::apply(const Table<double>& limits, const ClipOptions& options) {
   const ClipDecision decision =
       decide([&] { return decide_clip(norms_, named_.groups, limits, options); });
   if (decision.any_nonfinite && options.nonfinite == NonFinite::raise)
-    raise_nonfinite(nonfinite_, grads_->names(), to_array(norms_.tensors));
+    raise_nonfinite(nonfinite_, *grads_, to_array(norms_.tensors));
   const py::object coefficient =
       is_global() ? to_float(decision.coefficients[0]) : to_array(decision.coefficients);
   const py::object group_norms = is_global() ? py::none() : to_array(norms_.groups);
   py::object result = make_result(norms_.total, norms_.tensors, coefficient, decision.clipped,
-                                  nonfinite(), *grads_, group_norms, named_.names);
+                                  nonfinite(), *grads_, group_norms, named_.names, penalty_);
   is_used_ = true;
   if (decision.action == Action::nothing) return result;
   grads_->mark_written();
-  const bool down = options.rounds_down();
-  run([&] {
-    if (decision.action != Action::scale)
-      cpu::set_to_zero(grads_->spans(), grads_->plan());
-    else if (!named_.rows)
-      cpu::scale(grads_->spans(), grads_->plan(), decision.factors, down);
-    else
-      (named_.groups.kind == Groups::row ? cpu::scale_rows : cpu::scale_samples)(
-          *named_.rows, cpu::make_plan(*named_.rows), decision.coefficients, options.grad_scale,
-          down);
-  });
+  run([&] { write(decision, options); });
   return result;
+}
+
+void Measured::write(const ClipDecision& decision, const ClipOptions& options) const {
+  const bool down = options.rounds_down(), are_samples = named_.groups.kind == Groups::sample;
+  if (decision.action == Action::zero) {
+    if (pair_ && pair_->is_difference())
+      cpu::take_second(*pairs_, cpu::make_plan(*pairs_));
+    else
+      cpu::set_to_zero(grads_->spans(), grads_->plan());
+  } else if (pair_) {
+    if (named_.rows)
+      cpu::scale_pairs(*pairs_, cpu::make_plan(*pairs_), decision.coefficients, options.grad_scale,
+                       down, are_samples);
+    else
+      cpu::scale_pairs(*pairs_, cpu::make_plan(*pairs_), decision.factors, 1.0, down, false);
+  } else if (!named_.rows) {
+    cpu::scale(grads_->spans(), grads_->plan(), decision.factors, down);
+  } else {
+    (are_samples ? cpu::scale_samples : cpu::scale_rows)(*named_.rows, cpu::make_plan(*named_.rows),
+                                                         decision.coefficients, options.grad_scale,
+                                                         down);
+  }
 }
 
 }  // namespace gradclip::bindings

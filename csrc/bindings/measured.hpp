@@ -8,6 +8,7 @@
 
 #include "bindings/arguments.hpp"
 #include "bindings/gradients.hpp"
+#include "bindings/pair.hpp"
 #include "core/clip.hpp"
 #include "cpu/engine.hpp"
 
@@ -23,12 +24,14 @@ struct NonFiniteEntry {
 py::object make_result(double total, const Table<double>& norms, const py::object& coefficient,
                        bool clipped, const std::vector<std::size_t>& nonfinite,
                        const Gradients& grads, const py::object& group_norms,
-                       const py::object& group_names);
+                       const py::object& group_names, double penalty = 0.0);
 
 class Measured {
  public:
-  // In one pass. Calls `reduce`, unless it is None, with the sums of the groups.
-  Measured(std::shared_ptr<const Gradients> grads, const MeasureArguments& arguments);
+  // In one pass. Calls `reduce`, unless it is None, with the sums of the groups. `pair`: what is measured and
+  // written is made of the gradients and what it has beside them.
+  Measured(std::shared_ptr<const Gradients> grads, const MeasureArguments& arguments,
+           std::shared_ptr<const Pair> pair = nullptr);
   // As somebody has measured: all gradients together have this norm. Those of tensors are not known.
   Measured(std::shared_ptr<const Gradients> grads, double norm);
 
@@ -37,6 +40,10 @@ class Measured {
                          const py::object& ord, const py::object& groups,
                          const py::object& grad_scale, const py::object& nonfinite,
                          const py::object& reduce, const py::object& formula);
+  static py::object clip_pair(const std::shared_ptr<const Pair>& pair, const py::object& max_norm,
+                              const py::object& ord, const py::object& groups,
+                              const py::object& grad_scale, const py::object& nonfinite,
+                              const py::object& reduce, const py::object& formula);
 
   // Once: what is in memory afterwards was not measured.
   py::object clip_measured(const py::object& max_norm, const py::object& nonfinite,
@@ -46,6 +53,7 @@ class Measured {
   const Gradients& gradients() const { return *grads_; }
   const Norms& norms() const { return norms_; }
   const py::object& group_names() const { return named_.names; }
+  double penalty() const { return penalty_; }
   bool is_global() const { return named_.groups.kind == Groups::all; }
   // Tensors with elements that are not finite.
   std::vector<std::size_t> nonfinite() const;
@@ -53,11 +61,21 @@ class Measured {
   Table<double> group_sums() const;
 
  private:
+  static py::object clip_measuring(std::shared_ptr<const Gradients> grads,
+                                   std::shared_ptr<const Pair> pair, const py::object& max_norm,
+                                   const py::object& ord, const py::object& groups,
+                                   const py::object& grad_scale, const py::object& nonfinite,
+                                   const py::object& reduce, const py::object& formula);
+  void require_unchanged() const;
   void require_first_use() const;
-  const Gradients* alone() const { return is_alone_ ? grads_.get() : nullptr; }
+  void measure_pair(Table<NormSum>& sums);
+  void write(const ClipDecision& decision, const ClipOptions& options) const;
   py::object apply(const Table<double>& limits, const ClipOptions& options);
 
   std::shared_ptr<const Gradients> grads_;
+  std::shared_ptr<const Pair> pair_;  // null: there is none
+  std::shared_ptr<const cpu::PairTable> pairs_;
+  double penalty_ = 0.0;
   NormOrder order_;
   NamedGroups named_;
   double grad_scale_ = 1.0;

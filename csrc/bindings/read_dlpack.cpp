@@ -8,7 +8,7 @@ namespace gradclip::bindings {
 namespace {
 
 // What torch's __dlpack__ would hand out as something else than it is, or refuse without saying why.
-void check_torch(py::handle tensor, const EntryName& name) {
+void check_torch(py::handle tensor, const EntryName& name, bool may_require_grad) {
   if (!is_torch_tensor(tensor)) return;
   const py::object plain = imported("torch", "Tensor");
   const auto value_problem = [&](const char* expected, const char* got) {
@@ -18,7 +18,7 @@ void check_torch(py::handle tensor, const EntryName& name) {
   const py::object parameter = imported("torch.nn", "Parameter");
   if (!type.is(plain) && !type.is(parameter))
     name.problem(Problem::type_error, "a plain torch.Tensor", full_type_name(tensor)).raise();
-  if (tensor.attr("requires_grad").cast<bool>())
+  if (!may_require_grad && tensor.attr("requires_grad").cast<bool>())
     value_problem("a tensor that does not require grad",
                   "one that does (pass its .grad, or .detach() it)");
   if (!py::object(tensor.attr("layout")).is(imported("torch", "strided"))) {
@@ -188,7 +188,7 @@ void read_dlpack(py::handle object, const EntryName& name, const Place& place, E
     name.problem(Problem::type_error, "an array (numpy.ndarray, or an object with __dlpack__)",
                  not_an_array(object))
         .raise();
-  check_torch(object, name);
+  check_torch(object, name, place.may_require_grad);
   const py::object is_deleted =
       is_jax_array(object) ? find_attribute(object, "is_deleted") : py::object();
   if (is_deleted && is_deleted().cast<bool>())

@@ -58,14 +58,17 @@ bool is_plain(const Torch& known, PyObject* object) {
 
 // The memory of a plain tensor, valid as long as the object keeps its storage. False if it is anything
 // else, or a tensor that read_dlpack refuses.
-bool borrow(PyObject* object, DLTensor& tensor) {
+bool borrow(PyObject* object, DLTensor& tensor, bool may_require_grad) {
   const Torch* const known = torch();
   if (!known || !is_plain(*known, object)) return false;
-  // By its getter: to look the attribute up takes as long as all the rest.
-  PyObject* const requires_grad = known->requires_grad->get(object, known->requires_grad->closure);
-  if (!requires_grad) throw py::error_already_set();
-  Py_DECREF(requires_grad);  // True and False live for ever
-  if (requires_grad != Py_False) return false;
+  if (!may_require_grad) {
+    // By its getter: to look the attribute up takes as long as all the rest.
+    PyObject* const requires_grad =
+        known->requires_grad->get(object, known->requires_grad->closure);
+    if (!requires_grad) throw py::error_already_set();
+    Py_DECREF(requires_grad);  // True and False live for ever
+    if (requires_grad != Py_False) return false;
+  }
   // A view that negates or conjugates is read as it lies in memory: norms and clips see no signs.
   if (known->exchange->dltensor_from_py_object_no_sync(object, &tensor) == 0) return true;
   PyErr_Clear();  // sparse, quantised, meta: read_dlpack says which
@@ -92,7 +95,7 @@ bool is_plain_torch(PyObject* object) {
 
 bool read_torch(PyObject* object, const EntryName& name, const Place& place, Entry& entry) {
   DLTensor tensor;
-  if (!borrow(object, tensor)) return false;
+  if (!borrow(object, tensor, place.may_require_grad)) return false;
   read_tensor(tensor, name, place, entry);
   return true;
 }
@@ -100,7 +103,8 @@ bool read_torch(PyObject* object, const EntryName& name, const Place& place, Ent
 bool read_plain_torch(PyObject* object, const Place& place, Span& span) {
   DLTensor tensor;
   std::int64_t numel = 0;
-  if (!borrow(object, tensor) || !is_at(tensor.device, place) || !is_c_contiguous(tensor, numel))
+  if (!borrow(object, tensor, place.may_require_grad) || !is_at(tensor.device, place) ||
+      !is_c_contiguous(tensor, numel))
     return false;
   const std::optional<DType> dtype = find_dtype(tensor.dtype);
   if (!dtype || (!tensor.data && numel != 0)) return false;
@@ -110,7 +114,7 @@ bool read_plain_torch(PyObject* object, const Place& place, Span& span) {
 
 std::optional<Axes> find_torch_axes(PyObject* object) {
   DLTensor tensor;
-  if (!borrow(object, tensor)) return std::nullopt;
+  if (!borrow(object, tensor, true)) return std::nullopt;
   return tensor_axes(tensor);
 }
 

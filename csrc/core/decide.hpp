@@ -20,6 +20,8 @@ struct ClipOptions {
   double epsilon = 0.0;
   // What is given for each group is its coefficient, in place of a threshold.
   bool are_coefficients = false;
+  // Whether what is written differs from what was read also by a coefficient of 1: it has been added to.
+  bool always_changes = false;
   // Of rounding down: how far below the true norm a norm may lie, relative; 0 of rounding to nearest.
   double norm_error = 0.0;
 
@@ -75,7 +77,8 @@ GRADCLIP_INLINE GroupDecision decide_group(double norm, double limit, const Clip
                              : options.rounds_down()
                                  ? clip_coefficient_down(norm, limit, options.norm_error)
                                  : clip_coefficient(norm, limit, options.epsilon);
-  return {coefficient, coefficient != 1.0, coefficient / options.grad_scale != 1.0};
+  return {coefficient, coefficient != 1.0,
+          options.always_changes || coefficient / options.grad_scale != 1.0};
 }
 
 // Where some group `changes`.

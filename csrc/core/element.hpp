@@ -56,13 +56,18 @@ GRADCLIP_INLINE double scaled_down(double x, double factor) {
   if (!is_finite(product) && is_finite(x)) return next_below(product);  // it was too large
   return below_if_subnormal(product);
 }
+// Towards zero.
+GRADCLIP_INLINE void truncate_from(double x, double& to) { to = x; }
+template <class T>
+GRADCLIP_INLINE void truncate_from(double x, T& to) {
+  const float nearest = static_cast<float>(x);
+  const bool above = nearest < 0.0f ? nearest < x : nearest > x;
+  truncate_to(above ? next_below(nearest) : nearest, to);
+}
 template <class T>
 GRADCLIP_INLINE T scaled_down(T x, double factor) {
-  const double product = scaled_down(to_double(x), factor);
-  const float nearest = static_cast<float>(product);
-  const bool above = nearest < 0.0f ? nearest < product : nearest > product;
   T result;
-  truncate_to(above ? next_below(nearest) : nearest, result);
+  truncate_from(scaled_down(to_double(x), factor), result);
   return result;
 }
 

@@ -49,6 +49,37 @@ void scale_samples(const RowTable& rows, const ChunkPlan& plan,
   scale_parts(RowParts(rows, from_0, coefficients.size()), plan, coefficients, grad_scale, down);
 }
 
+namespace {
+
+template <class Change>
+void change_pairs(const RowParts<PairRows>& parts, const ChunkPlan& plan, Change change) {
+  for_each_chunk(plan, Pass::backward, [&](const Chunk& chunk) {
+    parts.visit(chunk, [&](std::size_t part, const PairSpan& pair, const Chunk& piece) {
+      change(part, pair, piece);
+    });
+  });
+}
+
+}  // namespace
+
+void scale_pairs(const PairTable& pairs, const ChunkPlan& plan,
+                 std::span<const double> coefficients, double grad_scale, bool down,
+                 bool are_samples) {
+  const Table<std::size_t> from_0(pairs.gradients.size(), 0);
+  const auto parts = are_samples ? RowParts(pairs, from_0, coefficients.size()) : RowParts(pairs);
+  change_pairs(parts, plan, [&](std::size_t part, const PairSpan& pair, const Chunk& piece) {
+    const double factor = coefficients[part] / grad_scale;
+    if (pair.formula.is_difference && factor == 1.0) return;
+    for_each_pair_tile(pair, piece, [&](PairTile& tile) { tile.write(factor, down); });
+  });
+}
+
+void take_second(const PairTable& pairs, const ChunkPlan& plan) {
+  change_pairs(RowParts(pairs), plan, [](std::size_t, const PairSpan& pair, const Chunk& piece) {
+    for_each_pair_tile(pair, piece, [](PairTile& tile) { tile.write_second(); });
+  });
+}
+
 void set_to_zero(std::span<const Span> spans, const ChunkPlan& plan) {
   for_each_chunk(plan, Pass::forward, [&](const Chunk& chunk) {
     change_each_piece(spans[chunk.tensor], chunk, [](std::byte* data, std::size_t bytes) {
@@ -120,10 +151,13 @@ void clip_by_value(std::span<const Span> spans, const ChunkPlan& plan, const Val
   });
 }
 
-NonFiniteCounts count_nonfinite(const Span& span) {
+namespace {
+
+template <class AnySpan>
+NonFiniteCounts count_in(const AnySpan& span, std::int64_t nbytes) {
   NonFiniteCounts counts;
   const auto count = kernels().of(span.dtype).count_nonfinite;
-  const Chunk all{0, span.nbytes(), 0, kWhole};
+  const Chunk all{0, nbytes, 0, kWhole};
   for_each_tile(span, all, [&](const std::byte* tile, std::size_t bytes) {
     // A complex element, of two parts, counts once.
     const std::size_t step = is_complex(span.dtype) ? size_of(span.dtype) : bytes;
@@ -134,6 +168,20 @@ NonFiniteCounts count_nonfinite(const Span& span) {
           is_complex(span.dtype) ? here.nan == 0 && here.infinity > 0 : here.infinity;
     }
   });
+  return counts;
+}
+
+}  // namespace
+
+NonFiniteCounts count_nonfinite(const Span& span) { return count_in(span, span.nbytes()); }
+
+NonFiniteCounts count_nonfinite(const PairRows& rows) {
+  NonFiniteCounts counts;
+  for (std::int64_t row = 0; row < rows.x.count; ++row) {
+    const NonFiniteCounts here = count_in(rows[row], rows.row_bytes());
+    counts.nan += here.nan;
+    counts.infinity += here.infinity;
+  }
   return counts;
 }
 

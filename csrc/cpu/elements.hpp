@@ -47,7 +47,7 @@ template <class Parts, class LargestOf>
 Table<double> largest_by_part(const Parts& parts, const ChunkPlan& plan, LargestOf largest_of) {
   Table<double> result(parts.count()), partials(plan.partials);
   for_each_chunk(plan, Pass::forward, [&](const Chunk& chunk) {
-    parts.visit(chunk, [&](std::size_t part, const Span& span, const Chunk& piece) {
+    parts.visit(chunk, [&](std::size_t part, const auto& span, const Chunk& piece) {
       (chunk.partial == kWhole ? result[part] : partials[chunk.partial]) =
           largest_of(chunk, span, piece);
     });

@@ -44,6 +44,18 @@ void scale_rows(const RowTable& rows, const ChunkPlan& plan, std::span<const dou
 void scale_samples(const RowTable& rows, const ChunkPlan& plan,
                    std::span<const double> coefficients, double grad_scale, bool down);
 
+// The sum of what is made of every part of pairs, and those of the second arrays: of squares if the formula
+// multiplies them, of magnitudes if it takes their signs.
+Table<NormSum> measure_pairs(const PairTable& pairs, const ChunkPlan& plan, const NormOrder& order,
+                             PairSums& second);
+// Write coefficient / grad_scale times what is made of each part, or, of differences, that beside the second
+// array; a difference whose factor is 1 is not touched. `are_samples`: row r of all gradients has number r.
+void scale_pairs(const PairTable& pairs, const ChunkPlan& plan,
+                 std::span<const double> coefficients, double grad_scale, bool down,
+                 bool are_samples);
+// Write the second arrays, of the same dtypes.
+void take_second(const PairTable& pairs, const ChunkPlan& plan);
+
 // Set every element to +0, also where it was not finite.
 void set_to_zero(std::span<const Span> spans, const ChunkPlan& plan);
 
@@ -63,6 +75,8 @@ void clip_by_value(std::span<const Span> spans, const ChunkPlan& plan, const Val
 
 // Elements of one tensor that are NaN or infinite; a complex element counts once.
 NonFiniteCounts count_nonfinite(const Span& span);
+// Of what is made of a pair.
+NonFiniteCounts count_nonfinite(const PairRows& pair);
 
 // The machine's own speed over the same dense memory with the same threads.
 std::uint32_t probe_read(std::span<const Span> spans, const ChunkPlan& plan);

@@ -27,10 +27,18 @@ struct TypeKernels {
   // By a factor that is not negative; no element is above the exact product in magnitude.
   void (*scale_down)(std::byte* data, std::size_t bytes, double factor);
   NonFiniteCounts (*count_nonfinite)(const std::byte* data, std::size_t bytes);
+  // Real numbers, `count` of them: to float64; back, to nearest or towards zero; and what moved_down() makes.
+  void (*widen)(const std::byte* from, double* to, std::size_t count);
+  void (*narrow)(const double* from, std::byte* to, std::size_t count);
+  void (*narrow_down)(const double* from, std::byte* to, std::size_t count);
+  void (*move_down)(const double* from, const double* steps, std::byte* to, std::size_t count);
 };
 
 struct Kernels {
   TypeKernels of_real_type[kRealTypes];
+  // Of pairs: z becomes z + factor * y, z + factor * sign(y).
+  void (*add_scaled)(double* z, const double* y, double factor, std::size_t count);
+  void (*add_signs)(double* z, const double* y, double factor, std::size_t count);
   // The machine's own speed, to compare with: read every byte; read and write every byte.
   std::uint32_t (*read)(const std::byte* data, std::size_t bytes);
   void (*read_write)(std::byte* data, std::size_t bytes);

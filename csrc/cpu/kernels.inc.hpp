@@ -2,7 +2,10 @@
 // order, in wider or narrower registers. The sum of a tile is the twin of cuda/tile.cuh.
 #pragma once
 
+#include <type_traits>
+
 #include "core/element.hpp"
+#include "core/pair.hpp"
 #include "core/reduction_order.hpp"
 #include "cpu/kernels.hpp"
 #include "cpu/simd.hpp"
@@ -261,6 +264,56 @@ void scale(std::byte* data, std::size_t bytes, double factor) {
     by_blocks(kDown ? float_factor_below(factor) : static_cast<float>(factor));
 }
 
+// --- Pairs, in float64 --------------------------------------------------------------------------------
+
+template <class T>
+void widen(const std::byte* __restrict from, double* __restrict to, std::size_t count) {
+  std::size_t i = 0;
+#if defined(__F16C__)
+  if constexpr (std::is_same_v<T, Float16>)
+    for (; i + 8 <= count; i += 8) widen_eight(from + i * sizeof(T), to + i);
+#endif
+  for (; i < count; ++i) {
+    T x;
+    __builtin_memcpy(&x, from + i * sizeof(T), sizeof(T));
+    to[i] = to_double(x);
+  }
+}
+
+template <class T, Rounding kRounding>
+void narrow(const double* __restrict from, std::byte* __restrict to, std::size_t count) {
+  std::size_t i = 0;
+#if defined(__F16C__)
+  if constexpr (std::is_same_v<T, Float16> && kRounding == Rounding::nearest)
+    for (; i + 8 <= count; i += 8) narrow_eight(from + i, to + i * sizeof(T));
+#endif
+  for (; i < count; ++i) {
+    T x;
+    if constexpr (kRounding == Rounding::down)
+      truncate_from(from[i], x);
+    else
+      round_from(from[i], x);
+    __builtin_memcpy(to + i * sizeof(T), &x, sizeof(T));
+  }
+}
+
+template <class T>
+void move_down(const double* __restrict from, const double* __restrict steps,
+               std::byte* __restrict to, std::size_t count) {
+  for (std::size_t i = 0; i < count; ++i) {
+    const T x = moved_down<T>(from[i], steps[i]);
+    __builtin_memcpy(to + i * sizeof(T), &x, sizeof(T));
+  }
+}
+
+void add_scaled(double* __restrict z, const double* __restrict y, double factor,
+                std::size_t count) {
+  for (std::size_t i = 0; i < count; ++i) z[i] = plus_scaled(z[i], y[i], factor);
+}
+void add_signs(double* __restrict z, const double* __restrict y, double factor, std::size_t count) {
+  for (std::size_t i = 0; i < count; ++i) z[i] = plus_sign(z[i], y[i], factor);
+}
+
 // --- The machine's own speed ------------------------------------------------------------------------
 
 std::uint32_t read(const std::byte* data, std::size_t bytes) {
@@ -294,12 +347,13 @@ void read_write(std::byte* data, std::size_t bytes) {
 
 template <class T>
 constexpr TypeKernels kernels_of() {
-  return {sum_tile<T, Sum::squares>,   sum_tile<T, Sum::magnitudes>, largest<T>,        clamp<T>,
-          scale<T, Rounding::nearest>, scale<T, Rounding::down>,     count_nonfinite<T>};
+  return {sum_tile<T, Sum::squares>,    sum_tile<T, Sum::magnitudes>, largest<T>,         clamp<T>,
+          scale<T, Rounding::nearest>,  scale<T, Rounding::down>,     count_nonfinite<T>, widen<T>,
+          narrow<T, Rounding::nearest>, narrow<T, Rounding::down>,    move_down<T>};
 }
 
 constexpr Kernels kernels() {
-  Kernels all{{}, read, read_write};
+  Kernels all{{}, add_scaled, add_signs, read, read_write};
   for (std::size_t i = 0; i < kRealTypes; ++i)
     visit_real_type(static_cast<DType>(i),
                     [&](auto type) { all.of_real_type[i] = kernels_of<decltype(type)>(); });

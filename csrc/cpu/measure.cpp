@@ -1,6 +1,7 @@
 // The sum of every tensor in one pass. The twin of cuda/measure.cuh, which also decides in that pass.
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "cpu/elements.hpp"
 #include "cpu/engine.hpp"
@@ -12,7 +13,8 @@
 namespace gradclip::cpu {
 namespace {
 
-double largest_of(const Span& span, const Chunk& chunk) {
+template <class AnySpan>
+double largest_of(const AnySpan& span, const Chunk& chunk) {
   double result = 0.0;
   const auto largest = kernels().of(span.dtype).largest;
   for_each_tile(span, chunk, [&](const std::byte* tile, std::size_t bytes) {
@@ -25,7 +27,8 @@ double largest_of(const Span& span, const Chunk& chunk) {
 }
 
 // Terms (|x| / unit)^p of a chunk, in runs of order::kTermsPerRun.
-ExactSum sum_powers(const Span& span, const Chunk& chunk, double unit, double p) {
+template <class AnySpan>
+ExactSum sum_powers(const AnySpan& span, const Chunk& chunk, double unit, double p) {
   const double scale = order::power_scale(unit);
   ExactSum sum;
   double run = 0.0;
@@ -49,6 +52,11 @@ NormSum norm_sum(const ExactSum& sum) {
   return {rounded.value, rounded.exponent, 0.0};
 }
 
+// Whether a piece is one tile where it lies.
+bool is_tile(const Span& span, const Chunk& piece) {
+  return !span.layout && piece.bytes <= static_cast<std::int64_t>(order::kTileBytes);
+}
+
 // Sums of the parts: store(chunk, part, sum), by any thread, but by one for a chunk, of each part that has bytes;
 // `chunk` is where the part begins. `units` are the largest magnitudes of slow ones, if there are any.
 template <class Parts, class Store>
@@ -69,28 +77,30 @@ void sum_parts(const Parts& parts, const ChunkPlan& plan, const NormOrder& order
     const TypeKernels& type = kernels().of(parts.dtype(chunk.tensor));
     const auto sum_tile = order.kind == NormOrder::two ? type.sum_squares : type.sum_magnitudes;
     const bool whole = chunk.partial == kWhole, slow = is_slow(chunk.tensor);
-    parts.visit(chunk, [&](std::size_t part, const Span& span, const Chunk& piece) {
-      if (whole && !slow && !span.layout &&
-          piece.bytes <= static_cast<std::int64_t>(order::kTileBytes)) {
-        // A part of one tile, of which there are often thousands: nothing to add.
-        const WideValue sum = sum_tile(span.data, static_cast<std::size_t>(piece.bytes));
-        store(chunk, part, {sum.value, sum.exponent, 0.0});
-        return;
-      }
-      ExactSum sum;
-      if (slow) {
-        const double unit = units[part];
-        if (unit != 0.0 && is_finite(unit)) sum = sum_powers(span, piece, unit, order.p);
-      } else {
-        for_each_tile(span, piece, [&](const std::byte* tile, std::size_t bytes) {
-          sum.add(sum_tile(tile, bytes));
+    parts.visit(
+        chunk, [&]<class AnySpan>(std::size_t part, const AnySpan& span, const Chunk& piece) {
+          if constexpr (std::is_same_v<AnySpan, Span>) {
+            if (whole && !slow && is_tile(span, piece)) {
+              // A part of one tile, of which there are often thousands: nothing to add.
+              const WideValue sum = sum_tile(span.data, static_cast<std::size_t>(piece.bytes));
+              store(chunk, part, {sum.value, sum.exponent, 0.0});
+              return;
+            }
+          }
+          ExactSum sum;
+          if (slow) {
+            const double unit = units[part];
+            if (unit != 0.0 && is_finite(unit)) sum = sum_powers(span, piece, unit, order.p);
+          } else {
+            for_each_tile(span, piece, [&](const std::byte* tile, std::size_t bytes) {
+              sum.add(sum_tile(tile, bytes));
+            });
+          }
+          if (whole)
+            finish(chunk, part, sum, slow);
+          else
+            partials[chunk.partial] = sum;
         });
-      }
-      if (whole)
-        finish(chunk, part, sum, slow);
-      else
-        partials[chunk.partial] = sum;
-    });
   });
   for (std::size_t c = 0; c < plan.chunks.size();) {
     const Chunk& first = plan.chunks[c];
@@ -113,7 +123,7 @@ void measure_parts(const Parts& parts, const ChunkPlan& plan, const NormOrder& o
   const DefaultFloatEnvironment environment;  // also for what is added up here
   const auto largest = [&](auto skips) {
     return largest_by_part(parts, plan,
-                           [&](const Chunk& chunk, const Span& span, const Chunk& piece) {
+                           [&](const Chunk& chunk, const auto& span, const Chunk& piece) {
                              return skips(chunk.tensor) ? 0.0 : largest_of(span, piece);
                            });
   };
@@ -132,6 +142,22 @@ void measure_parts(const Parts& parts, const ChunkPlan& plan, const NormOrder& o
   sum_parts(parts, plan, order, all_fast ? Table<double>() : largest(is_fast), store);
 }
 
+// Of pairs, with the sums of the second arrays, chunk by chunk.
+struct PairParts : RowParts<PairRows> {
+  const ChunkPlan& plan;
+  Table<PairSums>& sums;
+
+  template <class Visit>
+  void visit(const Chunk& chunk, Visit visit) const {
+    PairSums& here = sums[static_cast<std::size_t>(&chunk - plan.chunks.data())];
+    here = {};  // of orders that take two passes the second counts
+    RowParts::visit(chunk, [&](std::size_t part, PairSpan pair, const Chunk& piece) {
+      pair.sums = &here;
+      visit(part, pair, piece);
+    });
+  }
+};
+
 template <class Parts>
 Table<NormSum> sums_of(const Parts& parts, const ChunkPlan& plan, const NormOrder& order) {
   Table<NormSum> sums(parts.count());
@@ -148,6 +174,15 @@ Table<NormSum> measure(std::span<const Span> spans, const ChunkPlan& plan, const
 
 Table<NormSum> measure_rows(const RowTable& rows, const ChunkPlan& plan, const NormOrder& order) {
   return sums_of(RowParts(rows), plan, order);
+}
+
+Table<NormSum> measure_pairs(const PairTable& pairs, const ChunkPlan& plan, const NormOrder& order,
+                             PairSums& second) {
+  Table<PairSums> sums(plan.chunks.size());
+  Table<NormSum> parts = sums_of(PairParts{RowParts(pairs), plan, sums}, plan, order);
+  const DefaultFloatEnvironment environment;
+  for (const PairSums& chunk : sums) second.add(chunk);
+  return parts;
 }
 
 void row_norms(const RowTable& rows, const ChunkPlan& plan, const NormOrder& order,

@@ -34,6 +34,28 @@ inline void copy_elements(std::byte* to, std::int64_t to_stride, const std::byte
   }
 }
 
+// Elements [first, first + count) of a span: where they lie if it is dense, else copied to `buffer`.
+inline const std::byte* gathered(const Span& span, std::int64_t first, std::int64_t count,
+                                 std::byte* buffer) {
+  const std::int64_t itemsize = span.itemsize();
+  if (!span.layout) return span.data + first * itemsize;
+  std::byte* at = buffer;
+  for_each_run(span, first, count, [&](const std::byte* run, std::int64_t n, std::int64_t stride) {
+    copy_elements(at, itemsize, run, stride, n, itemsize);
+    at += n * itemsize;
+  });
+  return buffer;
+}
+// And back, to where they lie.
+inline void scatter(const Span& span, std::int64_t first, std::int64_t count,
+                    const std::byte* buffer) {
+  const std::int64_t itemsize = span.itemsize();
+  for_each_run(span, first, count, [&](std::byte* run, std::int64_t n, std::int64_t stride) {
+    copy_elements(run, stride, buffer, itemsize, n, itemsize);
+    buffer += n * itemsize;
+  });
+}
+
 // visit(data, bytes) for every piece of at most `longest` bytes (a tile, where it is not dense), in
 // order. Where it returns true, it has changed the piece.
 template <class Visit>
@@ -48,19 +70,9 @@ void visit_pieces(const Span& span, const Chunk& chunk, std::int64_t longest, Vi
   constexpr auto kTile = static_cast<std::int64_t>(order::kTileBytes);
   for (std::int64_t first = chunk.first_byte; first < end; first += kTile) {
     const std::int64_t bytes = std::min(end - first, kTile), itemsize = span.itemsize();
-    std::byte* at = buffer;
-    for_each_run(span, first / itemsize, bytes / itemsize,
-                 [&](const std::byte* run, std::int64_t count, std::int64_t stride) {
-                   copy_elements(at, itemsize, run, stride, count, itemsize);
-                   at += count * itemsize;
-                 });
-    if (!visit(buffer, static_cast<std::size_t>(bytes))) continue;
-    at = buffer;
-    for_each_run(span, first / itemsize, bytes / itemsize,
-                 [&](std::byte* run, std::int64_t count, std::int64_t stride) {
-                   copy_elements(run, stride, at, itemsize, count, itemsize);
-                   at += count * itemsize;
-                 });
+    gathered(span, first / itemsize, bytes / itemsize, buffer);
+    if (visit(buffer, static_cast<std::size_t>(bytes)))
+      scatter(span, first / itemsize, bytes / itemsize, buffer);
   }
 }
 

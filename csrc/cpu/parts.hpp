@@ -8,6 +8,7 @@
 
 #include "core/rows.hpp"
 #include "core/span.hpp"
+#include "cpu/pairs.hpp"
 #include "cpu/plan.hpp"
 
 namespace gradclip::cpu {
@@ -27,15 +28,18 @@ struct TensorParts {
   }
 };
 
-// Row r of gradient i is part number first[i] + r.
+// Row r of gradient i is part number first[i] + r. Rows: RowSpan, PairRows.
+template <class Rows>
 struct RowParts {
-  std::span<const RowSpan> gradients;
+  std::span<const Rows> gradients;
   std::span<const std::size_t> first;
   std::size_t parts;
 
-  explicit RowParts(const RowTable& table)
-      : gradients(table.gradients), first(table.first), parts(table.count()) {}
-  RowParts(const RowTable& table, std::span<const std::size_t> first_part, std::size_t count)
+  template <class Table>
+  explicit RowParts(const Table& table)
+      : gradients(table.gradients), first(table.first), parts(table.first.back()) {}
+  template <class Table>
+  RowParts(const Table& table, std::span<const std::size_t> first_part, std::size_t count)
       : gradients(table.gradients), first(first_part), parts(count) {}
 
   std::size_t count() const { return parts; }
@@ -47,7 +51,7 @@ struct RowParts {
   }
   template <class Visit>
   void visit(const Chunk& chunk, Visit visit) const {
-    const RowSpan& rows = gradients[chunk.tensor];
+    const Rows& rows = gradients[chunk.tensor];
     const std::int64_t row_bytes = rows.row_bytes();
     std::int64_t row = chunk.first_byte / row_bytes;
     std::size_t part = first[chunk.tensor] + static_cast<std::size_t>(row);
@@ -62,14 +66,22 @@ struct RowParts {
   }
 };
 
-// A plan whose chunks are whole rows.
-inline ChunkPlan make_plan(const RowTable& rows) {
+RowParts(const RowTable&) -> RowParts<RowSpan>;
+RowParts(const RowTable&, std::span<const std::size_t>, std::size_t) -> RowParts<RowSpan>;
+RowParts(const PairTable&) -> RowParts<PairRows>;
+RowParts(const PairTable&, std::span<const std::size_t>, std::size_t) -> RowParts<PairRows>;
+
+// A plan whose chunks are whole rows, or parts of one.
+template <class Table_>
+ChunkPlan make_row_plan(const Table_& rows) {
   Table<std::int64_t> bytes, counts;
-  for (const RowSpan& gradient : rows.gradients) {
-    bytes.push_back(gradient.count * gradient.row_bytes());
-    counts.push_back(gradient.count);
+  for (std::size_t i = 0; i < rows.gradients.size(); ++i) {
+    counts.push_back(static_cast<std::int64_t>(rows.first[i + 1] - rows.first[i]));
+    bytes.push_back(counts.back() * rows.gradients[i].row_bytes());
   }
   return make_plan(bytes, counts);
 }
+inline ChunkPlan make_plan(const RowTable& rows) { return make_row_plan(rows); }
+inline ChunkPlan make_plan(const PairTable& pairs) { return make_row_plan(pairs); }
 
 }  // namespace gradclip::cpu

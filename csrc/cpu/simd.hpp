@@ -231,6 +231,24 @@ GRADCLIP_INLINE Doubles below_if_subnormal(const Doubles& x) {
       x);
 }
 
+#if defined(__F16C__)
+// 8 float16 as float64, and back to nearest.
+typedef float EightFloats __attribute__((vector_size(32)));
+typedef double EightDoubles __attribute__((vector_size(64)));
+GRADCLIP_INLINE void widen_eight(const std::byte* from, double* to) {
+  const auto halves = _mm_loadu_si128(reinterpret_cast<const __m128i_u*>(from));
+  const auto wide = __builtin_convertvector((EightFloats)_mm256_cvtph_ps(halves), EightDoubles);
+  __builtin_memcpy(to, &wide, sizeof(wide));
+}
+GRADCLIP_INLINE void narrow_eight(const double* from, std::byte* to) {
+  EightDoubles wide;
+  __builtin_memcpy(&wide, from, sizeof(wide));
+  const EightFloats floats = __builtin_convertvector(wide, EightFloats);
+  _mm_storeu_si128(reinterpret_cast<__m128i_u*>(to),
+                   _mm256_cvtps_ph((__m256)floats, _MM_FROUND_TO_NEAREST_INT));
+}
+#endif
+
 enum class Rounding { nearest, down };
 
 // As truncated_to_bfloat16. NaN needs no care, as above.

@@ -10,13 +10,14 @@ import numpy.typing as npt
 
 from gradclip import _core
 from gradclip._dispatch import read, read_and_see
-from gradclip._measured import Measured, Policy, clip, formula_of
+from gradclip._measured import Measured, Policy, clip, formula_of, with_params
 from gradclip._result import ClipResult, warn_of_nothing
 
 __all__ = [
     "clip_by_global_norm_",
     "clip_by_norm_",
     "clip_by_value_",
+    "clip_difference_",
     "get_num_threads",
     "global_norm",
     "measure",
@@ -144,6 +145,9 @@ def measure(
     groups: Grouping = None,
     grad_scale: float = 1.0,
     reduce: Reduce | None = None,
+    params: GradientArrays | None = None,
+    l2: float = 0.0,
+    l1: float = 0.0,
 ) -> Measured:
     """Measure gradients in one pass, for somebody to decide before they are clipped.
 
@@ -156,6 +160,9 @@ def measure(
         groups: As for :func:`clip_by_global_norm_`.
         grad_scale: As for :func:`clip_by_global_norm_`.
         reduce: As for :func:`clip_by_global_norm_`; called here.
+        params: As for :func:`clip_by_global_norm_`; what clips or scales afterwards writes it, too.
+        l2: As for :func:`clip_by_global_norm_`.
+        l1: As for :func:`clip_by_global_norm_`.
 
     Returns:
         The norms, and the way to clip or scale by them.
@@ -175,7 +182,8 @@ def measure(
         >>> measured.clip_(np.median(seen)).coefficient == 2 / 13
         True
     """
-    return Measured(read(grads).measure(ord, groups, grad_scale, reduce))
+    gradients = with_params(read(grads), params, l2, l1)
+    return Measured(gradients.measure(ord, groups, grad_scale, reduce))
 
 
 def clip_by_global_norm_(
@@ -187,6 +195,9 @@ def clip_by_global_norm_(
     nonfinite: NonFinite = "raise",
     reduce: Reduce | None = None,
     rounding: Rounding = "nearest",
+    params: GradientArrays | None = None,
+    l2: float = 0.0,
+    l1: float = 0.0,
 ) -> ClipResult:
     """Clip gradients in place so that the norm of every group is at most ``max_norm`` (rounded).
 
@@ -228,6 +239,14 @@ def clip_by_global_norm_(
             memory holds afterwards is at most ``max_norm``, which a proof of differential privacy needs. Of
             float32 at most 1e-6 of the norm is given away; 16-bit elements are cut off. See
             ``docs/reduction-order.md``.
+        params: The parameters, for weight regularisation in the same pass: arrays as ``grads`` has them (a
+            mapping if that is one; ``None`` where that has ``None``), each of the shape of its gradient. They
+            are only read. Dtypes may differ (a bfloat16 gradient of a float32 master weight), but not
+            complex from real. torch tensors that require grad are fine.
+        l2: The factor of L2 regularisation (weight decay as part of the gradient; Krogh and Hertz 1991): what
+            is measured, clipped and written is ``g + l2 * w + l1 * sign(w)``, computed in float64 and rounded
+            once. It is written also where nothing is clipped.
+        l1: The factor of L1 regularisation (Tibshirani 1996), for real dtypes.
 
     Returns:
         What was measured and done. With ``reduce``, ``total_norm`` and ``group_norms`` are over all
@@ -240,7 +259,8 @@ def clip_by_global_norm_(
         ValueError: As for :func:`tensor_norms`; an entry is read-only, overlaps itself or shares memory
             with another; ``max_norm`` is negative or NaN, ``ord`` or ``grad_scale`` not positive;
             ``groups`` does not have one label per entry; a gradient has no axes, or not as many samples as
-            another; ``nonfinite`` is not one of the four; a tensor was given other memory while ``reduce``
+            another; ``params`` are not as many as ``grads``, or have other shapes or names, or share memory
+            with them; ``l2`` or ``l1`` is negative or not finite, or not 0 without ``params``; ``nonfinite`` is not one of the four; a tensor was given other memory while ``reduce``
             ran.
         NonFiniteGradientError: A gradient holds an infinity or a NaN and ``nonfinite="raise"``.
 
@@ -258,6 +278,7 @@ def clip_by_global_norm_(
         (array([1.5, 2. ]), array([6.]))
     """
     gradients, has_any = read_and_see(grads)
+    gradients = with_params(gradients, params, l2, l1)
     result = clip(gradients, max_norm, ord, groups, grad_scale, nonfinite, reduce, formula_of(rounding))
     if not has_any and reduce is None:  # else other processes may have some
         warn_of_nothing()
@@ -272,6 +293,9 @@ def clip_by_norm_(
     nonfinite: NonFinite = "raise",
     reduce: Reduce | None = None,
     rounding: Rounding = "nearest",
+    params: GradientArrays | None = None,
+    l2: float = 0.0,
+    l1: float = 0.0,
 ) -> ClipResult:
     """Clip each gradient in place by its own norm: :func:`clip_by_global_norm_` with ``groups="tensor"``.
 
@@ -283,6 +307,9 @@ def clip_by_norm_(
         nonfinite: As for :func:`clip_by_global_norm_`.
         reduce: As for :func:`clip_by_global_norm_`.
         rounding: As for :func:`clip_by_global_norm_`.
+        params: As for :func:`clip_by_global_norm_`.
+        l2: As for :func:`clip_by_global_norm_`.
+        l1: As for :func:`clip_by_global_norm_`.
 
     Returns:
         What was measured and done; ``coefficient`` is an array with one entry per gradient.
@@ -299,8 +326,63 @@ def clip_by_norm_(
         array([0.2, 1. ])
     """
     gradients, has_any = read_and_see(grads)
+    gradients = with_params(gradients, params, l2, l1)
     result = clip(gradients, max_norm, ord, "tensor", grad_scale, nonfinite, reduce, formula_of(rounding))
     if not has_any and reduce is None:  # else other processes may have some
+        warn_of_nothing()
+    return result
+
+
+def clip_difference_(
+    new: GradientArrays,
+    base: GradientArrays,
+    max_norm: Thresholds | Policy,
+    ord: float = 2,
+    groups: Grouping = None,
+    nonfinite: NonFinite = "raise",
+    reduce: Reduce | None = None,
+    rounding: Rounding = "nearest",
+) -> ClipResult:
+    """Clip an update in place: ``new`` becomes ``base + coefficient * (new - base)``.
+
+    So clips federated learning what a client has trained, before it is sent (McMahan et al. 2018,
+    arXiv:1710.06963), and anybody the step of an optimizer. One pass measures ``new - base``, one writes; there
+    is no temporary. Where nothing is to be clipped, not one byte is written.
+
+    Args:
+        new: What ``base`` has become: arrays as for :func:`clip_by_global_norm_`, which are written.
+        base: What the update began from: arrays as ``new`` has them (a mapping if that is one; ``None`` where
+            that has ``None``), each of the shape and dtype of its entry there. They are only read.
+        max_norm: As for :func:`clip_by_global_norm_`: of the norm of ``new - base``.
+        ord: As for :func:`clip_by_global_norm_`.
+        groups: As for :func:`clip_by_global_norm_`.
+        nonfinite: As for :func:`clip_by_global_norm_`; ``"zero"`` makes the update zero: ``new`` becomes
+            ``base``.
+        reduce: As for :func:`clip_by_global_norm_`.
+        rounding: As for :func:`clip_by_global_norm_`: ``"down"`` holds of the exact difference of what is in
+            memory afterwards.
+
+    Returns:
+        What was measured of the update and done.
+
+    Raises:
+        TypeError: As for :func:`clip_by_global_norm_`; dtypes differ between ``new`` and ``base``.
+        ValueError: As for :func:`clip_by_global_norm_` of its ``params``.
+        NonFiniteGradientError: As for :func:`clip_by_global_norm_`, of the update.
+
+    Example:
+        >>> import numpy as np, gradclip
+        >>> base = [np.array([1.0, 1.0])]
+        >>> new = [np.array([4.0, 5.0])]
+        >>> gradclip.clip_difference_(new, base, max_norm=2.5).total_norm
+        5.0
+        >>> new
+        [array([2.5, 3. ])]
+    """
+    gradients, has_any = read_and_see(new, is_update=True)
+    update = gradients.with_base(base)
+    result = clip(update, max_norm, ord, groups, 1.0, nonfinite, reduce, formula_of(rounding))
+    if not has_any and reduce is None:
         warn_of_nothing()
     return result
 

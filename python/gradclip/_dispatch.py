@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gradclip._result import ClipResult
 
 __all__ = [
+    "Measurable",
     "MeasuredGradients",
     "ReadGradients",
     "cuda_module",
@@ -51,18 +52,16 @@ class MeasuredGradients(Protocol):
     def names(self) -> tuple[str, ...] | None: ...
     @property
     def group_names(self) -> Sequence[str] | None: ...
+    @property
+    def penalty(self) -> Any: ...
 
 
-class ReadGradients(Protocol):
-    """Gradients that an engine has read: the CPU's (``_core.Gradients``) or a GPU's (``_device``)."""
+class Measurable(Protocol):
+    """What can be measured and clipped: gradients, or pairs of them and a second list of arrays."""
 
-    def tensor_norms(self, ord: object) -> npt.NDArray[np.float64]: ...
-    def row_norms(self, ord: object) -> list[npt.NDArray[np.float64]]: ...
-    def global_norm(self, ord: object) -> float: ...
     def measure(
         self, ord: object, groups: object, grad_scale: object, reduce: object
     ) -> MeasuredGradients: ...
-    def with_norm(self, norm: Any) -> MeasuredGradients: ...  # that somebody has measured, of all together
     # In one call. `formula`: how what is written is rounded, or a float that is added to norms.
     def clip(
         self,
@@ -74,6 +73,17 @@ class ReadGradients(Protocol):
         reduce: object,
         formula: object = ...,
     ) -> ClipResult: ...
+
+
+class ReadGradients(Measurable, Protocol):
+    """Gradients that an engine has read: the CPU's (``_core.Gradients``) or a GPU's (``_device``)."""
+
+    def tensor_norms(self, ord: object) -> npt.NDArray[np.float64]: ...
+    def row_norms(self, ord: object) -> list[npt.NDArray[np.float64]]: ...
+    def global_norm(self, ord: object) -> float: ...
+    def with_norm(self, norm: Any) -> MeasuredGradients: ...  # that somebody has measured, of all together
+    def with_params(self, params: Any, l2: Any, l1: Any) -> Measurable: ...  # grads + l2 w + l1 sign(w)
+    def with_base(self, base: Any) -> Measurable: ...  # the update of base that they are
     def clip_by_value(self, limit: object, to_nearest: bool = ...) -> ClipResult: ...
     def scale(self, factor: object) -> None: ...
     def require_writable(self) -> None: ...
@@ -96,8 +106,8 @@ def read(grads: Any, is_kept: bool = False) -> ReadGradients:
     return read_and_see(grads, is_kept)[0]
 
 
-def read_and_see(grads: Any, is_kept: bool = False) -> tuple[ReadGradients, bool]:
-    """As :func:`read`, and whether there is any gradient among them."""
+def read_and_see(grads: Any, is_kept: bool = False, is_update: bool = False) -> tuple[ReadGradients, bool]:
+    """As :func:`read`, and whether there is any gradient among them; ``is_update``: messages say ``new``."""
     arrays: Iterable[Any] = grads
     if type(grads) is not list and type(grads) is not tuple:
         if isinstance(grads, Mapping):
@@ -110,7 +120,7 @@ def read_and_see(grads: Any, is_kept: bool = False) -> tuple[ReadGradients, bool
             arrays = grads = tuple(grads)
     first = _first(arrays)
     if type(first) is np.ndarray or first is None or not is_on_cuda(first):
-        return _core.read(grads, is_kept), first is not None
+        return _core.read(grads, is_kept, is_update), first is not None
     return _read_device(grads, first, is_kept), True
 
 

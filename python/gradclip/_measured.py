@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from gradclip._api import NonFinite, Rounding, Thresholds
-    from gradclip._dispatch import MeasuredGradients, ReadGradients
+    from gradclip._dispatch import Measurable, MeasuredGradients, ReadGradients
 
-__all__ = ["Measured", "Policy", "clip", "formula_of"]
+__all__ = ["Measured", "Policy", "clip", "formula_of", "with_params"]
 
 
 class Policy(Protocol):
@@ -46,6 +46,7 @@ class Measured:
         missing: The gradients that were ``None``, as in ``nonfinite``.
         names: The keys of the mapping that the call was given; ``None`` for a sequence.
         group_names: What the groups are called, where the call named them.
+        penalty: As of :class:`ClipResult`.
 
     Example:
         >>> import numpy as np, gradclip
@@ -89,6 +90,10 @@ class Measured:
     @property
     def group_names(self) -> Sequence[str] | None:
         return self._measured.group_names
+
+    @property
+    def penalty(self) -> float:
+        return self._measured.penalty  # type: ignore[no-any-return]
 
     def named_norms(self) -> dict[str, float]:
         """The norm of every gradient by its name, as of :class:`ClipResult`."""
@@ -186,8 +191,18 @@ def formula_of(rounding: object) -> str:
     return rounding
 
 
+def with_params(read: ReadGradients, params: Any, l2: Any, l1: Any) -> Measurable:
+    """Gradients and what weight regularisation adds to them, if it does."""
+    if params is not None:
+        pair = read.with_params(params, l2, l1)
+        return pair if l2 != 0 or l1 != 0 else read
+    if l2 != 0 or l1 != 0:
+        raise ValueError(f"params: expected the parameters that are regularised (l2={l2}, l1={l1}), got None")
+    return read
+
+
 def clip(
-    read: ReadGradients,
+    read: Measurable,
     max_norm: Any,
     ord: object,
     groups: object,

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from gradclip._api import GradientArrays, Grouping, NonFinite, Reduce, Rounding, Thresholds
 from gradclip._dispatch import read_and_see
-from gradclip._measured import Measured, Policy, clip, formula_of
+from gradclip._measured import Measured, Policy, clip, formula_of, with_params
 from gradclip._result import ClipResult, count_of, warn_of_nothing
 
 __all__ = ["Plan"]
@@ -85,10 +85,18 @@ class Plan:
         return self._plan.global_norm(ord)
 
     def measure(
-        self, ord: float = 2, groups: Grouping = None, grad_scale: float = 1.0, reduce: Reduce | None = None
+        self,
+        ord: float = 2,
+        groups: Grouping = None,
+        grad_scale: float = 1.0,
+        reduce: Reduce | None = None,
+        params: GradientArrays | None = None,
+        l2: float = 0.0,
+        l1: float = 0.0,
     ) -> Measured:
         """As :func:`gradclip.measure`."""
-        return Measured(self._plan.measure(ord, groups, grad_scale, reduce))
+        gradients = with_params(self._plan, params, l2, l1)
+        return Measured(gradients.measure(ord, groups, grad_scale, reduce))
 
     def clip_by_global_norm_(
         self,
@@ -99,9 +107,13 @@ class Plan:
         nonfinite: NonFinite = "raise",
         reduce: Reduce | None = None,
         rounding: Rounding = "nearest",
+        params: GradientArrays | None = None,
+        l2: float = 0.0,
+        l1: float = 0.0,
     ) -> ClipResult:
         """As :func:`gradclip.clip_by_global_norm_`."""
-        return clip(self._plan, max_norm, ord, groups, grad_scale, nonfinite, reduce, formula_of(rounding))
+        gradients = with_params(self._plan, params, l2, l1)
+        return clip(gradients, max_norm, ord, groups, grad_scale, nonfinite, reduce, formula_of(rounding))
 
     def clip_by_norm_(
         self,
@@ -111,9 +123,27 @@ class Plan:
         nonfinite: NonFinite = "raise",
         reduce: Reduce | None = None,
         rounding: Rounding = "nearest",
+        params: GradientArrays | None = None,
+        l2: float = 0.0,
+        l1: float = 0.0,
     ) -> ClipResult:
         """As :func:`gradclip.clip_by_norm_`."""
-        return clip(self._plan, max_norm, ord, "tensor", grad_scale, nonfinite, reduce, formula_of(rounding))
+        gradients = with_params(self._plan, params, l2, l1)
+        return clip(gradients, max_norm, ord, "tensor", grad_scale, nonfinite, reduce, formula_of(rounding))
+
+    def clip_difference_(
+        self,
+        base: GradientArrays,
+        max_norm: Thresholds | Policy,
+        ord: float = 2,
+        groups: Grouping = None,
+        nonfinite: NonFinite = "raise",
+        reduce: Reduce | None = None,
+        rounding: Rounding = "nearest",
+    ) -> ClipResult:
+        """As :func:`gradclip.clip_difference_`, of which the plan has ``new``."""
+        update = self._plan.with_base(base)
+        return clip(update, max_norm, ord, groups, 1.0, nonfinite, reduce, formula_of(rounding))
 
     def clip_by_value_(self, limit: SupportsFloat) -> ClipResult:
         """As :func:`gradclip.clip_by_value_`."""

@@ -42,6 +42,9 @@ class ClipResult:
         group_norms: One norm per group, float64, before clipping and divided by ``grad_scale``; over
             all processes when the call was given ``reduce``.
         group_names: What the groups are called, where the call named them; of rows :class:`RowNames`.
+        penalty: ``l2 / 2 * sum(w**2) + l1 * sum(abs(w))`` over the parameters that the call was given as
+            ``params``, of this process: what the gradients of the penalty were added for, to be added to the
+            loss. 0 without.
 
     Example:
         >>> import numpy as np, gradclip
@@ -62,6 +65,7 @@ class ClipResult:
     names: tuple[str, ...] | None
     _group_norms: npt.NDArray[np.float64] | None  # None where all gradients are one group
     group_names: Sequence[str] | None = None
+    penalty: float = 0.0
 
     @property
     def group_norms(self) -> npt.NDArray[np.float64]:
@@ -89,7 +93,7 @@ class ClipResult:
 
         Returns:
             ``total_norm``; ``coefficient``, the lowest of all groups; ``clipped``; the numbers of
-            ``gradients``, of those ``missing`` and ``nonfinite``; a ``norms/<name>`` for each gradient, and
+            ``gradients``, of those ``missing`` and ``nonfinite``; of a regularised clip the ``penalty``; a ``norms/<name>`` for each gradient, and
             of several groups a ``group_norms/<name>`` and ``coefficients/<name>`` for each, unless they are
             rows.
 
@@ -109,6 +113,8 @@ class ClipResult:
             "missing": len(self.missing),
             "nonfinite": len(self.nonfinite),
         }
+        if self.penalty:
+            numbers["penalty"] = float(self.penalty)
         numbers |= {f"norms/{name}": norm for name, norm in self.named_norms().items()}
         if isinstance(self.coefficient, np.ndarray) and not isinstance(self.group_names, RowNames):
             groups = self.named_group_norms()
@@ -311,19 +317,20 @@ def nonfinite_error(
     counts: list[tuple[int, int, int]],
     names: tuple[str, ...] | None,
     norms: npt.NDArray[np.float64],
+    argument: str = "grads",
 ) -> NonFiniteGradientError:
     entries: list[tuple[int | str, int, int]] = [
         (names[i] if names is not None else i, nan, inf) for i, nan, inf in counts
     ]
     shown = [
-        f"grads[{entry!r}]: expected finite elements, got {nan} NaN and {inf} inf"
+        f"{argument}[{entry!r}]: expected finite elements, got {nan} NaN and {inf} inf"
         for entry, nan, inf in entries[:_ROWS_IN_REPR]
     ]
     if len(entries) > _ROWS_IN_REPR:
         shown.append(f"and {count_of(len(entries) - _ROWS_IN_REPR, 'more gradient')}")
     if not entries:
         shown.append(
-            "grads: expected a finite norm, got an infinite one or NaN, though every gradient of this "
+            f"{argument}: expected a finite norm, got an infinite one or NaN, though every gradient of this "
             "process is finite: it came through reduce, or the norm is beyond float64"
         )
     shown.append("nothing was written (choose nonfinite='skip', 'zero' or 'propagate' to go on)")

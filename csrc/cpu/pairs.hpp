@@ -1,0 +1,138 @@
+// Pairs by tiles of what is made of them: float64, in buffers of one tile.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+#include "core/pair.hpp"
+#include "core/rows.hpp"
+#include "core/span.hpp"
+#include "core/table.hpp"
+#include "cpu/isa.hpp"
+#include "cpu/memory.hpp"
+
+namespace gradclip::cpu {
+
+// A gradient and its second array, both in the order in which the gradient lies in memory; where rows are parts, a
+// row of each. `dtype` is that of what is made of them.
+struct PairSpan {
+  Span x, y;
+  PairFormula formula;
+  DType dtype;
+  PairSums* sums = nullptr;  // of y, where somebody asks for them
+
+  std::int64_t itemsize() const { return static_cast<std::int64_t>(size_of(dtype)); }
+};
+
+// All rows of a gradient; or, where rows are no parts, the whole of it as one.
+struct PairRows {
+  RowSpan x, y;
+  PairFormula formula;
+  DType dtype;
+
+  PairSpan operator[](std::int64_t row) const { return {x[row], y[row], formula, dtype}; }
+  std::int64_t row_bytes() const { return x.numel * static_cast<std::int64_t>(size_of(dtype)); }
+};
+
+// Part r of gradient i is number first[i] + r.
+struct PairTable {
+  Table<PairRows> gradients;
+  Table<std::size_t> first = {0};
+  std::list<StridedLayout> layouts;
+
+  void add(const PairRows& rows) {
+    gradients.push_back(rows);
+    first.push_back(first.back() + static_cast<std::size_t>(rows.x.count));
+  }
+};
+
+// One tile of a pair.
+class PairTile {
+ public:
+  PairTile(const PairSpan& pair, std::int64_t first_byte, std::int64_t bytes)
+      : pair_(pair),
+        first_(first_byte / pair.itemsize()),
+        elements_(bytes / pair.itemsize()),
+        numbers_(static_cast<std::size_t>(bytes) / sizeof(double)) {
+    widen(pair.x, z_);
+    widen(pair.y, y_);
+    const PairFormula& formula = pair.formula;
+    if (formula.factor != 0.0) kernels().add_scaled(z_, y_, formula.factor, numbers_);
+    if (formula.sign_factor != 0.0) kernels().add_signs(z_, y_, formula.sign_factor, numbers_);
+  }
+  PairTile(const PairTile&) = delete;
+
+  const std::byte* data() const { return reinterpret_cast<const std::byte*>(z_); }
+  std::size_t bytes() const { return numbers_ * sizeof(double); }
+
+  void add_sums_of_y(PairSums& sums) const {
+    const auto* const y = reinterpret_cast<const std::byte*>(y_);
+    const TypeKernels& wide = kernels().of(DType::float64);
+    if (pair_.formula.factor != 0.0) sums.squares.add(wide.sum_squares(y, bytes()));
+    if (pair_.formula.sign_factor != 0.0) sums.magnitudes.add(wide.sum_magnitudes(y, bytes()));
+  }
+
+  // To the gradient's memory: factor * z, or y + factor * z. `down`: rounded so that what was measured of it
+  // is not above that.
+  void write(double factor, bool down) {
+    const Kernels& all = kernels();
+    const TypeKernels& wide = all.of(DType::float64);
+    if (factor != 1.0)
+      (down ? wide.scale_down : wide.scale)(reinterpret_cast<std::byte*>(z_), bytes(), factor);
+    const bool moves = pair_.formula.is_difference;
+    if (moves && !down) all.add_scaled(z_, y_, 1.0, numbers_);
+    const TypeKernels& type = all.of(pair_.x.dtype);
+    place([&](std::byte* to) {
+      if (moves && down)
+        type.move_down(y_, z_, to, numbers_);
+      else
+        (down ? type.narrow_down : type.narrow)(z_, to, numbers_);
+    });
+  }
+  // y, which is of the gradient's dtype.
+  void write_second() {
+    place([&](std::byte* to) { kernels().of(pair_.x.dtype).narrow(y_, to, numbers_); });
+  }
+
+ private:
+  // fill(to), which is where the gradient lies.
+  template <class Fill>
+  void place(Fill fill) {
+    fill(pair_.x.layout ? buffer_ : pair_.x.data + first_ * pair_.x.itemsize());
+    if (pair_.x.layout) scatter(pair_.x, first_, elements_, buffer_);
+  }
+  void widen(const Span& span, double* to) {
+    kernels().of(span.dtype).widen(gathered(span, first_, elements_, buffer_), to, numbers_);
+  }
+
+  static constexpr std::size_t kNumbers = order::kTileBytes / sizeof(double);
+  alignas(order::kBlockBytes) double z_[kNumbers];
+  alignas(order::kBlockBytes) double y_[kNumbers];
+  alignas(order::kBlockBytes) std::byte buffer_[order::kTileBytes];
+  const PairSpan& pair_;
+  std::int64_t first_, elements_;
+  std::size_t numbers_;
+};
+
+// visit(tile) for every tile of a piece.
+template <class Visit>
+void for_each_pair_tile(const PairSpan& pair, const Chunk& piece, Visit visit) {
+  constexpr auto kTile = static_cast<std::int64_t>(order::kTileBytes);
+  const std::int64_t end = piece.first_byte + piece.bytes;
+  for (std::int64_t first = piece.first_byte; first < end; first += kTile) {
+    PairTile tile(pair, first, std::min(end - first, kTile));
+    visit(tile);
+  }
+}
+
+// As of a Span.
+template <class Visit>
+void for_each_tile(const PairSpan& pair, const Chunk& piece, Visit visit) {
+  for_each_pair_tile(pair, piece, [&](const PairTile& tile) {
+    if (pair.sums) tile.add_sums_of_y(*pair.sums);
+    visit(tile.data(), tile.bytes());
+  });
+}
+
+}  // namespace gradclip::cpu
