@@ -184,10 +184,11 @@ def written_from(z: Array, factor: Any, dtype: Any, rounding: str = "nearest") -
         product = parts if factor == 1.0 else scaled_down(parts, float(factor))
         if _real(dtype) != np.float64:
             product = _cut(_cut(product, np.float32), _real(dtype))
-        written = product
+        written: Array = product
     else:
         written = _narrowed(parts if factor == 1.0 else parts * np.float64(factor), _real(dtype))
-    return written.view(dtype).reshape(z.shape)
+    typed: Array = written.view(dtype)
+    return typed.reshape(z.shape)
 
 
 def written_beside(z: Array, factor: Any, base: Array, rounding: str = "nearest") -> Array:

@@ -54,7 +54,7 @@ def check_outcome(on_gpu: Outcome, on_cpu: Outcome) -> None:
     assert type(on_gpu) is type(on_cpu)
     if isinstance(on_gpu, gradclip.ClipResult):
         assert isinstance(on_cpu, gradclip.ClipResult)
-        for field in ("total_norm", "norms", "coefficient", "group_norms"):
+        for field in ("total_norm", "norms", "coefficient", "group_norms", "penalty"):
             assert same_bits(getattr(on_gpu, field), getattr(on_cpu, field)), field
         assert (on_gpu.clipped, on_gpu.nonfinite) == (on_cpu.clipped, on_cpu.nonfinite)
         assert on_gpu.names == on_cpu.names
@@ -73,6 +73,29 @@ def check_clip(device: Device, arrays: list[Array | None], max_norm: float, **op
         outcome(lambda: gradclip.clip_by_global_norm_(arrays, max_norm, **options)),
     )
     for left, right in zip(on_gpu, arrays, strict=True):
+        assert right is None or same_bits(device.host(left), right)
+
+
+def check_pair(
+    device: Device,
+    arrays: list[Array | None],
+    second: list[Array | None],
+    max_norm: Any,
+    l2: float | None = None,
+    l1: float = 0.0,
+    **options: Any,
+) -> None:
+    """The same of pairs: an update of ``second``, or with ``l2`` a clip that they regularise."""
+
+    def clip(first: list[Any], beside: list[Any]) -> Any:
+        if l2 is None:
+            return outcome(lambda: gradclip.clip_difference_(first, beside, max_norm, **options))
+        regularised: dict[str, Any] = {"params": beside, "l2": l2, "l1": l1}
+        return outcome(lambda: gradclip.clip_by_global_norm_(first, max_norm, **regularised, **options))
+
+    on_gpu, beside = ([None if a is None else device.array(a) for a in list_] for list_ in (arrays, second))
+    check_outcome(clip(on_gpu, beside), clip(arrays, second))
+    for left, right in zip([*on_gpu, *beside], [*arrays, *second], strict=True):
         assert right is None or same_bits(device.host(left), right)
 
 

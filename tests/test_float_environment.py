@@ -135,6 +135,11 @@ def _over(
     return [_each(bound(value), real) for value in values]
 
 
+def _beside(grads: dict[str, Any]) -> dict[str, Any]:
+    """A second array for each, of the same numbers in another order."""
+    return {name: np.ascontiguousarray(array[::-1]) for name, array in grads.items()}
+
+
 _THRESHOLDS = (1.0, 1e-309, 3e-40, 0.3)
 
 CORE: dict[str, Any] = {
@@ -145,6 +150,10 @@ CORE: dict[str, Any] = {
         *_over(_THRESHOLDS, gradclip.clip_by_global_norm_),
         *_over(_THRESHOLDS, lambda g, limit: gradclip.clip_by_global_norm_(g, limit, rounding="down")),
         *_over(_THRESHOLDS, lambda g, limit: gradclip.clip_by_global_norm_(g, limit, groups="row")),
+        *_over(
+            _THRESHOLDS,
+            lambda g, limit: gradclip.clip_by_global_norm_(g, limit, params=_beside(g), l2=1e-300),
+        ),
         _each(lambda g: gradclip.clip_by_global_norm_(g, 0.7, grad_scale=3e-308, nonfinite="zero")),
         _each(lambda g: gradclip.clip_by_global_norm_(g, 0.7, ord=3, reduce=_sums, nonfinite="skip")),
     ],
@@ -154,6 +163,12 @@ CORE: dict[str, Any] = {
         *_over(_THRESHOLDS, lambda g, limit: gradclip.measure(g, ord=3, groups="tensor").clip_(limit)),
         _each(lambda g: gradclip.measure(g, grad_scale=3e-308).scale_(1e-309)),
         _each(lambda g: gradclip.measure(g, reduce=_sums).group_norms),
+    ],
+    "clip_difference_": [
+        *_over(_THRESHOLDS, lambda g, limit: gradclip.clip_difference_(g, _beside(g), limit)),
+        *_over(
+            _THRESHOLDS, lambda g, limit: gradclip.clip_difference_(g, _beside(g), limit, rounding="down")
+        ),
     ],
     "scale_": _over((*_THRESHOLDS, 1 / 3), gradclip.scale_),
     "Plan": [

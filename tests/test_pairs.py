@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -71,7 +72,7 @@ def test_it_is_the_norm_of_the_float64_tensor(x_name: str, y_name: str, isa: str
             params=params,
             l2=_L2,
             l1=l1,
-            rounding=rounding,  # type: ignore[arg-type]
+            rounding=rounding,
         )
         assert result.clipped
         assert result.penalty == measured.penalty
@@ -88,7 +89,7 @@ def test_a_difference_is_moved_towards_its_base(name: str, isa: str) -> None:
     wide = [pair_model(x, y, -1.0) for x, y in zip(news, bases, strict=True)]
     for rounding in ("nearest", "down"):
         memory = [x.copy() for x in news]
-        result = gradclip.clip_difference_(memory, bases, 1.0, rounding=rounding)  # type: ignore[arg-type]
+        result = gradclip.clip_difference_(memory, bases, 1.0, rounding=rounding)
         assert np.array_equal(result.norms, gradclip.tensor_norms(wide))
         assert result.penalty == 0.0
         for got, z, y in zip(memory, wide, bases, strict=True):
@@ -150,11 +151,12 @@ def test_rows_of_pairs(layout: str, groups: str) -> None:
     assert np.array_equal(result.group_norms, expected.group_norms)
     assert result.total_norm == expected.total_norm
     assert np.array_equal(result.norms, expected.norms)
-    rows = result.coefficient if groups == "sample" else result.group_names.split(result.coefficient)  # type: ignore[union-attr]
-    for i, z in ((0, wide), (2, wide_other)):
+    rows: Any = np.asarray(result.coefficient)
+    rows = [rows] * 3 if groups == "sample" else result.group_names.split(rows)  # type: ignore[union-attr]
+    for array, coefficients, z in ((grads[0], rows[0], wide), (grads[2], rows[2], wide_other)):
         for r in range(5):
-            coefficient = rows[r] if groups == "sample" else rows[i][r]  # type: ignore[index]
-            assert _same(grads[i][r].copy(), written_from(z[r], coefficient, grads[i].dtype))  # type: ignore[index]
+            assert array is not None
+            assert _same(array[r].copy(), written_from(z[r], coefficients[r], array.dtype))
 
 
 def test_groups_by_label_and_names() -> None:
@@ -346,11 +348,11 @@ def test_the_other_ways_with_what_is_not_finite() -> None:
             1.0,
             params=params,
             l2=1.0,
-            nonfinite=nonfinite,  # type: ignore[arg-type]
+            nonfinite=nonfinite,
         )
         assert result.nonfinite == ("a", "b")
         new, base = _beyond()
-        gradclip.clip_difference_(new, base, 1.0, nonfinite=nonfinite)  # type: ignore[arg-type]
+        gradclip.clip_difference_(new, base, 1.0, nonfinite=nonfinite)
         if nonfinite == "skip":
             expected = _beyond()[0]
             for n in "ab":
@@ -392,7 +394,7 @@ def test_rounded_down_it_is_never_above(name: str) -> None:
             limit = part * float(gradclip.clip_difference_([x.copy()], [y], math.inf).total_norm)
             for rounding in ("down", "nearest"):
                 memory = x.copy()
-                gradclip.clip_difference_([memory], [y], limit, rounding=rounding)  # type: ignore[arg-type]
+                gradclip.clip_difference_([memory], [y], limit, rounding=rounding)
                 moved = [a - b for a, b in zip(_exactly(memory), _exactly(y), strict=True)]
                 is_above = _square(moved) > Fraction(limit) ** 2
                 assert not (is_above and rounding == "down")
@@ -535,18 +537,19 @@ def test_bad_input_is_named(call: Any, grads: Any, error: type[Exception], messa
 def test_operands_that_share_memory() -> None:
     memory = np.arange(20.0)
     before = memory.tobytes()
-    for call in (
+    calls: tuple[Callable[[], object], ...] = (
         lambda: gradclip.clip_by_global_norm_([memory], 1.0, params=[memory], l2=0.1),
         lambda: gradclip.clip_difference_([memory[:10]], [memory[5:15]], 1.0),
         lambda: gradclip.clip_difference_([memory[:5], memory[5:10]], [np.ones(5), memory[:5]], 1.0),
         lambda: gradclip.measure([memory], params=[memory], l2=0.1).clip_(1.0),
-    ):
+    )
+    for call in calls:
         with pytest.raises(
-            ValueError, match="expected memory of its own, got memory shared with (params|base)"
+            ValueError, match=r"expected memory of its own, got memory shared with (params|base)"
         ):
             call()
         assert memory.tobytes() == before
-    # What is only measured may share, tied parameters may be the same array, and interleaved ones share nothing.
+    # What is only measured may share, tied parameters may be one array, and interleaved ones share nothing.
     assert gradclip.measure([memory], params=[memory], l2=1.0).total_norm == 2 * gradclip.global_norm(
         [memory]
     )

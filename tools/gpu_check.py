@@ -37,12 +37,20 @@ PARTS = ("build", "tests", "torch", *SANITIZERS, "benchmark", "sweep")
 # The files that have tests marked `gpu`; no others are collected.
 TESTS = tuple(
     f"tests/test_{name}.py"
-    for name in ("gpu", "device_bits", "device_rows", "device_api", "rounding_down", "bench_gpu")
+    for name in (
+        "gpu",
+        "device_bits",
+        "device_rows",
+        "device_pairs",
+        "device_api",
+        "rounding_down",
+        "bench_gpu",
+    )
 )
 TORCH_TESTS = tuple(f"tests/test_torch_{name}.py" for name in ("gpu", "published"))
 # Under the sanitizer kernels take a hundred times as long: every kernel and dtype, but no long lists.
 SANITIZED = (
-    *("tests/test_device_bits.py", "tests/test_device_rows.py"),
+    *("tests/test_device_bits.py", "tests/test_device_rows.py", "tests/test_device_pairs.py"),
     *("-k", "real and not many and not layout"),
 )
 # Of our kernels alone. Calls that fail are exceptions in the tests; CuPy and the runtime ask for what a

@@ -34,10 +34,12 @@ SharedGradients read_gradients(const py::object& grads, bool is_kept, bool is_up
 
 SharedPair with_params(const std::shared_ptr<const Gradients>& grads, const py::object& params,
                        const py::object& l2, const py::object& l1) {
-  return {std::make_shared<gb::Pair>(gb::Pair::with_params(grads, params, l2, l1))};
+  const gb::Pair::Terms terms = gb::Pair::Terms::of_params(l2, l1);
+  return {std::make_shared<gb::Pair>(grads, params, terms, gb::second_reader())};
 }
 SharedPair with_base(const std::shared_ptr<const Gradients>& grads, const py::object& base) {
-  return {std::make_shared<gb::Pair>(gb::Pair::with_base(grads, base))};
+  const gb::Pair::Terms terms = gb::Pair::Terms::of_base();
+  return {std::make_shared<gb::Pair>(grads, base, terms, gb::second_reader())};
 }
 
 Measured measure_pair(const std::shared_ptr<const gb::Pair>& pair, const py::object& ord,
@@ -46,7 +48,7 @@ Measured measure_pair(const std::shared_ptr<const gb::Pair>& pair, const py::obj
   const std::shared_ptr<const Gradients>& grads = pair->gradients();
   const gb::MeasureArguments arguments(*grads, ord, groups, grad_scale, reduce);
   grads->recheck(gb::HostReader{}, ord, groups, grad_scale);
-  pair->recheck(ord, groups, grad_scale);
+  pair->second().recheck(gb::second_reader(), ord, groups, grad_scale);
   return {grads, arguments, pair};
 }
 

@@ -23,6 +23,7 @@ using gb::DeviceMeasured;
 using gb::Gradients;
 using gb::method;
 using SharedGradients = gb::Shared<DeviceGradients>;
+using SharedPair = gb::Shared<gb::DevicePair>;
 
 namespace {
 
@@ -32,6 +33,27 @@ DeviceMeasured measure(const std::shared_ptr<DeviceGradients>& grads, const py::
   const gb::MeasureArguments arguments(grads->gradients(), ord, groups, grad_scale, reduce);
   grads->gradients().recheck(grads->reader(), ord, groups, grad_scale);
   return {grads, arguments, stream};
+}
+
+SharedPair with_params(const std::shared_ptr<DeviceGradients>& grads, const py::object& params,
+                       const py::object& l2, const py::object& l1, std::uintptr_t stream) {
+  const gb::Pair::Terms terms = gb::Pair::Terms::of_params(l2, l1);
+  return {std::make_shared<gb::DevicePair>(grads, params, terms, stream)};
+}
+SharedPair with_base(const std::shared_ptr<DeviceGradients>& grads, const py::object& base,
+                     std::uintptr_t stream) {
+  const gb::Pair::Terms terms = gb::Pair::Terms::of_base();
+  return {std::make_shared<gb::DevicePair>(grads, base, terms, stream)};
+}
+
+DeviceMeasured measure_pair(const std::shared_ptr<gb::DevicePair>& pair, const py::object& ord,
+                            const py::object& groups, const py::object& grad_scale,
+                            const py::object& reduce, std::uintptr_t stream) {
+  const std::shared_ptr<DeviceGradients>& grads = pair->gradients();
+  const gb::MeasureArguments arguments(grads->gradients(), ord, groups, grad_scale, reduce);
+  grads->gradients().recheck(grads->reader(), ord, groups, grad_scale);
+  pair->pair().second().recheck(pair->reader(), ord, groups, grad_scale);
+  return {grads, arguments, stream, pair};
 }
 
 DeviceMeasured with_norm(const std::shared_ptr<DeviceGradients>& grads, const py::object& norm,
@@ -76,6 +98,19 @@ PYBIND11_MODULE(GRADCLIP_MODULE, m, py::mod_gil_not_used()) {
           "nbytes", [](const SharedGradients& grads) { return grads.object->gradients().nbytes(); })
       .def_property_readonly("num_elements", of_list(&Gradients::elements));
 
+  gradients
+      .def("with_params", method(&with_params), py::arg("params"), py::arg("l2"), py::arg("l1"),
+           py::arg("stream"))
+      .def("with_base", method(&with_base), py::arg("base"), py::arg("stream"));
+
+  py::class_<SharedPair> pair(m, "Pair", py::module_local());
+  gb::close_class(pair);
+  pair.def("measure", method(&measure_pair), py::arg("ord"), py::arg("groups"),
+           py::arg("grad_scale"), py::arg("reduce"), py::arg("stream"))
+      .def("clip", method(&DeviceMeasured::clip_pair), py::arg("max_norm"), py::arg("ord"),
+           py::arg("groups"), py::arg("grad_scale"), py::arg("nonfinite"), py::arg("reduce"),
+           py::arg("stream"), py::arg("formula"), py::arg("make"));
+
   py::class_<DeviceMeasured> measured(m, "Measured", py::module_local());
   gb::close_class(measured);
   measured
@@ -91,12 +126,12 @@ PYBIND11_MODULE(GRADCLIP_MODULE, m, py::mod_gil_not_used()) {
   m.def(
       "read",
       [](const py::object& grads, int device, std::uintptr_t stream, const std::string& framework,
-         py::object allocate, bool is_kept) {
-        return SharedGradients{std::make_shared<DeviceGradients>(grads, device, stream, framework,
-                                                                 std::move(allocate), is_kept)};
+         py::object allocate, bool is_kept, bool is_update) {
+        return SharedGradients{std::make_shared<DeviceGradients>(
+            grads, device, stream, framework, std::move(allocate), is_kept, is_update)};
       },
       py::arg("grads"), py::arg("device"), py::arg("stream"), py::arg("framework"),
-      py::arg("allocate"), py::arg("is_kept"));
+      py::arg("allocate"), py::arg("is_kept"), py::arg("is_update"));
 
   // Where the parts of a result lie, in bytes.
   m.def(
@@ -104,7 +139,7 @@ PYBIND11_MODULE(GRADCLIP_MODULE, m, py::mod_gil_not_used()) {
       [](std::size_t tensors, std::size_t groups) {
         const cuda::ResultLayout at{tensors, groups};
         return py::make_tuple(at.total_norm(), at.coefficients(), at.group_norms(), at.group_sums(),
-                              at.norms(), at.flags(), at.nonfinite(), at.bytes());
+                              at.norms(), at.flags(), at.penalty(), at.nonfinite(), at.bytes());
       },
       py::arg("tensors"), py::arg("groups"));
   m.def(

@@ -6,6 +6,7 @@
 #include "bindings/address.hpp"
 #include "bindings/arguments.hpp"
 #include "bindings/device_gradients.hpp"
+#include "bindings/device_pair.hpp"
 #include "bindings/gil.hpp"
 
 namespace gradclip::bindings {
@@ -16,23 +17,29 @@ inline std::byte* pointer_of(const py::object& memory) {
 }
 
 // The device is the current one, the stream is ordered with the producers' before and after,
-// and the list is ready.
+// and the list is ready: of gradients, or of `pairs`, whose second arrays `pair` has read.
 class DeviceCall {
  public:
-  DeviceCall(DeviceGradients& all, std::uintptr_t stream, const NamedGroups& named = {})
-      : all_(all), stream_(as_stream(stream)), guard_(all.device_) {
+  DeviceCall(DeviceGradients& all, std::uintptr_t stream, const NamedGroups& named = {},
+             DevicePair* pair = nullptr, const PairTable* pairs = nullptr)
+      : all_(all), pair_(pair), stream_(as_stream(stream)), guard_(all.device_) {
     is_capturing_ = cuda::is_capturing(stream_);
-    if (!all.is_kept_) {
-      const GilRelease release;
-      own_.emplace(all.gradients_.spans(), named.groups, named.rows.get(), all.device_, stream_);
-    } else {
-      if (is_capturing_ && all.reader_.has_producers_beside(stream_))
-        throw std::runtime_error(
-            "grads: expected a Plan of arrays that are all on the stream which is captured into a "
-            "CUDA graph, got some whose producers have streams of their own");
+    if (pair && is_capturing_)
+      throw std::runtime_error(
+          "grads: expected no second arrays while the stream is captured into a CUDA graph, for "
+          "they are read and placed at each call");
+    if (all.is_kept_ && is_capturing_ && all.reader_.has_producers_beside(stream_))
+      throw std::runtime_error(
+          "grads: expected a Plan of arrays that are all on the stream which is captured into a "
+          "CUDA graph, got some whose producers have streams of their own");
+    if (all.is_kept_ && !pair) {
       kept_ = &all.kept(named, is_capturing_);
-      all.reader_.wait_for_producers(stream_);
+    } else {
+      const GilRelease release;
+      own_.emplace(all.gradients_.spans(), named.groups, named.rows.get(), all.device_, stream_,
+                   pairs);
     }
+    if (all.is_kept_) all.reader_.wait_for_producers(stream_);
   }
   // Where an exception ends it, too: what was enqueued will run.
   ~DeviceCall() {
@@ -47,6 +54,7 @@ class DeviceCall {
     is_over_ = true;
     own_.reset();
     all_.reader_.let_producers_wait(stream_);
+    if (pair_) pair_->reader().let_producers_wait(stream_);
   }
 
   cuda::List& list() { return kept_ ? kept_->list : *own_; }
@@ -58,6 +66,7 @@ class DeviceCall {
 
  private:
   DeviceGradients& all_;
+  DevicePair* pair_;
   cuda::Stream stream_;
   cuda::DeviceGuard guard_;
   bool is_capturing_ = false, is_over_ = false;

@@ -19,7 +19,8 @@ bool same(const NamedGroups& a, const NamedGroups& b) {
 }  // namespace
 
 DeviceGradients::DeviceGradients(const py::object& grads, int device, std::uintptr_t stream,
-                                 const std::string& framework, py::object allocate, bool is_kept)
+                                 const std::string& framework, py::object allocate, bool is_kept,
+                                 bool is_update)
     : device_(device),
       framework_(DeviceReader::framework_named(framework)),
       allocate_(std::move(allocate)),
@@ -30,7 +31,7 @@ DeviceGradients::DeviceGradients(const py::object& grads, int device, std::uintp
           throw std::runtime_error(
               "grads: expected a Plan made before the stream was captured into a CUDA graph, got "
               "arrays that have to be read and placed first");
-        return Gradients(grads, reader_);
+        return Gradients(grads, reader_, is_update ? "new" : "grads");
       }()),
       is_kept_(is_kept) {
   if (!is_kept) return;

@@ -14,9 +14,9 @@ namespace gradclip::bindings {
 class DeviceGradients {
  public:
   // Read on `stream` of `device`. `allocate(bytes)` makes memory of the device for results, an object
-  // with `.ptr` that keeps it. `is_kept`: for many calls.
+  // with `.ptr` that keeps it. `is_kept`: for many calls. `is_update`: the list is called new in messages.
   DeviceGradients(const py::object& grads, int device, std::uintptr_t stream,
-                  const std::string& framework, py::object allocate, bool is_kept);
+                  const std::string& framework, py::object allocate, bool is_kept, bool is_update);
   ~DeviceGradients();
 
   py::object norms(const py::object& ord, std::uintptr_t stream);

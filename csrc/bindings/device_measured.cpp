@@ -106,6 +106,21 @@ void refuse_to_wait(const DeviceCall& call, NonFinite nonfinite) {
         "CUDA graph, got 'raise', which waits for the device");
 }
 
+// What is made of pairs, if there are any.
+std::shared_ptr<const PairTable> table_of(const DevicePair* pair, const MeasureArguments& measure) {
+  if (!pair) return nullptr;
+  return std::make_shared<const PairTable>(
+      pair->pair().table(measure.grad_scale, measure.groups.groups.are_of_rows()));
+}
+bool always_changes(const DevicePair* pair) { return pair && !pair->pair().is_difference(); }
+void require_writable(const DeviceGradients& grads, const DevicePair* pair) {
+  pair ? pair->pair().require_writable() : grads.gradients().require_writable();
+}
+void require_unchanged(DeviceGradients& grads, DevicePair* pair) {
+  grads.gradients().require_unchanged(grads.reader());
+  if (pair) pair->pair().second().require_unchanged(pair->reader());
+}
+
 // The end of a clip whose work is enqueued: waits where it is to raise.
 py::tuple finish(DeviceCall& call, const DeviceGradients& grads, const py::object& memory,
                  const py::object& made, NonFinite nonfinite) {
@@ -135,18 +150,42 @@ py::tuple DeviceMeasured::clip(const std::shared_ptr<DeviceGradients>& grads,
                                const py::object& nonfinite, const py::object& reduce,
                                std::uintptr_t stream, const py::object& formula,
                                const py::object& make) {
-  const cuda::DeviceGuard guard(grads->device());
-  const Gradients& list = grads->gradients();
-  const MeasureArguments measure(list, ord, groups, grad_scale, reduce);
-  const LimitsArgument limits(max_norm, measure.groups, *grads, as_stream(stream), false);
-  const cuda::Decision decision{*limits,
-                                clip_options(nonfinite, formula, measure.grad_scale, measure.order,
-                                             reduce.is_none() && list.has_only_float64())};
-  const NonFinite policy = decision.options.nonfinite;
-  list.require_writable();
-  list.recheck(grads->reader(), max_norm, ord, groups, grad_scale, nonfinite);
+  return clip_measuring(*grads, nullptr, max_norm, ord, groups, grad_scale, nonfinite, reduce,
+                        stream, formula, make);
+}
 
-  DeviceCall call(*grads, stream, measure.groups);
+py::tuple DeviceMeasured::clip_pair(const std::shared_ptr<DevicePair>& pair,
+                                    const py::object& max_norm, const py::object& ord,
+                                    const py::object& groups, const py::object& grad_scale,
+                                    const py::object& nonfinite, const py::object& reduce,
+                                    std::uintptr_t stream, const py::object& formula,
+                                    const py::object& make) {
+  return clip_measuring(*pair->gradients(), pair.get(), max_norm, ord, groups, grad_scale,
+                        nonfinite, reduce, stream, formula, make);
+}
+
+py::tuple DeviceMeasured::clip_measuring(DeviceGradients& grads, DevicePair* pair,
+                                         const py::object& max_norm, const py::object& ord,
+                                         const py::object& groups, const py::object& grad_scale,
+                                         const py::object& nonfinite, const py::object& reduce,
+                                         std::uintptr_t stream, const py::object& formula,
+                                         const py::object& make) {
+  const cuda::DeviceGuard guard(grads.device());
+  const Gradients& list = grads.gradients();
+  const MeasureArguments measure(list, ord, groups, grad_scale, reduce);
+  const LimitsArgument limits(max_norm, measure.groups, grads, as_stream(stream), false);
+  cuda::Decision decision{
+      *limits, clip_options(nonfinite, formula, measure.grad_scale, measure.order,
+                            reduce.is_none() && (pair || list.has_only_float64()))};
+  decision.options.always_changes = always_changes(pair);
+  const NonFinite policy = decision.options.nonfinite;
+  const auto pairs = table_of(pair, measure);
+  require_writable(grads, pair);
+  list.recheck(grads.reader(), max_norm, ord, groups, grad_scale, nonfinite);
+  if (pair)
+    pair->pair().second().recheck(pair->reader(), max_norm, ord, groups, grad_scale, nonfinite);
+
+  DeviceCall call(grads, stream, measure.groups, pair, pairs.get());
   refuse_to_wait(call, policy);
   const cuda::ResultLayout layout = call.list().layout();
   const py::object memory = call.allocate();
@@ -164,8 +203,8 @@ py::tuple DeviceMeasured::clip(const std::shared_ptr<DeviceGradients>& grads,
       const GilRelease release;
       call.list().measure(measure.order, measure.grad_scale, result, call.stream());
     }
-    const DeviceArgument sums = reduced_sums(reduce, memory, layout, *grads, call.stream());
-    list.require_unchanged(grads->reader());
+    const DeviceArgument sums = reduced_sums(reduce, memory, layout, grads, call.stream());
+    require_unchanged(grads, pair);
     list.mark_written();
     {
       const GilRelease release;
@@ -176,17 +215,20 @@ py::tuple DeviceMeasured::clip(const std::shared_ptr<DeviceGradients>& grads,
     sums.let_producers_wait(call.stream());
   }
   limits.let_producers_wait(call.stream());
-  return finish(call, *grads, memory, made, policy);
+  return finish(call, grads, memory, made, policy);
 }
 
 DeviceMeasured::DeviceMeasured(std::shared_ptr<DeviceGradients> grads,
-                               const MeasureArguments& arguments, std::uintptr_t stream)
+                               const MeasureArguments& arguments, std::uintptr_t stream,
+                               std::shared_ptr<DevicePair> pair)
     : grads_(std::move(grads)),
+      pair_(std::move(pair)),
+      pairs_(table_of(pair_.get(), arguments)),
       named_(arguments.groups),
       grad_scale_(arguments.grad_scale),
       order_(arguments.order),
       is_alone_(arguments.reduce.is_none()) {
-  DeviceCall call(*grads_, stream, named_);
+  DeviceCall call(*grads_, stream, named_, pair_.get(), pairs_.get());
   groups_ = call.list().layout().groups;
   memory_ = call.allocate();
   std::byte* const result = pointer_of(memory_);
@@ -230,7 +272,7 @@ py::tuple DeviceMeasured::clip_measured(const py::object& max_norm, const py::ob
                                         const py::object& make) {
   return apply(max_norm, false,
                clip_options(nonfinite, formula, grad_scale_, order_,
-                            is_alone_ && grads_->gradients().has_only_float64()),
+                            is_alone_ && (pair_ || grads_->gradients().has_only_float64())),
                stream, make);
 }
 
@@ -243,16 +285,17 @@ py::tuple DeviceMeasured::scale_measured(const py::object& coefficients, std::ui
 }
 
 py::tuple DeviceMeasured::apply(const py::object& limits_given, bool are_coefficients,
-                                const ClipOptions& options, std::uintptr_t stream,
+                                ClipOptions options, std::uintptr_t stream,
                                 const py::object& make) {
+  options.always_changes = always_changes(pair_.get());
   const cuda::DeviceGuard guard(grads_->device());
   const LimitsArgument limits(limits_given, named_, *grads_, as_stream(stream), are_coefficients);
   if (is_used_) refuse_second_use();
   const Gradients& list = grads_->gradients();
-  list.require_writable();
-  list.require_unchanged(grads_->reader());
+  require_writable(*grads_, pair_.get());
+  require_unchanged(*grads_, pair_.get());
 
-  DeviceCall call(*grads_, stream, named_);
+  DeviceCall call(*grads_, stream, named_, pair_.get(), pairs_.get());
   refuse_to_wait(call, options.nonfinite);
   if (call.is_capturing() && !memory_.is(call.allocate()))
     throw std::runtime_error(

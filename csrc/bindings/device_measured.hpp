@@ -5,6 +5,7 @@
 
 #include "bindings/arguments.hpp"
 #include "bindings/device_gradients.hpp"
+#include "bindings/device_pair.hpp"
 
 namespace gradclip::bindings {
 
@@ -12,8 +13,9 @@ class DeviceCall;
 
 class DeviceMeasured {
  public:
+  // `pair`: as of Measured.
   DeviceMeasured(std::shared_ptr<DeviceGradients> grads, const MeasureArguments& arguments,
-                 std::uintptr_t stream);
+                 std::uintptr_t stream, std::shared_ptr<DevicePair> pair = nullptr);
   // `norm`: a float64 number on the device.
   DeviceMeasured(std::shared_ptr<DeviceGradients> grads, const py::object& norm,
                  std::uintptr_t stream);
@@ -24,6 +26,11 @@ class DeviceMeasured {
                         const py::object& grad_scale, const py::object& nonfinite,
                         const py::object& reduce, std::uintptr_t stream, const py::object& formula,
                         const py::object& make);
+  static py::tuple clip_pair(const std::shared_ptr<DevicePair>& pair, const py::object& max_norm,
+                             const py::object& ord, const py::object& groups,
+                             const py::object& grad_scale, const py::object& nonfinite,
+                             const py::object& reduce, std::uintptr_t stream,
+                             const py::object& formula, const py::object& make);
   py::tuple clip_measured(const py::object& max_norm, const py::object& nonfinite,
                           std::uintptr_t stream, const py::object& formula, const py::object& make);
   py::tuple scale_measured(const py::object& coefficients, std::uintptr_t stream,
@@ -35,10 +42,18 @@ class DeviceMeasured {
   const py::object& group_names() const { return named_.names; }
 
  private:
-  py::tuple apply(const py::object& limits, bool are_coefficients, const ClipOptions& options,
+  static py::tuple clip_measuring(DeviceGradients& grads, DevicePair* pair,
+                                  const py::object& max_norm, const py::object& ord,
+                                  const py::object& groups, const py::object& grad_scale,
+                                  const py::object& nonfinite, const py::object& reduce,
+                                  std::uintptr_t stream, const py::object& formula,
+                                  const py::object& make);
+  py::tuple apply(const py::object& limits, bool are_coefficients, ClipOptions options,
                   std::uintptr_t stream, const py::object& make);
 
   std::shared_ptr<DeviceGradients> grads_;
+  std::shared_ptr<DevicePair> pair_;  // null: there is none
+  std::shared_ptr<const PairTable> pairs_;
   NamedGroups named_;
   double grad_scale_ = 1.0;
   NormOrder order_;

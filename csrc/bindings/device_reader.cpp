@@ -92,9 +92,10 @@ DeviceReader::Framework DeviceReader::framework_named(const std::string& name) {
   return name == "torch" ? torch : cupy;
 }
 
-DeviceReader::DeviceReader(int device, cuda::Stream stream, Framework framework, bool kept)
+DeviceReader::DeviceReader(int device, cuda::Stream stream, Framework framework, bool kept,
+                           bool may_require_grad)
     : is_kept(kept),
-      place_{device, reinterpret_cast<std::uintptr_t>(stream)},
+      place_{device, reinterpret_cast<std::uintptr_t>(stream), may_require_grad},
       framework_(framework),
       cupy_array_(imported("cupy", "ndarray")) {}
 

@@ -18,7 +18,8 @@ class DeviceReader {
 
   // `stream` waits for what the producers of the arrays have enqueued until they are read.
   // `kept`: is_kept, as of HostReader.
-  DeviceReader(int device, cuda::Stream stream, Framework framework, bool kept);
+  DeviceReader(int device, cuda::Stream stream, Framework framework, bool kept,
+               bool may_require_grad = false);
 
   const bool is_kept;
   static constexpr bool kRunsChunks = false;  // a GPU's blocks share the work by themselves

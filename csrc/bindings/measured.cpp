@@ -50,7 +50,7 @@ Table<NormSum> reduce_sums(const py::object& reduce, const NormOrder& order,
 
 // Of those tensors that hold elements which are not finite. A sum that is not finite need not mean that:
 // the magnitude of a finite complex128 element can be beyond float64.
-std::vector<NonFiniteEntry> count_nonfinite(const Gradients& grads, const cpu::PairTable* pairs,
+std::vector<NonFiniteEntry> count_nonfinite(const Gradients& grads, const PairTable* pairs,
                                             const std::vector<std::size_t>& tensors) {
   std::vector<NonFiniteEntry> counts;
   if (tensors.empty()) return counts;
@@ -189,7 +189,7 @@ Measured::Measured(std::shared_ptr<const Gradients> grads, const MeasureArgument
 
 // `sums`: of tensors.
 void Measured::measure_pair(Table<NormSum>& sums) {
-  pairs_ = std::make_shared<const cpu::PairTable>(
+  pairs_ = std::make_shared<const PairTable>(
       pair_->table(grad_scale_, named_.groups.are_of_rows()));
   PairSums second;
   run([&] {
@@ -203,7 +203,10 @@ void Measured::measure_pair(Table<NormSum>& sums) {
       sums_ = sums_of_groups(order_, sums, named_.groups);
     }
   });
-  penalty_ = pair_->penalty(second);
+  penalty_ = decide([&] {
+    return penalty_of(second.squares.rounded(), second.magnitudes.rounded(), pairs_->formula.l2,
+                      pairs_->formula.l1);
+  });
 }
 
 Measured::Measured(std::shared_ptr<const Gradients> grads, double norm) : grads_(std::move(grads)) {
@@ -238,7 +241,8 @@ py::object Measured::clip_measuring(std::shared_ptr<const Gradients> grads,
                            measure.grad_scale, measure.order, reduce.is_none());
   pair ? pair->require_writable() : grads->require_writable();
   grads->recheck(HostReader{}, max_norm, ord, groups, grad_scale, nonfinite);
-  if (pair) pair->recheck(max_norm, ord, groups, grad_scale, nonfinite);
+  if (pair)
+    pair->second().recheck(second_reader(), max_norm, ord, groups, grad_scale, nonfinite);
   Measured measured(std::move(grads), measure, std::move(pair));
   if (!reduce.is_none()) measured.require_unchanged();
   return measured.apply(clip.thresholds, clip.options);
@@ -278,7 +282,7 @@ void Measured::require_first_use() const {
 
 void Measured::require_unchanged() const {
   grads_->require_unchanged(HostReader{});
-  if (pair_) pair_->require_unchanged();
+  if (pair_) pair_->second().require_unchanged(second_reader());
 }
 
 py::object Measured::apply(const Table<double>& limits, const ClipOptions& options) {

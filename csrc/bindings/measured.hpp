@@ -74,7 +74,7 @@ class Measured {
 
   std::shared_ptr<const Gradients> grads_;
   std::shared_ptr<const Pair> pair_;  // null: there is none
-  std::shared_ptr<const cpu::PairTable> pairs_;
+  std::shared_ptr<const PairTable> pairs_;
   double penalty_ = 0.0;
   NormOrder order_;
   NamedGroups named_;

@@ -10,18 +10,6 @@
 namespace gradclip::bindings {
 namespace {
 
-// The second list in the order of the gradients: by their names, if they have any.
-py::object in_order(const Gradients& grads, const py::object& second, const char* argument) {
-  const bool by_name = is_mapping(second);
-  if (by_name != !grads.names().is_none())
-    throw py::type_error(std::string(argument) + ": expected a " +
-                         (by_name ? "sequence" : "mapping of names") + ", as " + grads.argument() +
-                         " is, got " + Py_TYPE(second.ptr())->tp_name);
-  if (!by_name) return second;
-  return values_by_name(second, grads.names(), argument,
-                        (std::string("entries of ") + grads.argument()).c_str());
-}
-
 std::string shape_text(const Axes& axes) {
   py::tuple shape(axes.size());
   for (std::size_t a = 0; a < axes.size(); ++a) shape[a] = axes[a].size;
@@ -30,48 +18,56 @@ std::string shape_text(const Axes& axes) {
 
 }  // namespace
 
-Pair::Pair(std::shared_ptr<const Gradients> grads, const py::object& second, const char* argument,
-           bool is_difference)
-    : grads_(std::move(grads)), is_difference_(is_difference) {
-  second_ = std::make_shared<const Gradients>(in_order(*grads_, second, argument), reader(),
-                                              argument, grads_->names());
+// The second list in the order of the gradients: by their names, if they have any.
+py::object Pair::in_order(const py::object& second) const {
+  const bool by_name = is_mapping(second);
+  if (by_name != !grads_->names().is_none())
+    throw py::type_error(std::string(argument()) + ": expected a " +
+                         (by_name ? "sequence" : "mapping of names") + ", as " +
+                         grads_->argument() + " is, got " + Py_TYPE(second.ptr())->tp_name);
+  if (!by_name) return second;
+  return values_by_name(second, grads_->names(), argument(),
+                        (std::string("entries of ") + grads_->argument()).c_str());
+}
+
+void Pair::check_entries() const {
   const std::size_t expected = grads_->spans().size();
-  if (second_->spans().size() != expected)
-    throw py::value_error(std::string(argument) + ": expected " + std::to_string(expected) +
+  if (second_.spans().size() != expected)
+    throw py::value_error(std::string(argument()) + ": expected " + std::to_string(expected) +
                           " arrays, one for each entry of " + grads_->argument() + ", got " +
-                          std::to_string(second_->spans().size()));
+                          std::to_string(second_.spans().size()));
   for (std::size_t i = 0; i < expected; ++i) check_entry(i);
+  if (terms_.l1 != 0.0) second_.require_real();
 }
 
 void Pair::check_entry(std::size_t i) const {
   const auto refuse = [&](Problem::Kind kind, const std::string& expected, const std::string& got) {
-    second_->name_at(i)
+    second_.name_at(i)
         .problem(kind, expected + ", as " + grads_->name_at(i)() + " has", got)
         .raise();
   };
-  if (grads_->is_missing(i) || second_->is_missing(i)) {
-    if (grads_->is_missing(i) && second_->is_missing(i)) return;
-    second_->name_at(i)
+  if (grads_->is_missing(i) || second_.is_missing(i)) {
+    if (grads_->is_missing(i) && second_.is_missing(i)) return;
+    second_.name_at(i)
         .problem(
             Problem::type_error,
             (grads_->is_missing(i) ? "None, as " : "an array, as ") + grads_->name_at(i)() + " is",
             grads_->is_missing(i) ? "an array" : "None")
         .raise();
   }
-  const Axes x = grads_->array_of(i).axes, y = second_->array_of(i).axes;
+  const Axes x = grads_->array_of(i).axes, y = second_.array_of(i).axes;
   if (!std::ranges::equal(x, y, {}, &StridedLayout::Axis::size, &StridedLayout::Axis::size))
     refuse(Problem::value_error, "shape " + shape_text(x), shape_text(y));
-  const DType here = grads_->spans()[i].dtype, there = second_->spans()[i].dtype;
-  if (is_difference_ ? here != there : is_complex(here) != is_complex(there))
+  const DType here = grads_->spans()[i].dtype, there = second_.spans()[i].dtype;
+  if (terms_.is_difference ? here != there : is_complex(here) != is_complex(there))
     refuse(Problem::type_error,
-           is_difference_     ? std::string("dtype ") + name_of(here)
+           terms_.is_difference     ? std::string("dtype ") + name_of(here)
            : is_complex(here) ? "a complex dtype"
                               : "a real dtype",
            name_of(there));
 }
 
-Pair Pair::with_params(std::shared_ptr<const Gradients> grads, const py::object& params,
-                       const py::object& l2, const py::object& l1) {
+Pair::Terms Pair::Terms::of_params(const py::object& l2, const py::object& l1) {
   const auto number = [](const py::object& value, const char* name) {
     const double factor = finite_number(value, name);
     if (factor < 0.0)
@@ -79,24 +75,8 @@ Pair Pair::with_params(std::shared_ptr<const Gradients> grads, const py::object&
                             repr_text(value));
     return factor;
   };
-  const double l2_number = number(l2, "l2"), l1_number = number(l1, "l1");
-  Pair pair(std::move(grads), params, "params", false);
-  pair.l2_ = l2_number;
-  pair.l1_ = l1_number;
-  if (l1_number != 0.0) pair.second_->require_real();
-  return pair;
-}
-
-Pair Pair::with_base(std::shared_ptr<const Gradients> grads, const py::object& base) {
-  return {std::move(grads), base, "base", true};
-}
-
-double Pair::penalty(const PairSums& sums) const {
-  return decide([&] {
-    const WideValue squares = sums.squares.rounded(), magnitudes = sums.magnitudes.rounded();
-    return narrow({0.5 * l2_ * squares.value, squares.exponent}) +
-           narrow({l1_ * magnitudes.value, magnitudes.exponent});
-  });
+  const double l2_number = number(l2, "l2");
+  return {l2_number, number(l1, "l1")};
 }
 
 namespace {
@@ -106,18 +86,18 @@ constexpr std::int64_t kMostElements = std::int64_t{1} << 58;
 
 }  // namespace
 
-cpu::PairTable Pair::table(double grad_scale, bool of_rows) const {
-  using cpu::PairRows;
-  cpu::PairTable table;
-  const PairFormula formula = is_difference_
-                                  ? PairFormula::difference()
-                                  : PairFormula{decide([&] { return l2_ * grad_scale; }),
-                                                decide([&] { return l1_ * grad_scale; }), false};
+PairTable Pair::table(double grad_scale, bool of_rows) const {
+  PairTable table;
+  const PairFormula formula = table.formula = decide([&] {
+    return terms_.is_difference
+               ? PairFormula::difference()
+               : PairFormula{terms_.l2 * grad_scale, terms_.l1 * grad_scale, false, terms_.l2, terms_.l1};
+  });
   if (!is_finite(formula.factor) || !is_finite(formula.sign_factor))
     throw py::value_error(
         "grad_scale: expected one whose products with l2 and l1 are finite, got a larger one");
   for (std::size_t i = 0; i < grads_->spans().size(); ++i) {
-    const Span &x_span = grads_->spans()[i], &y_span = second_->spans()[i];
+    const Span &x_span = grads_->spans()[i], &y_span = second_.spans()[i];
     PairRows pair{{nullptr, 1, 0, 0, nullptr, x_span.dtype},
                   {nullptr, 1, 0, 0, nullptr, y_span.dtype},
                   formula,
@@ -127,7 +107,7 @@ cpu::PairTable Pair::table(double grad_scale, bool of_rows) const {
       table.add(pair);
       continue;
     }
-    StridedArray x = grads_->array_of(i), y = second_->array_of(i);
+    StridedArray x = grads_->array_of(i), y = second_.array_of(i);
     if (of_rows) {
       pair.x.count = x.axes[0].size;
       pair.x.stride = x.axes[0].stride;
@@ -155,13 +135,13 @@ cpu::PairTable Pair::table(double grad_scale, bool of_rows) const {
 void Pair::require_writable() const {
   grads_->require_writable();
   std::vector<Span> all(grads_->spans().begin(), grads_->spans().end());
-  all.insert(all.end(), second_->spans().begin(), second_->spans().end());
+  all.insert(all.end(), second_.spans().begin(), second_.spans().end());
   const std::size_t count = grads_->spans().size();
   const auto shared = find_shared_memory(all, count);
   if (!shared) return;
   grads_->name_at(shared->first)
       .problem(Problem::value_error, "memory of its own",
-               "memory shared with " + second_->name_at(shared->second - count)())
+               "memory shared with " + second_.name_at(shared->second - count)())
       .raise();
 }
 

@@ -13,36 +13,44 @@ namespace gradclip::bindings {
 
 class Pair {
  public:
-  // Of regularisation: gradients + l2 * params + l1 * sign(params).
-  static Pair with_params(std::shared_ptr<const Gradients> grads, const py::object& params,
-                          const py::object& l2, const py::object& l1);
-  // Of an update: the gradients are what base has become.
-  static Pair with_base(std::shared_ptr<const Gradients> grads, const py::object& base);
+  // What is asked for: gradients + l2 * params + l1 * sign(params); or the update of base that they are.
+  struct Terms {
+    double l2 = 0.0, l1 = 0.0;
+    bool is_difference = false;
 
-  const std::shared_ptr<const Gradients>& gradients() const { return grads_; }
-  bool is_difference() const { return is_difference_; }
-  // l2 / 2 * the squares + l1 * the magnitudes.
-  double penalty(const PairSums& sums) const;
-
-  // What is made where gradients hold grad_scale times what they are; of `rows`, part by part.
-  cpu::PairTable table(double grad_scale, bool of_rows) const;
-  // As of Gradients: of both lists, and that no gradient lies where a second array does.
-  void require_writable() const;
-  void require_unchanged() const { second_->require_unchanged(reader()); }
-  template <class... Arguments>
-  void recheck(const Arguments&... arguments) const {
-    second_->recheck(reader(), arguments...);
+    static Terms of_params(const py::object& l2, const py::object& l1);
+    static Terms of_base() { return {.is_difference = true}; }
+  };
+  // A reader of the gradients' device, which may read tensors that require grad.
+  template <class Reader>
+  Pair(std::shared_ptr<const Gradients> grads, const py::object& second, const Terms& terms,
+       Reader&& reader)
+      : grads_(std::move(grads)),
+        terms_(terms),
+        second_(in_order(second), reader, argument(), grads_->names()) {
+    check_entries();
   }
 
+  const std::shared_ptr<const Gradients>& gradients() const { return grads_; }
+  const Gradients& second() const { return second_; }
+  bool is_difference() const { return terms_.is_difference; }
+  // What is made where gradients hold grad_scale times what they are; of `rows`, part by part.
+  PairTable table(double grad_scale, bool of_rows) const;
+  // As of Gradients, and that no gradient lies where a second array does.
+  void require_writable() const;
+
  private:
-  Pair(std::shared_ptr<const Gradients> grads, const py::object& second, const char* argument,
-       bool is_difference);
-  static HostReader reader() { return {false, {.may_require_grad = true}}; }
+  const char* argument() const { return terms_.is_difference ? "base" : "params"; }
+  py::object in_order(const py::object& second) const;
+  void check_entries() const;
   void check_entry(std::size_t i) const;
 
-  std::shared_ptr<const Gradients> grads_, second_;
-  bool is_difference_;
-  double l2_ = 0.0, l1_ = 0.0;
+  std::shared_ptr<const Gradients> grads_;
+  Terms terms_;
+  Gradients second_;
 };
+
+// Of gradients on the CPU.
+inline HostReader second_reader() { return {false, {.may_require_grad = true}}; }
 
 }  // namespace gradclip::bindings

@@ -8,7 +8,7 @@
 
 #include "core/rows.hpp"
 #include "core/span.hpp"
-#include "cpu/pairs.hpp"
+#include "cpu/pair.hpp"
 #include "cpu/plan.hpp"
 
 namespace gradclip::cpu {

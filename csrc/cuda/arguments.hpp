@@ -39,10 +39,12 @@ struct Scratch {
   NormSum* sums;               // of every part
   Largest* units;              // of every part, in the slow orders
   NormSum* sums_of_gradients;  // where parts are rows
+  PairSums* pair_totals;       // of pairs, of every block
 };
 
 struct ResultPointers {
   double* total_norm;
+  double* penalty;  // of pairs
   double* coefficients;
   double* group_norms;
   double* group_sums;
@@ -52,6 +54,7 @@ struct ResultPointers {
 
   ResultPointers(const ResultLayout& at, std::byte* result)
       : total_norm(reinterpret_cast<double*>(result + at.total_norm())),
+        penalty(reinterpret_cast<double*>(result + at.penalty())),
         coefficients(reinterpret_cast<double*>(result + at.coefficients())),
         group_norms(reinterpret_cast<double*>(result + at.group_norms())),
         group_sums(reinterpret_cast<double*>(result + at.group_sums())),

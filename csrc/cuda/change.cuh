@@ -164,6 +164,41 @@ __device__ __forceinline__ void change(const ChangeArguments& arguments, Entries
   walk<kChangesBackward>(table, entries, ways, visit);
 }
 
+// Of pairs, element by element.
+template <class Entries>
+__device__ __forceinline__ void change_pairs(const ChangeArguments& arguments, Entries entries) {
+  const auto action = static_cast<Action>(arguments.flags->action);
+  if (action == Action::nothing) return;
+  const TableView& table = arguments.table;
+  Ways& ways = shared_memory<Ways>();
+  const auto visit = [&](std::uint32_t, std::uint32_t part, const TensorEntry& entry,
+                         const TileRange& tiles) {
+    const std::uint32_t group = arguments.are_samples ? ways.cursor().row : table.group_of(part);
+    const PairFormula formula = table.pairs[entry.first_axis].formula;
+    const double factor = arguments.coefficients[group] / arguments.grad_scale;
+    if (action == Action::scale && formula.is_difference && factor == 1.0) return;
+    const PairMemory memory = pair_memory(entry, table);
+    const std::int64_t first = tiles.first_byte() / 8, end = tiles.end_byte(entry.bytes) / 8;
+    visit_real_type(memory.x.dtype, [&](auto type) {
+      using T = decltype(type);
+      for (std::int64_t at = first + lane_id(); at < end; at += 32) {
+        const double y = memory.y.at(at);
+        auto* const place = memory.x.template address<T>(at);
+        T result;
+        if (action == Action::zero) {
+          round_from(formula.is_difference ? y : 0.0, result);
+        } else {
+          const double z = made_of(to_double(bit_copy<T>(*place)), y, memory.factor,
+                                   memory.sign_factor);
+          result = written_of<T>(formula, z, y, factor, arguments.rounds_down);
+        }
+        *place = bit_copy<typename FloatBits<T>::Word>(result);
+      }
+    });
+  };
+  walk<kChangesBackward>(table, entries, ways, visit);
+}
+
 template <class T>
 __device__ __forceinline__ bool is_beyond(T x, typename FloatBits<T>::Word top) {
   using Word = typename FloatBits<T>::Word;
@@ -221,7 +256,8 @@ __device__ __forceinline__ void clip_by_value(const ValueClipArguments& argument
         result.norms[tensor] = largest.value;
         result.nonfinite[tensor] = largest.nonfinite != 0;
         total.add(largest);
-      });
+      },
+      [] {});
   if (!last || threadIdx.x != 0) return;
   *result.total_norm = *result.group_norms = shared.threads[0].value;
   *result.coefficients = 1.0;
@@ -231,7 +267,7 @@ __device__ __forceinline__ void clip_by_value(const ValueClipArguments& argument
 // --- Telling what is not finite -------------------------------------------------------------------------
 
 // counts[2 i] NaN and counts[2 i + 1] infinite elements of tensor i, which begin as 0.
-template <class Entries>
+template <class Source, class Entries>
 __device__ __forceinline__ void count_nonfinite(const CountArguments& arguments, Entries entries) {
   const TableView& table = arguments.table;
   unsigned long long* const counts = arguments.counts;
@@ -240,9 +276,8 @@ __device__ __forceinline__ void count_nonfinite(const CountArguments& arguments,
     const auto itemsize = static_cast<std::int64_t>(size_of(entry.dtype));
     const std::int64_t first = tiles.first_byte() / itemsize;
     const std::int64_t end = tiles.end_byte(entry.bytes) / itemsize;
-    visit_real_type(entry.dtype, [&](auto type) {
+    Source::with_elements(entry, table, [&](const auto& memory, auto type) {
       using T = decltype(type);
-      const ElementMemory<T> memory = element_memory<T>(entry, table);
       unsigned nan = 0, infinite = 0;
       for (std::int64_t at = first + lane_id(); at < end; at += 32) {
         const double re = element_at(memory, at * itemsize);

@@ -60,6 +60,7 @@ struct List::State {
   std::vector<TensorEntry> entries;
   std::vector<Axis> axes;
   std::vector<RowEntry> rows;
+  std::vector<PairEntry> pairs;
   std::vector<std::uint32_t> labels, members, group_begin;
   bool any_complex = false;
   unsigned blocks = 1;
@@ -90,7 +91,8 @@ struct List::State {
     }
   }
 
-  void read(std::span<const Span> spans, const Groups& groups_wanted, const RowTable* row_table);
+  void read(std::span<const Span> spans, const Groups& groups_wanted, const RowTable* row_table,
+            const PairTable* pair_table);
   void place(Stream on);
   void copy_table(Stream on);
 
@@ -153,6 +155,12 @@ struct List::State {
   template <Measure kMeasure>
   void launch_measure(const MeasureArguments& arguments, Stream on) {
     constexpr std::size_t kShared = sizeof(CombineShared<typename AccumulatorOf<kMeasure>::Type>);
+    if constexpr (kMeasure != Measure::magnitudes) {
+      if (!pairs.empty())
+        return launch_in_memory(measure_pairs_kernel<kMeasure>, blocks_of_large_kernels,
+                                sizeof(PairShared<typename AccumulatorOf<kMeasure>::Type>),
+                                arguments, on);
+    }
     if constexpr (kMeasure == Measure::squares)
       launch_over(
           []<class List>(std::type_identity<List>) { return measure_kernel<kMeasure, List>; },
@@ -163,13 +171,16 @@ struct List::State {
                        arguments, on);
   }
   void launch_change(const ChangeArguments& arguments, Stream on) {
+    if (!pairs.empty())
+      return launch_in_memory(change_pairs_kernel, blocks_of_large_kernels, sizeof(Ways), arguments,
+                              on);
     launch_over([]<class List>(std::type_identity<List>) { return change_kernel<List>; },
                 sizeof(Ways), arguments, on);
   }
 };
 
 void List::State::read(std::span<const Span> spans, const Groups& groups_wanted,
-                       const RowTable* row_table) {
+                       const RowTable* row_table, const PairTable* pair_table) {
   constexpr auto kMost = std::numeric_limits<std::uint32_t>::max();
   tensors = spans.size();
   grouping = groups_wanted.kind;
@@ -194,7 +205,29 @@ void List::State::read(std::span<const Span> spans, const Groups& groups_wanted,
     entries.push_back(entry);
     cost += count * cost_of(span.nbytes());
   };
+  const auto first_axis_of = [&](const RowSpan& rows_of) {
+    const auto first = static_cast<std::uint32_t>(axes.size());
+    if (rows_of.layout)
+      axes.insert(axes.end(), rows_of.layout->axes.begin(), rows_of.layout->axes.end());
+    return first;
+  };
+  const auto axes_of = [](const RowSpan& rows_of) {
+    return static_cast<std::uint16_t>(rows_of.layout ? rows_of.layout->axes.size() : 0);
+  };
   for (std::size_t i = 0; i < tensors; ++i) {
+    if (pair_table) {
+      const auto& [x, y, formula, dtype] = pair_table->gradients[i];
+      const Span made{reinterpret_cast<std::byte*>(kRowZero), x.numel, nullptr, dtype};
+      add(made, x.count);
+      entries.back().first_axis = static_cast<std::uint32_t>(i);
+      const std::uint32_t x_axis = first_axis_of(x), y_axis = first_axis_of(y);
+      pairs.push_back({x.first, y.first, x.stride, y.stride, x_axis, y_axis, axes_of(x), axes_of(y),
+                       x.dtype, y.dtype, formula});
+      if (row_table)
+        rows.push_back({1, static_cast<std::uint32_t>(x.count),
+                        static_cast<std::uint32_t>(row_table->first[i])});
+      continue;
+    }
     if (!row_table) {
       add(spans[i], 1);
       continue;
@@ -228,11 +261,13 @@ void List::State::read(std::span<const Span> spans, const Groups& groups_wanted,
 
 void List::State::place(Stream on) {
   table.is_in_argument = !is_kept && tensors <= kMostEntries && axes.empty() && rows.empty() &&
+                         pairs.empty() &&
                          grouping != Groups::labels;
   Parts all;
   const std::size_t at_entries = all.add(entries.size() * sizeof(TensorEntry));
   const std::size_t at_axes = all.add(axes.size() * sizeof(Axis));
   const std::size_t at_rows = all.add(rows.size() * sizeof(RowEntry));
+  const std::size_t at_pairs = all.add(pairs.size() * sizeof(PairEntry));
   const std::size_t at_labels = all.add(labels.size() * sizeof(std::uint32_t));
   const std::size_t at_members = all.add(members.size() * sizeof(std::uint32_t));
   const std::size_t at_begin = all.add(group_begin.size() * sizeof(std::uint32_t));
@@ -242,6 +277,7 @@ void List::State::place(Stream on) {
   const std::size_t at_sums = all.add(parts * sizeof(NormSum));
   const std::size_t at_units = all.add(parts * sizeof(Largest));
   const std::size_t at_gradients = all.add(rows.size() * sizeof(NormSum));
+  const std::size_t at_pair_totals = all.add(pairs.empty() ? 0 : blocks * sizeof(PairSums));
   workspace->reserve(4 + parts, all.end(), on);
 
   std::byte* const memory = workspace->memory();
@@ -249,6 +285,7 @@ void List::State::place(Stream on) {
   table.entries = reinterpret_cast<TensorEntry*>(memory + at_entries);
   table.axes = reinterpret_cast<Axis*>(memory + at_axes);
   table.rows = rows.empty() ? nullptr : reinterpret_cast<RowEntry*>(memory + at_rows);
+  table.pairs = pairs.empty() ? nullptr : reinterpret_cast<PairEntry*>(memory + at_pairs);
   const bool labelled = grouping == Groups::labels;
   table.labels = labelled ? words(at_labels) : nullptr;
   table.members = labelled ? words(at_members) : nullptr;
@@ -260,6 +297,7 @@ void List::State::place(Stream on) {
   scratch.sums = reinterpret_cast<NormSum*>(memory + at_sums);
   scratch.units = reinterpret_cast<Largest*>(memory + at_units);
   scratch.sums_of_gradients = reinterpret_cast<NormSum*>(memory + at_gradients);
+  scratch.pair_totals = reinterpret_cast<PairSums*>(memory + at_pair_totals);
   if (!table.is_in_argument) copy_table(on);
 }
 
@@ -275,6 +313,7 @@ void List::State::copy_table(Stream on) {
   put(table.entries, entries);
   put(table.axes, axes);
   put(table.rows, rows);
+  put(table.pairs, pairs);
   put(table.labels, labels);
   put(table.members, members);
   put(table.group_begin, group_begin);
@@ -284,11 +323,11 @@ void List::State::copy_table(Stream on) {
 }
 
 List::List(std::span<const Span> spans, const Groups& groups, const RowTable* rows, int device,
-           Stream stream)
+           Stream stream, const PairTable* pairs)
     : state_(std::make_unique<State>()) {
   state_->device = device;
   state_->stream = stream;
-  state_->read(spans, groups, rows);
+  state_->read(spans, groups, rows, pairs);
   state_->workspace = take_workspace(device, stream);
   state_->place(stream);
 }
@@ -297,7 +336,7 @@ List::List(std::span<const Span> spans, const Groups& groups, const RowTable* ro
     : state_(std::make_unique<State>()) {
   state_->device = device;
   state_->is_kept = true;
-  state_->read(spans, groups, rows);
+  state_->read(spans, groups, rows, nullptr);
   state_->workspace = new Workspace(device);
   load_kernels();
   state_->place(nullptr);
@@ -321,8 +360,10 @@ void List::measure(const NormOrder& order, double grad_scale, std::byte* result,
       s.launch_measure<Measure::powers>(arguments, stream);
     } else if (order.kind == NormOrder::two) {
       s.launch_measure<Measure::squares>(arguments, stream);
-    } else if (order.kind == NormOrder::one) {
+    } else if (order.kind == NormOrder::one && s.pairs.empty()) {
       s.launch_measure<Measure::magnitudes>(arguments, stream);
+    } else if (order.kind == NormOrder::one) {  // of pairs, which have no kernel of their own for it
+      s.launch_measure<Measure::powers>(arguments, stream);
     } else {
       s.launch_measure<Measure::largest>(arguments, stream);
     }
@@ -364,8 +405,9 @@ void List::clip_by_value(const ValueLimit& limit, std::byte* result, Stream stre
 void List::count_nonfinite(std::int64_t* counts, Stream stream) {
   State& s = *state_;
   check(cudaMemsetAsync(counts, 0, 2 * s.tensors * sizeof(*counts), stream), "cudaMemsetAsync");
-  s.launch_in_memory(count_nonfinite_kernel<InMemory<CountArguments>>, s.blocks, sizeof(Ways),
-                     CountArguments{s.table, reinterpret_cast<unsigned long long*>(counts)},
+  s.launch_in_memory(
+      s.pairs.empty() ? count_nonfinite_kernel<OfGradients> : count_nonfinite_kernel<OfPairs>,
+      s.blocks, sizeof(Ways), CountArguments{s.table, reinterpret_cast<unsigned long long*>(counts)},
                      stream);
 }
 

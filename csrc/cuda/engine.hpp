@@ -14,6 +14,7 @@
 #include "core/clip.hpp"
 #include "core/element.hpp"
 #include "core/norm.hpp"
+#include "core/pair.hpp"
 #include "core/rows.hpp"
 #include "core/span.hpp"
 
@@ -47,6 +48,7 @@ struct ResultLayout {
   std::size_t group_sums() const { return 8 + 16 * groups; }   // one per group, for `reduce`
   std::size_t norms() const { return 8 + 24 * groups; }        // one per tensor
   std::size_t flags() const { return norms() + 8 * tensors; }  // a ResultFlags
+  std::size_t penalty() const { return flags() + 8; }          // of pairs
   std::size_t nonfinite() const { return flags() + 16; }       // one byte per tensor, 0 or 1
   std::size_t bytes() const { return (nonfinite() + tensors + 7) / 8 * 8; }
 };
@@ -65,9 +67,10 @@ class List {
  public:
   // For one call on `stream` of `device`, the current device: tables that do not fit into a kernel
   // argument are copied from pinned memory. Destroy it once the call's work is enqueued. `rows`: of the
-  // gradients, where those have groups.
+  // gradients, where those have groups. `pairs`: what is measured and written is made of them; a part for each row,
+  // if those have groups, or for each gradient.
   List(std::span<const Span> spans, const Groups& groups, const RowTable* rows, int device,
-       Stream stream);
+       Stream stream, const PairTable* pairs = nullptr);
   // For many calls, on any streams and threads: everything is copied now (this waits), and nothing
   // afterwards. Calls take turns on the device, for they share work memory; captured ones do not.
   List(std::span<const Span> spans, const Groups& groups, const RowTable* rows, int device);

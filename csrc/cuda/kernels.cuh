@@ -11,22 +11,35 @@ template <Measure kMeasure, class List>
 __global__ void __launch_bounds__(kThreads, kMeasure == Measure::powers ? kBlocksOfLargeKernels
                                                                         : kBlocksPerMultiprocessor)
     measure_kernel(const __grid_constant__ List list) {
-  measure<kMeasure>(list.arguments, list.view());
+  using Accumulator = typename AccumulatorOf<kMeasure>::Type;
+  measure<kMeasure, OfGradients>(list.arguments, list.view(),
+                                 shared_memory<CombineShared<Accumulator>>());
+}
+template <Measure kMeasure>
+__global__ void __launch_bounds__(kThreads, kBlocksOfLargeKernels)
+    measure_pairs_kernel(const __grid_constant__ InMemory<MeasureArguments> list) {
+  using Accumulator = typename AccumulatorOf<kMeasure>::Type;
+  measure<kMeasure, OfPairs>(list.arguments, list.view(),
+                             shared_memory<PairShared<Accumulator>>());
 }
 template <class List>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     change_kernel(const __grid_constant__ List list) {
   change(list.arguments, list.view());
 }
+__global__ void __launch_bounds__(kThreads, kBlocksOfLargeKernels)
+    change_pairs_kernel(const __grid_constant__ InMemory<ChangeArguments> list) {
+  change_pairs(list.arguments, list.view());
+}
 template <class List>
 __global__ void __launch_bounds__(kThreads, kBlocksOfLargeKernels)
     clip_by_value_kernel(const __grid_constant__ List list) {
   clip_by_value(list.arguments, list.view());
 }
-template <class List>
+template <class Source>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
-    count_nonfinite_kernel(const __grid_constant__ List list) {
-  count_nonfinite(list.arguments, list.view());
+    count_nonfinite_kernel(const __grid_constant__ InMemory<CountArguments> list) {
+  count_nonfinite<Source>(list.arguments, list.view());
 }
 
 }  // namespace gradclip::cuda

@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "core/dtype.hpp"
+#include "core/pair.hpp"
 #include "core/platform.hpp"
 #include "core/span.hpp"
 #include "cuda/tuning.hpp"
@@ -35,6 +36,18 @@ struct RowEntry {
   std::uint32_t count, first;  // row r is part number first + r
 };
 
+// A gradient and its second array, whose TensorEntry is of what is made of them: float64 or complex128. Its
+// first_axis is the number of this entry, and its data the number of a row above kRowZero: both arrays have rows.
+struct PairEntry {
+  std::byte *x, *y;                 // of row 0
+  std::int64_t x_stride, y_stride;  // in bytes, to the next row
+  std::uint32_t x_axis, y_axis;     // the first one
+  std::uint16_t x_axes, y_axes;     // 0 where it is dense
+  DType x_type, y_type;
+  PairFormula formula;
+};
+inline constexpr std::uintptr_t kRowZero = 4096;  // no null pointer, to which nothing may be added
+
 // Tensors of no bytes have one tile, of no rows: so every tensor is met by exactly one walk.
 GRADCLIP_INLINE std::int64_t tiles_of(std::int64_t bytes) {
   constexpr auto kTile = static_cast<std::int64_t>(order::kTileBytes);
@@ -49,7 +62,8 @@ GRADCLIP_INLINE std::int64_t cost_of(std::int64_t bytes) {
 struct TableView {
   const TensorEntry* entries;  // in memory
   const Axis* axes;
-  const RowEntry* rows;  // of every tensor; null where tensors have groups
+  const RowEntry* rows;    // of every tensor; null where tensors have groups
+  const PairEntry* pairs;  // of every tensor; null where gradients are alone
   // Of groups by label, else null: the label of every tensor; the tensors of group g are
   // members[group_begin[g]] to members[group_begin[g + 1] - 1].
   const std::uint32_t* labels;

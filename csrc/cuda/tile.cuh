@@ -199,7 +199,10 @@ __device__ __noinline__ WideValue sum_tile_again(Memory memory, std::int64_t fir
 
 template <class Memory>
 constexpr int rows_in_flight() {
-  return Memory::kIsWide ? kTuning.rows_in_flight : 1;
+  if constexpr (requires { Memory::kRowsInFlight; })
+    return Memory::kRowsInFlight;
+  else
+    return Memory::kIsWide ? kTuning.rows_in_flight : 1;
 }
 
 // The sum of a tile, the same in every thread of the warp.

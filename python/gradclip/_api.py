@@ -182,8 +182,8 @@ def measure(
         >>> measured.clip_(np.median(seen)).coefficient == 2 / 13
         True
     """
-    gradients = with_params(read(grads), params, l2, l1)
-    return Measured(gradients.measure(ord, groups, grad_scale, reduce))
+    regularised = with_params(read(grads), params, l2, l1)
+    return Measured(regularised.measure(ord, groups, grad_scale, reduce))
 
 
 def clip_by_global_norm_(
@@ -260,8 +260,8 @@ def clip_by_global_norm_(
             with another; ``max_norm`` is negative or NaN, ``ord`` or ``grad_scale`` not positive;
             ``groups`` does not have one label per entry; a gradient has no axes, or not as many samples as
             another; ``params`` are not as many as ``grads``, or have other shapes or names, or share memory
-            with them; ``l2`` or ``l1`` is negative or not finite, or not 0 without ``params``; ``nonfinite`` is not one of the four; a tensor was given other memory while ``reduce``
-            ran.
+            with them; ``l2`` or ``l1`` is negative or not finite, or not 0 without ``params``;
+            ``nonfinite`` is not one of the four; a tensor was given other memory while ``reduce`` ran.
         NonFiniteGradientError: A gradient holds an infinity or a NaN and ``nonfinite="raise"``.
 
     Warns:
@@ -278,8 +278,8 @@ def clip_by_global_norm_(
         (array([1.5, 2. ]), array([6.]))
     """
     gradients, has_any = read_and_see(grads)
-    gradients = with_params(gradients, params, l2, l1)
-    result = clip(gradients, max_norm, ord, groups, grad_scale, nonfinite, reduce, formula_of(rounding))
+    regularised = with_params(gradients, params, l2, l1)
+    result = clip(regularised, max_norm, ord, groups, grad_scale, nonfinite, reduce, formula_of(rounding))
     if not has_any and reduce is None:  # else other processes may have some
         warn_of_nothing()
     return result
@@ -326,8 +326,8 @@ def clip_by_norm_(
         array([0.2, 1. ])
     """
     gradients, has_any = read_and_see(grads)
-    gradients = with_params(gradients, params, l2, l1)
-    result = clip(gradients, max_norm, ord, "tensor", grad_scale, nonfinite, reduce, formula_of(rounding))
+    regularised = with_params(gradients, params, l2, l1)
+    result = clip(regularised, max_norm, ord, "tensor", grad_scale, nonfinite, reduce, formula_of(rounding))
     if not has_any and reduce is None:  # else other processes may have some
         warn_of_nothing()
     return result
@@ -346,8 +346,8 @@ def clip_difference_(
     """Clip an update in place: ``new`` becomes ``base + coefficient * (new - base)``.
 
     So clips federated learning what a client has trained, before it is sent (McMahan et al. 2018,
-    arXiv:1710.06963), and anybody the step of an optimizer. One pass measures ``new - base``, one writes; there
-    is no temporary. Where nothing is to be clipped, not one byte is written.
+    arXiv:1710.06963), and anybody the step of an optimizer. One pass measures ``new - base``, one writes, and
+    there is no temporary. Where nothing is to be clipped, not one byte is written.
 
     Args:
         new: What ``base`` has become: arrays as for :func:`clip_by_global_norm_`, which are written.

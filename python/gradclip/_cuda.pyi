@@ -13,9 +13,31 @@ class _Memory(Protocol):
     ptr: int
     def float64(self, offset: int, count: int) -> object: ...
 
+class Pair:
+    """Gradients and a second list of arrays, one for each."""
+
+    # As of Gradients.
+    def measure(
+        self, ord: object, groups: object, grad_scale: object, reduce: object, stream: int
+    ) -> Measured: ...
+    def clip(
+        self,
+        max_norm: object,
+        ord: object,
+        groups: object,
+        grad_scale: object,
+        nonfinite: object,
+        reduce: object,
+        stream: int,
+        formula: object,
+        make: Callable[..., Any],
+    ) -> tuple[Any, list[tuple[int, int, int]] | None]: ...
+
 class Gradients:
     """Gradients that have been read."""
 
+    def with_params(self, params: object, l2: object, l1: object, stream: int) -> Pair: ...
+    def with_base(self, base: object, stream: int) -> Pair: ...
     # Results are memory from `allocate`, laid out as `result_layout` says.
     def norms(self, ord: object, stream: int) -> _Memory: ...
     def measure(
@@ -85,11 +107,12 @@ def read(
     framework: str,
     allocate: Callable[[int], _Memory],
     is_kept: bool,
+    is_update: bool,
 ) -> Gradients: ...
 
 # Offsets in bytes: total_norm, coefficients, group_norms, group_sums, norms (float64), clipped (bool),
-# nonfinite (a bool for each tensor), and the size of all.
-def result_layout(tensors: int, groups: int) -> tuple[int, int, int, int, int, int, int, int]: ...
+# penalty (float64), nonfinite (a bool for each tensor), and the size of all.
+def result_layout(tensors: int, groups: int) -> tuple[int, int, int, int, int, int, int, int, int]: ...
 
 # Waits.
 def copy_to_host(pointer: int, bytes: int, device: int, stream: int) -> bytes: ...

@@ -28,17 +28,28 @@ _BOOL = np.dtype(np.bool_)
 class DeviceClipResult(ClipResult):
     """What was measured and done by one clip on a GPU: a :class:`ClipResult` that stays there.
 
-    ``total_norm``, ``norms``, ``coefficient``, ``group_norms`` (float64) and ``clipped`` (bool) are
-    arrays on the device, CuPy's or torch's as the gradients were; scalars have shape ``()``. Taking one
+    ``total_norm``, ``norms``, ``coefficient``, ``group_norms``, ``penalty`` (float64) and ``clipped`` (bool)
+    are arrays on the device, CuPy's or torch's as the gradients were; scalars have shape ``()``. Taking one
     does not wait. What must be known on the host waits for the clip: ``nonfinite``, ``named_norms()``,
     ``to_host()`` and ``repr``.
     """
 
-    __slots__ = ("_at", "_cuda", "_device", "_is_global", "_memory", "_names", "_shape", "_stream")
+    __slots__ = (
+        "_at",
+        "_cuda",
+        "_device",
+        "_is_global",
+        "_is_pair",
+        "_memory",
+        "_names",
+        "_shape",
+        "_stream",
+    )
     _at: _Layout
     _cuda: Any
     _device: int
     _is_global: bool
+    _is_pair: bool
     _memory: Memory
     _names: tuple[str, ...] | None
     _shape: tuple[int, int]  # numbers of tensors and of groups
@@ -52,6 +63,8 @@ class DeviceClipResult(ClipResult):
         groups: int = 1,
         is_global: bool = True,
         group_names: Sequence[str] | None = None,
+        *,
+        is_pair: bool = False,
     ) -> None:
         keep = partial(object.__setattr__, self)  # the base class is frozen
         keep("_cuda", gradients.cuda)
@@ -60,6 +73,7 @@ class DeviceClipResult(ClipResult):
         keep("_stream", stream)
         keep("_shape", (len(gradients), groups))
         keep("_is_global", is_global)
+        keep("_is_pair", is_pair)
         keep("group_names", group_names)
         keep("missing", named(gradients.missing, gradients.names))
         keep("_names", gradients.names)
@@ -90,6 +104,10 @@ class DeviceClipResult(ClipResult):
     def group_sums(self) -> Any:
         """What ``reduce`` gets, or would have got."""
         return self._memory.float64(self._at.group_sums, self._shape[1])
+
+    @property
+    def penalty(self) -> Any:
+        return self._scalar(_FLOAT64, self._at.penalty) if self._is_pair else 0.0
 
     @property
     def clipped(self) -> Any:
@@ -124,6 +142,7 @@ class DeviceClipResult(ClipResult):
             self._names,
             None if self._is_global else float64(at.group_norms, groups),
             self.group_names,
+            float(float64(at.penalty, 1)[0]) if self._is_pair else 0.0,
         )
 
     def as_dict(self) -> dict[str, float | int | bool]:
@@ -156,6 +175,7 @@ class _Layout(NamedTuple):
     group_sums: int
     norms: int
     clipped: int
+    penalty: int
     nonfinite: int
     nbytes: int
 
@@ -173,9 +193,17 @@ class GpuMeasured(DeviceClipResult):
     _gradients: GpuGradients
     _measured: Any
 
-    def __init__(self, gradients: GpuGradients, measured: Any, stream: tuple[int, object]) -> None:
+    def __init__(
+        self, gradients: GpuGradients, measured: Any, stream: tuple[int, object], is_pair: bool = False
+    ) -> None:
         super().__init__(
-            gradients, measured.memory, stream, measured.groups, measured.is_global, measured.group_names
+            gradients,
+            measured.memory,
+            stream,
+            measured.groups,
+            measured.is_global,
+            measured.group_names,
+            is_pair=is_pair,
         )
         object.__setattr__(self, "_gradients", gradients)
         object.__setattr__(self, "_measured", measured)
@@ -183,28 +211,87 @@ class GpuMeasured(DeviceClipResult):
     def clip(self, max_norm: object, nonfinite: object, formula: object = "nearest") -> DeviceClipResult:
         stream = self._gradients.stream()
         return self._gradients.finished(
-            *self._measured.clip(max_norm, nonfinite, stream[0], formula, self._gradients.maker(stream))
+            *self._measured.clip(
+                max_norm, nonfinite, stream[0], formula, self._gradients.maker(stream, self._is_pair)
+            )
         )
 
     def scale(self, coefficients: object) -> DeviceClipResult:
         stream = self._gradients.stream()
         return self._gradients.finished(
-            *self._measured.scale(coefficients, stream[0], self._gradients.maker(stream))
+            *self._measured.scale(coefficients, stream[0], self._gradients.maker(stream, self._is_pair))
         )
 
 
-class GpuGradients:
+class _GpuMeasurable:
+    """What can be measured and clipped: the module's object, and the gradients that it is of."""
+
+    __slots__ = ()
+
+    def _source(self) -> tuple[Any, GpuGradients, bool]:
+        """The module's object, the gradients, and whether they have second arrays."""
+        raise NotImplementedError
+
+    def measure(self, ord: object, groups: object, grad_scale: object, reduce: object) -> GpuMeasured:
+        source, gradients, is_pair = self._source()
+        stream = gradients.stream()
+        measured = source.measure(ord, groups, grad_scale, reduce, stream[0])
+        return GpuMeasured(gradients, measured, stream, is_pair)
+
+    def clip(
+        self,
+        max_norm: object,
+        ord: object,
+        groups: object,
+        grad_scale: object,
+        nonfinite: object,
+        reduce: object,
+        formula: object = "nearest",
+    ) -> DeviceClipResult:
+        """``formula``: how what is written is rounded, or a float that is added to norms, as PyTorch does."""
+        source, gradients, is_pair = self._source()
+        stream = gradients.stream()
+        make = gradients.maker(stream, is_pair)
+        return gradients.finished(
+            *source.clip(max_norm, ord, groups, grad_scale, nonfinite, reduce, stream[0], formula, make)
+        )
+
+
+class GpuPair(_GpuMeasurable):
+    """Gradients and a second list of arrays; as ``_core.Pair``."""
+
+    __slots__ = ("_gradients", "_pair")
+
+    def __init__(self, gradients: GpuGradients, pair: Any) -> None:
+        self._gradients = gradients
+        self._pair = pair
+
+    def _source(self) -> tuple[Any, GpuGradients, bool]:
+        return self._pair, self._gradients, True
+
+
+class GpuGradients(_GpuMeasurable):
     """Gradients that have been read, of the framework and device of ``first``; as ``_core.Gradients``."""
 
-    __slots__ = ("_framework", "_gradients", "cuda", "device")
+    __slots__ = ("_argument", "_framework", "_gradients", "cuda", "device")
 
-    def __init__(self, cuda: Any, grads: Any, first: Any, is_kept: bool) -> None:
+    def _source(self) -> tuple[Any, GpuGradients, bool]:
+        return self._gradients, self, False
+
+    def __init__(self, cuda: Any, grads: Any, first: Any, is_kept: bool, is_update: bool = False) -> None:
         self.cuda = cuda
+        self._argument = "new" if is_update else "grads"
         self._framework = framework = framework_of(first)
         self.device = device = framework.device_of(first, cuda)
         memory = framework.memory
         self._gradients = cuda.read(
-            grads, device, self.stream()[0], framework.name, lambda nbytes: memory(nbytes, device), is_kept
+            grads,
+            device,
+            self.stream()[0],
+            framework.name,
+            lambda nbytes: memory(nbytes, device),
+            is_kept,
+            is_update,
         )
 
     @property
@@ -234,16 +321,16 @@ class GpuGradients:
         """The framework's current stream on the device, and what keeps it alive."""
         return self._framework.stream(self.device)
 
-    def maker(self, stream: tuple[int, object]) -> Callable[..., DeviceClipResult]:
+    def maker(self, stream: tuple[int, object], is_pair: bool = False) -> Callable[..., DeviceClipResult]:
         """What the module calls with memory for a result before it writes, so that nothing can fail after."""
-        return lambda memory, *of_groups: DeviceClipResult(self, memory, stream, *of_groups)
+        return lambda memory, *of_groups: DeviceClipResult(self, memory, stream, *of_groups, is_pair=is_pair)
 
     def finished(
         self, result: DeviceClipResult, counts: list[tuple[int, int, int]] | None
     ) -> DeviceClipResult:
         """The result, unless there is something to raise."""
         if counts is not None:
-            raise nonfinite_error(counts, self.names, result.to_host().norms)
+            raise nonfinite_error(counts, self.names, result.to_host().norms, self._argument)
         return result
 
     def _norms(self, ord: object) -> DeviceClipResult:
@@ -262,33 +349,16 @@ class GpuGradients:
     def global_norm(self, ord: object) -> Any:
         return self._norms(ord).total_norm
 
-    def measure(self, ord: object, groups: object, grad_scale: object, reduce: object) -> GpuMeasured:
-        stream = self.stream()
-        measured = self._gradients.measure(ord, groups, grad_scale, reduce, stream[0])
-        return GpuMeasured(self, measured, stream)
+    def with_params(self, params: object, l2: object, l1: object) -> GpuPair:
+        return GpuPair(self, self._gradients.with_params(params, l2, l1, self.stream()[0]))
+
+    def with_base(self, base: object) -> GpuPair:
+        return GpuPair(self, self._gradients.with_base(base, self.stream()[0]))
 
     def with_norm(self, norm: object) -> GpuMeasured:
         """As measured by somebody: ``norm`` is a float64 number on the device."""
         stream = self.stream()
         return GpuMeasured(self, self._gradients.with_norm(norm, stream[0]), stream)
-
-    def clip(
-        self,
-        max_norm: object,
-        ord: object,
-        groups: object,
-        grad_scale: object,
-        nonfinite: object,
-        reduce: object,
-        formula: object = "nearest",
-    ) -> DeviceClipResult:
-        """``formula``: how what is written is rounded, or a float that is added to norms, as PyTorch does."""
-        stream, make = self.stream(), self.maker
-        return self.finished(
-            *self._gradients.clip(
-                max_norm, ord, groups, grad_scale, nonfinite, reduce, stream[0], formula, make(stream)
-            )
-        )
 
     def clip_by_value(self, limit: object, to_nearest: bool = False) -> DeviceClipResult:
         stream = self.stream()

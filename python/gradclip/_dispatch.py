@@ -121,7 +121,7 @@ def read_and_see(grads: Any, is_kept: bool = False, is_update: bool = False) -> 
     first = _first(arrays)
     if type(first) is np.ndarray or first is None or not is_on_cuda(first):
         return _core.read(grads, is_kept, is_update), first is not None
-    return _read_device(grads, first, is_kept), True
+    return _read_device(grads, first, is_kept, is_update), True
 
 
 def mark_written(tensors: list[Any]) -> None:
@@ -190,7 +190,7 @@ def cuda_module() -> ModuleType | None:
         return None
 
 
-def _read_device(grads: Any, first: Any, is_kept: bool) -> ReadGradients:
+def _read_device(grads: Any, first: Any, is_kept: bool, is_update: bool) -> ReadGradients:
     from gradclip import _device  # noqa: PLC0415 (only where there is a GPU)
 
     cuda, missing = _look_for_gpu()
@@ -199,4 +199,4 @@ def _read_device(grads: Any, first: Any, is_kept: bool) -> ReadGradients:
             f"grads: expected arrays on the CPU, since gradclip has no GPU here ({missing}), got a "
             f"{type(first).__module__}.{type(first).__qualname__} on a CUDA device"
         )
-    return _device.GpuGradients(cuda, grads, first, is_kept)
+    return _device.GpuGradients(cuda, grads, first, is_kept, is_update)

@@ -95,8 +95,8 @@ class Plan:
         l1: float = 0.0,
     ) -> Measured:
         """As :func:`gradclip.measure`."""
-        gradients = with_params(self._plan, params, l2, l1)
-        return Measured(gradients.measure(ord, groups, grad_scale, reduce))
+        regularised = with_params(self._plan, params, l2, l1)
+        return Measured(regularised.measure(ord, groups, grad_scale, reduce))
 
     def clip_by_global_norm_(
         self,
@@ -112,8 +112,8 @@ class Plan:
         l1: float = 0.0,
     ) -> ClipResult:
         """As :func:`gradclip.clip_by_global_norm_`."""
-        gradients = with_params(self._plan, params, l2, l1)
-        return clip(gradients, max_norm, ord, groups, grad_scale, nonfinite, reduce, formula_of(rounding))
+        regularised = with_params(self._plan, params, l2, l1)
+        return clip(regularised, max_norm, ord, groups, grad_scale, nonfinite, reduce, formula_of(rounding))
 
     def clip_by_norm_(
         self,
@@ -128,8 +128,8 @@ class Plan:
         l1: float = 0.0,
     ) -> ClipResult:
         """As :func:`gradclip.clip_by_norm_`."""
-        gradients = with_params(self._plan, params, l2, l1)
-        return clip(gradients, max_norm, ord, "tensor", grad_scale, nonfinite, reduce, formula_of(rounding))
+        regularised = with_params(self._plan, params, l2, l1)
+        return clip(regularised, max_norm, ord, "tensor", grad_scale, nonfinite, reduce, formula_of(rounding))
 
     def clip_difference_(
         self,

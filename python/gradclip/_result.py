@@ -93,9 +93,9 @@ class ClipResult:
 
         Returns:
             ``total_norm``; ``coefficient``, the lowest of all groups; ``clipped``; the numbers of
-            ``gradients``, of those ``missing`` and ``nonfinite``; of a regularised clip the ``penalty``; a ``norms/<name>`` for each gradient, and
-            of several groups a ``group_norms/<name>`` and ``coefficients/<name>`` for each, unless they are
-            rows.
+            ``gradients``, of those ``missing`` and ``nonfinite``; of a regularised clip the ``penalty``; a
+            ``norms/<name>`` for each gradient, and of several groups a ``group_norms/<name>`` and
+            ``coefficients/<name>`` for each, unless they are rows.
 
         Example:
             >>> import numpy as np, gradclip

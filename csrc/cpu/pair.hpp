@@ -1,4 +1,5 @@
-// Pairs by tiles of what is made of them: float64, in buffers of one tile.
+// Pairs by tiles of what is made of them: float64, in buffers of one tile. The twin of cuda/pair.cuh, which makes
+// each number as it is loaded.
 #pragma once
 
 #include <algorithm>
@@ -6,46 +7,11 @@
 #include <cstdint>
 
 #include "core/pair.hpp"
-#include "core/rows.hpp"
-#include "core/span.hpp"
-#include "core/table.hpp"
+#include "core/reduction_order.hpp"
 #include "cpu/isa.hpp"
 #include "cpu/memory.hpp"
 
 namespace gradclip::cpu {
-
-// A gradient and its second array, both in the order in which the gradient lies in memory; where rows are parts, a
-// row of each. `dtype` is that of what is made of them.
-struct PairSpan {
-  Span x, y;
-  PairFormula formula;
-  DType dtype;
-  PairSums* sums = nullptr;  // of y, where somebody asks for them
-
-  std::int64_t itemsize() const { return static_cast<std::int64_t>(size_of(dtype)); }
-};
-
-// All rows of a gradient; or, where rows are no parts, the whole of it as one.
-struct PairRows {
-  RowSpan x, y;
-  PairFormula formula;
-  DType dtype;
-
-  PairSpan operator[](std::int64_t row) const { return {x[row], y[row], formula, dtype}; }
-  std::int64_t row_bytes() const { return x.numel * static_cast<std::int64_t>(size_of(dtype)); }
-};
-
-// Part r of gradient i is number first[i] + r.
-struct PairTable {
-  Table<PairRows> gradients;
-  Table<std::size_t> first = {0};
-  std::list<StridedLayout> layouts;
-
-  void add(const PairRows& rows) {
-    gradients.push_back(rows);
-    first.push_back(first.back() + static_cast<std::size_t>(rows.x.count));
-  }
-};
 
 // One tile of a pair.
 class PairTile {
