@@ -13,9 +13,11 @@ __all__ = [
     "LOSS_SCALE",
     "NORMS",
     "NO_CLIP",
+    "REGULARISE",
     "ROW_NORMS",
     "STANDARD",
     "UNSCALE",
+    "UPDATE",
     "Job",
     "Traffic",
     "key",
@@ -49,6 +51,9 @@ class Job:
             undoing is exact.
         scale: The gradients hold so many times themselves.
         of_rows: Each row of each gradient has a norm, and a threshold, of its own.
+        beside: What lies beside each gradient. "params": a copy of it, of which L2 regularisation adds one
+            more, so that half of the norm gives back what was there. "base": zeros, of which the gradients
+            are the update.
     """
 
     key: str
@@ -57,14 +62,25 @@ class Job:
     coefficient: float = 1.0
     scale: float = 1.0
     of_rows: bool = False
+    beside: str = ""
+
+    @property
+    def clips(self) -> bool:
+        """Whether the norm is above the threshold."""
+        return self.coefficient < 1 or self.beside == "params"
+
+    def norm(self, total: float) -> float:
+        """What is measured where the gradients in memory have this norm."""
+        return total * (2 if self.beside == "params" else 1) / self.scale
 
     def threshold(self, total: float) -> float:
         """Twice the norm, so that there is nothing to clip, or half of it."""
-        return total / self.scale * (0.5 if self.coefficient < 1 else 2.0)
+        return self.norm(total) * (0.5 if self.clips else 2.0)
 
 
 NORMS, CLIP, NO_CLIP, UNSCALE, LOG = "norms", "clip", "no-clip", "unscale-clip", "norms-clip"
 ROW_NORMS, CLIP_ROWS = "row-norms", "clip-rows"
+REGULARISE, UPDATE = "regularise-clip", "clip-update"
 
 JOBS: Mapping[str, Job] = {
     job.key: job
@@ -76,10 +92,12 @@ JOBS: Mapping[str, Job] = {
         Job(LOG, "all norms and clip", Traffic(1, 1), 0.5),
         Job(ROW_NORMS, "norms of rows", Traffic(1), of_rows=True),
         Job(CLIP_ROWS, "clip each row, clipping", Traffic(1, 1), 0.5, of_rows=True),
+        Job(REGULARISE, "add L2 and clip", Traffic(3, 1), beside="params"),
+        Job(UPDATE, "clip an update", Traffic(3, 1), 0.5, beside="base"),
     )
 }
 
-STANDARD = tuple(job.key for job in JOBS.values() if not job.of_rows)
+STANDARD = tuple(job.key for job in JOBS.values() if not job.of_rows and not job.beside)
 
 
 def key(load: str, job: str, contender: str) -> str:

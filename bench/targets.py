@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from bench.cases import CASES, Load
-from bench.jobs import CLIP, CLIP_ROWS, JOBS, NO_CLIP, NORMS, ROW_NORMS, UNSCALE, key
+from bench.jobs import CLIP, CLIP_ROWS, JOBS, NO_CLIP, NORMS, REGULARISE, ROW_NORMS, UNSCALE, UPDATE, key
 from bench.peers import PEERS
 from bench.timing import Rounds, Spread, spread_of_ratio
 from bench.workload import READ, READ_WRITE, ROOFLINE
@@ -138,6 +138,11 @@ TARGETS: tuple[Target, ...] = (
         12.0,
         unit="ns a row",
         scale=1e9 / CASES["rows"].shapes[0][0],
+    ),
+    *(
+        _against("gpt2", job, peer, label, 2.0)
+        for job in (REGULARISE, UPDATE)
+        for peer, label in ((_DOT, "NumPy"), (_TORCH, "PyTorch"))
     ),
     *(_dtype(dtype, job) for dtype in ("bfloat16", "float16") for job in (NORMS, *_CLIPS)),
 )

@@ -52,15 +52,17 @@ def places() -> list[type[Location]]:
     return found
 
 
-def fitting(load: Load, place: type[Location], wanted: Sequence[str], outcome: Outcome) -> list[str] | None:
+def fitting(
+    load: Load, place: type[Location], wanted: Sequence[str], jobs: Sequence[str], outcome: Outcome
+) -> list[str] | None:
     """The contenders for which there is memory now; None if there is not even for the gradients.
 
     Who is left out, and why, goes into the outcome.
     """
     free = int(place.free_memory() * _SPARE)
-    if bytes_needed(load, ()) > free:
+    if bytes_needed(load, (), jobs) > free:
         outcome.left_out.append(
-            f"{load.key}, {place.name}: needs {readable_bytes(bytes_needed(load, ()))}, "
+            f"{load.key}, {place.name}: needs {readable_bytes(bytes_needed(load, (), jobs))}, "
             f"{readable_bytes(free)} are free"
         )
         return None
@@ -71,7 +73,7 @@ def fitting(load: Load, place: type[Location], wanted: Sequence[str], outcome: O
             continue
         if not kind.takes(len(load.case.shapes)):
             outcome.left_out.append(f"{load.key}: {kind.title}: more than {kind.most_tensors} tensors")
-        elif bytes_needed(load, [*chosen, peer]) > free:
+        elif bytes_needed(load, [*chosen, peer], jobs) > free:
             need = readable_bytes(load.nbytes * kind.copies)
             outcome.left_out.append(f"{load.key}: {kind.title}: needs {need} more memory than is free")
         else:
@@ -90,7 +92,7 @@ def measure_experiment(
     for load in experiment.loads:
         for place in places():
             tell("making gradients", "", 0.0)
-            chosen = fitting(load, place, wanted, outcome)
+            chosen = fitting(load, place, wanted, experiment.jobs_of(load), outcome)
             if not chosen:
                 continue
             workload = Workload(load, place)

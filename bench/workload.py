@@ -95,9 +95,12 @@ class Location:
         }
 
 
-def bytes_needed(load: Load, peers: Iterable[str]) -> int:
+def bytes_needed(load: Load, peers: Iterable[str], jobs: Iterable[str] = ()) -> int:
     """Memory for the gradients and what these peers need beside them."""
-    return int(load.nbytes * (1 + sum(PEERS[peer].copies for peer in peers))) + _SCRATCH_BYTES
+    beside = {JOBS[job].beside for job in jobs} - {""}
+    # Of each kind one for all, and whoever clips an update has a list of the differences for a while.
+    copies = len(beside) + ("base" in beside) + sum(PEERS[peer].copies for peer in peers)
+    return int(load.nbytes * (1 + copies)) + _SCRATCH_BYTES
 
 
 class Workload:
@@ -117,11 +120,22 @@ class Workload:
         self.errors: dict[str, float] = {}
         self.failures: dict[str, str] = {}
         self._peers: dict[str, Peer] = {}
+        self._beside: dict[str, list[Any]] = {}
 
     @cached_property
     def row_norms(self) -> list[Array]:
         """Of each gradient."""
         return [reference.row_norms(self.gradients.to_host(g)) for g in self.gradients.arrays]
+
+    def beside(self, job: Job) -> Sequence[Any]:
+        """The arrays beside the gradients, which are as they were made; the same for all peers."""
+        if job.beside not in self._beside:
+            arrays = [np.copy(g) for g in self.gradients.arrays] if job.beside else []
+            if job.beside == "base":
+                for array in arrays:
+                    array[...] = 0
+            self._beside[job.beside] = arrays
+        return self._beside[job.beside]
 
     def protocol(self, rounds: int, seconds: float) -> Protocol:
         """Calls that take long need neither many repetitions nor a warm-up."""
@@ -177,18 +191,18 @@ class Workload:
         peer = self._peers[peer_key]
         # Half of the norm of each row, or what is said for all.
         max_norm: Any = [norms / 2 for norms in self.row_norms] if job.of_rows else job.threshold(self.total)
-        call = peer.call(job, max_norm)
+        call = peer.call(job, max_norm, self.beside(job))
         answer = call()
         self._check(name, peer, job, answer)
-        writes = job.coefficient != 1
+        writes = job.coefficient != 1 or bool(job.beside)
 
         def after(answer: Any) -> None:
             if job.key != NORMS and not job.of_rows:
-                peer.confirm(answer, max_norm, job.coefficient < 1)
+                peer.confirm(answer, max_norm, job.clips)
             peer.settle()
 
         def undo(answer: Any) -> None:
-            if writes:
+            if job.coefficient != 1:
                 peer.undo(answer, 1 / job.coefficient)
 
         def before_turn() -> None:
@@ -209,11 +223,11 @@ class Workload:
         else:
             total, norms = peer.total(answer), peer.layer_norms(answer)
         if total is not None:
-            expected = self.total / job.scale
+            expected = job.norm(self.total)
             self.errors[name] = abs(total / expected - 1)
             _close("norm", np.array([total]), np.array([expected]), peer.tolerance)
         if norms is not None:
-            _close("norms", np.array(norms), np.array(self.norms) / job.scale, peer.tolerance)
+            _close("norms", np.array(norms), np.array(list(map(job.norm, self.norms))), peer.tolerance)
         if job.key == NORMS:
             return
         # Of float16 subnormals, which the smallest elements become; others are halved exactly.

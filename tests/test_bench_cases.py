@@ -20,7 +20,7 @@ from bench.cases import CASES, DTYPES, Load, choose, dtype_of
 from bench.data import GradientBuffer
 from bench.errors import BenchError
 from bench.harness import PYTEST_CASES, axes, fitting
-from bench.jobs import CLIP, CLIP_ROWS, JOBS, NORMS, ROW_NORMS, Job, key
+from bench.jobs import CLIP, CLIP_ROWS, JOBS, NORMS, REGULARISE, ROW_NORMS, UPDATE, Job, key
 from bench.peers import CPU, GPU, OURS, PEERS, Peer, present
 from bench.peers.with_numpy import NumpySquares
 from bench.workload import Location, Workload, WrongAnswerError
@@ -255,3 +255,19 @@ def test_norms_of_rows_are_checked(peer: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(PEERS[peer], "clip_rows", lambda self, max_norm: None)
     with pytest.raises(WrongAnswerError, match="gradient 0: expected"):
         workload.contender(peer, JOBS[CLIP_ROWS])
+
+
+@pytest.mark.parametrize("job", [REGULARISE, UPDATE])
+@pytest.mark.parametrize("peer", [key for key in _CPU_PEERS if UPDATE in PEERS[key].traffic])
+def test_pairs_are_checked(peer: str, job: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each answers rightly, as often as it is asked; whoever leaves out the second arrays is found out."""
+    workload = Workload(Load(CASES["mlp"]))
+    contender = workload.contender(peer, JOBS[job])
+    for _ in range(3):
+        contender.undo(contender.call())
+    method = "regularise_and_clip" if job == REGULARISE else "clip_update"
+    monkeypatch.setattr(PEERS[peer], method, lambda self, max_norm, beside: self.clip(1e30))
+    with pytest.raises(
+        WrongAnswerError, match="norm: expected" if job == REGULARISE else "gradient 0: expected"
+    ):
+        workload.contender(peer, JOBS[job])

@@ -208,7 +208,7 @@ def test_what_does_not_fit_into_memory_is_left_out_with_a_line(monkeypatch: pyte
 
     def chosen(free: float) -> list[str] | None:
         monkeypatch.setattr(Location, "free_memory", staticmethod(lambda: int(free)))
-        return worker.fitting(large, Location, ["gradclip", "optax-donated", "optax", "torch"], outcome)
+        return worker.fitting(large, Location, ["gradclip", "optax-donated", "optax", "torch"], (), outcome)
 
     assert chosen(5e9) == ["gradclip", "optax-donated", "optax", "torch"]
     assert outcome.left_out == []
@@ -217,7 +217,7 @@ def test_what_does_not_fit_into_memory_is_left_out_with_a_line(monkeypatch: pyte
     assert chosen(0.3e9) is None
     assert outcome.left_out[1] == "bytes-256M/float32, cpu: needs 403 MB, 240 MB are free"
     many = Load(CASES["many"])
-    assert worker.fitting(many, Location, ["optax"], outcome) == []
+    assert worker.fitting(many, Location, ["optax"], (), outcome) == []
 
 
 def _contender(name: str, log: list[str], fail_at: int = 99) -> Contender:

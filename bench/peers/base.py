@@ -9,13 +9,27 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from bench.jobs import CLIP, CLIP_ROWS, LOG, NO_CLIP, NORMS, ROW_NORMS, UNSCALE, Job, Traffic
+from bench.jobs import (
+    CLIP,
+    CLIP_ROWS,
+    LOG,
+    NO_CLIP,
+    NORMS,
+    REGULARISE,
+    ROW_NORMS,
+    UNSCALE,
+    UPDATE,
+    Job,
+    Traffic,
+)
 
-__all__ = ["CPU", "GPU", "ROWS", "Peer"]
+__all__ = ["CPU", "GPU", "PAIRS", "ROWS", "Peer"]
 
 CPU, GPU = "cpu", "gpu"
 # What who has norms of rows moves, as `traffic`.
 ROWS: Mapping[str, Traffic] = {ROW_NORMS: Traffic(1), CLIP_ROWS: Traffic(1, 1)}
+# What who makes pairs in the passes that measure and write moves.
+PAIRS: Mapping[str, Traffic] = {REGULARISE: Traffic(3, 1), UPDATE: Traffic(3, 1)}
 
 
 class Peer:
@@ -63,8 +77,11 @@ class Peer:
         """Whether it takes part where there are so many."""
         return cls.most_tensors is None or tensors <= cls.most_tensors
 
-    def call(self, job: Job, max_norm: Any) -> Callable[[], Any]:
-        """What is timed; whatever its user would do once, such as compile, is done here."""
+    def call(self, job: Job, max_norm: Any, beside: Sequence[Any] = ()) -> Callable[[], Any]:
+        """What is timed; whatever its user would do once, such as compile, is done here.
+
+        ``beside``: the arrays beside the gradients, where the job has some.
+        """
         calls: dict[str, Callable[[], Any]] = {
             NORMS: self.norms,
             CLIP: partial(self.clip, max_norm),
@@ -73,6 +90,8 @@ class Peer:
             LOG: partial(self.norms_and_clip, max_norm),
             ROW_NORMS: self.row_norms,
             CLIP_ROWS: partial(self.clip_rows, max_norm),
+            REGULARISE: partial(self.regularise_and_clip, max_norm, beside),
+            UPDATE: partial(self.clip_update, max_norm, beside),
         }
         return calls[job.key]
 
@@ -98,6 +117,14 @@ class Peer:
 
     def clip_rows(self, max_norm: Any) -> Any:
         """Timed: measure and clip each row; ``max_norm`` has thresholds for each gradient."""
+        raise NotImplementedError
+
+    def regularise_and_clip(self, max_norm: float, params: Sequence[Any]) -> Any:
+        """Timed: add ``1.0 * params``, measure and clip."""
+        raise NotImplementedError
+
+    def clip_update(self, max_norm: float, base: Sequence[Any]) -> Any:
+        """Timed: measure and clip what the gradients are more than ``base``."""
         raise NotImplementedError
 
     def norms_of_rows(self, answer: Any) -> Sequence[Any]:

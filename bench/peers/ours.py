@@ -11,7 +11,7 @@ import numpy as np
 
 import gradclip
 from bench.jobs import Traffic
-from bench.peers.base import GPU, ROWS, Peer, traffic
+from bench.peers.base import GPU, PAIRS, ROWS, Peer, traffic
 from bench.peers.with_torch import Torch, TorchCuda
 from gradclip._dispatch import why_no_gpu
 
@@ -32,7 +32,7 @@ _TRAFFIC = traffic(Traffic(1), Traffic(1, 1), Traffic(1), Traffic(1, 1), Traffic
 class Gradclip(Peer):
     key, title = "gradclip", "gradclip"
     tolerance, rounding = 1e-7, 0.0
-    traffic: ClassVar[Mapping[str, Traffic]] = {**_TRAFFIC, **ROWS}
+    traffic: ClassVar[Mapping[str, Traffic]] = {**_TRAFFIC, **ROWS, **PAIRS}
 
     def norms(self) -> Any:
         return gradclip.tensor_norms(self.grads)
@@ -51,6 +51,12 @@ class Gradclip(Peer):
 
     def clip_rows(self, max_norm: Any) -> Any:
         return gradclip.clip_by_global_norm_(self.grads, max_norm, groups="row")
+
+    def regularise_and_clip(self, max_norm: float, params: Sequence[Any]) -> Any:
+        return gradclip.clip_by_global_norm_(self.grads, max_norm, params=params, l2=1.0)
+
+    def clip_update(self, max_norm: float, base: Sequence[Any]) -> Any:
+        return gradclip.clip_difference_(self.grads, base, max_norm)
 
     def total(self, answer: Any) -> float:
         if isinstance(answer, gradclip.ClipResult):
@@ -89,6 +95,12 @@ class GradclipPlan(Gradclip):
 
     def clip_rows(self, max_norm: Any) -> Any:
         return self._plan.clip_by_global_norm_(max_norm, groups="row")
+
+    def regularise_and_clip(self, max_norm: float, params: Sequence[Any]) -> Any:
+        return self._plan.clip_by_global_norm_(max_norm, params=params, l2=1.0)
+
+    def clip_update(self, max_norm: float, base: Sequence[Any]) -> Any:
+        return self._plan.clip_difference_(base, max_norm)
 
     def undo(self, answer: Any, factor: float) -> None:
         self._plan.scale_(factor)

@@ -49,7 +49,7 @@ class Optax(Peer):
     def _on_host(grad: Any) -> Array:
         return np.asarray(grad)
 
-    def call(self, job: Job, max_norm: float) -> Callable[[], Any]:
+    def call(self, job: Job, max_norm: float, beside: Sequence[Any] = ()) -> Callable[[], Any]:
         """Compiled with the threshold in it, as one writes it into an optimizer."""
         if job.key == NORMS:
             return self.norms

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from bench.jobs import Traffic
+from bench.jobs import REGULARISE, UPDATE, Traffic
 from bench.peers.base import ROWS, Peer, traffic
 
 __all__ = ["Numba", "NumpyDot", "NumpySquares"]
@@ -79,7 +79,27 @@ class NumpySquares(_ByHand):
 
 class NumpyDot(_ByHand):
     key, title = "numpy-dot", "NumPy dot loop"
-    traffic: ClassVar[Mapping[str, Traffic]] = {**_ByHand.traffic, **ROWS}
+    # A product that is written; a sum; a norm; a clip. A difference; its norm; its product; a sum.
+    traffic: ClassVar[Mapping[str, Traffic]] = {
+        **_ByHand.traffic,
+        **ROWS,
+        REGULARISE: Traffic(3, 3),
+        UPDATE: Traffic(5, 3),
+    }
+
+    def regularise_and_clip(self, max_norm: float, params: Sequence[Any]) -> Any:
+        for g, w in zip(self.grads, params, strict=True):
+            np.add(g, g.dtype.type(1.0) * w, out=g)
+        return self.clip(max_norm)
+
+    def clip_update(self, max_norm: float, base: Sequence[Any]) -> Any:
+        deltas = [new - b for new, b in zip(self.grads, base, strict=True)]
+        total = math.sqrt(sum(float(np.dot(d.reshape(-1), d.reshape(-1))) for d in deltas))
+        if total > max_norm:
+            for new, b, delta in zip(self.grads, base, deltas, strict=True):
+                np.multiply(delta, delta.dtype.type(max_norm / total), out=delta)
+                np.add(b, delta, out=new)
+        return total, None
 
     def row_norms(self) -> list[Any]:
         flat = (g.reshape(len(g), -1) for g in self.grads)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 import gradclip
-from bench.jobs import LOSS_SCALE, NO_CLIP, Job, Traffic
+from bench.jobs import LOSS_SCALE, NO_CLIP, REGULARISE, UPDATE, Job, Traffic
 from bench.peers.base import GPU, ROWS, Peer, traffic
 from gradclip._dispatch import why_no_gpu
 
@@ -23,7 +23,12 @@ class Torch(Peer):
     needs: ClassVar[tuple[str, ...]] = ("torch",)
     foreach: ClassVar[bool] = True
     device: ClassVar[str] = "cpu"
-    traffic = traffic(Traffic(1), Traffic(1, 1), Traffic(1, 1), Traffic(1, 2), Traffic(2, 1))
+    traffic: ClassVar[Mapping[str, Traffic]] = {
+        **traffic(Traffic(1), Traffic(1, 1), Traffic(1, 1), Traffic(1, 2), Traffic(2, 1)),
+        # A sum; a norm; a clip. A difference; its norm; its product; a sum.
+        REGULARISE: Traffic(2, 2),
+        UPDATE: Traffic(5, 3),
+    }
 
     def __init__(self, grads: Sequence[Any]) -> None:
         super().__init__(grads)
@@ -49,6 +54,20 @@ class Torch(Peer):
         """Which takes an optimizer once in a step."""
         self._scaler = self._torch.amp.GradScaler(self.device, init_scale=LOSS_SCALE)
         self._scaler.scale(self._torch.zeros((), device=self.device))
+
+    def call(self, job: Job, max_norm: Any, beside: Sequence[Any] = ()) -> Callable[[], Any]:
+        return super().call(job, max_norm, [self._tensor(array) for array in beside])
+
+    def regularise_and_clip(self, max_norm: float, params: Sequence[Any]) -> Any:
+        self._torch._foreach_add_(self._grads, params, alpha=1.0)
+        return self.clip(max_norm)
+
+    def clip_update(self, max_norm: float, base: Sequence[Any]) -> Any:
+        deltas = self._torch._foreach_sub(self._grads, base)
+        total = self._torch.nn.utils.get_total_norm(deltas, foreach=self.foreach)
+        self._torch._foreach_mul_(deltas, (max_norm / total).clamp(max=1.0))
+        self._torch._foreach_copy_(self._grads, self._torch._foreach_add(base, deltas))
+        return total
 
     def norms(self) -> Any:
         return self._torch.nn.utils.get_total_norm(self._grads, foreach=self.foreach)
@@ -88,11 +107,11 @@ class TorchLoop(Torch):
     def norms_and_clip(self, max_norm: float) -> Any:
         return [float(g.norm()) for g in self._grads], self.clip(max_norm)
 
-    def call(self, job: Job, max_norm: Any) -> Callable[[], Any]:
+    def call(self, job: Job, max_norm: Any, beside: Sequence[Any] = ()) -> Callable[[], Any]:
         if job.of_rows:
             pairs = zip(max_norm, self._grads, strict=True)
             max_norm = [self._torch.from_numpy(limits).to(g) for limits, g in pairs]
-        return super().call(job, max_norm)
+        return super().call(job, max_norm, beside)
 
     def row_norms(self) -> Any:
         return [g.flatten(1).norm(dim=1) if g.dim() > 1 else g.abs() for g in self._grads]
