@@ -174,9 +174,9 @@ py::tuple DeviceMeasured::clip_measuring(DeviceGradients& grads, DevicePair* pai
   const Gradients& list = grads.gradients();
   const MeasureArguments measure(list, ord, groups, grad_scale, reduce);
   const LimitsArgument limits(max_norm, measure.groups, grads, as_stream(stream), false);
-  cuda::Decision decision{
-      *limits, clip_options(nonfinite, formula, measure.grad_scale, measure.order,
-                            reduce.is_none() && (pair || list.has_only_float64()))};
+  cuda::Decision decision{*limits,
+                          clip_options(nonfinite, formula, measure.grad_scale, measure.order,
+                                       reduce.is_none() && (pair || list.has_only_float64()))};
   decision.options.always_changes = always_changes(pair);
   const NonFinite policy = decision.options.nonfinite;
   const auto pairs = table_of(pair, measure);

@@ -13,7 +13,8 @@ class DevicePair {
   DevicePair(std::shared_ptr<DeviceGradients> grads, const py::object& second,
              const Pair::Terms& terms, std::uintptr_t stream)
       : grads_(std::move(grads)),
-        reader_(grads_->device(), pointer_at<CUstream_st>(stream), grads_->framework(), false, true),
+        reader_(grads_->device(), pointer_at<CUstream_st>(stream), grads_->framework(), false,
+                true),
         pair_([&] {
           const cuda::DeviceGuard guard(grads_->device());
           return Pair({grads_, &grads_->gradients()}, second, terms, reader_);

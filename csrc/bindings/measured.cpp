@@ -189,8 +189,8 @@ Measured::Measured(std::shared_ptr<const Gradients> grads, const MeasureArgument
 
 // `sums`: of tensors.
 void Measured::measure_pair(Table<NormSum>& sums) {
-  pairs_ = std::make_shared<const PairTable>(
-      pair_->table(grad_scale_, named_.groups.are_of_rows()));
+  pairs_ =
+      std::make_shared<const PairTable>(pair_->table(grad_scale_, named_.groups.are_of_rows()));
   PairSums second;
   run([&] {
     Table<NormSum> parts = cpu::measure_pairs(*pairs_, cpu::make_plan(*pairs_), order_, second);
@@ -241,8 +241,7 @@ py::object Measured::clip_measuring(std::shared_ptr<const Gradients> grads,
                            measure.grad_scale, measure.order, reduce.is_none());
   pair ? pair->require_writable() : grads->require_writable();
   grads->recheck(HostReader{}, max_norm, ord, groups, grad_scale, nonfinite);
-  if (pair)
-    pair->second().recheck(second_reader(), max_norm, ord, groups, grad_scale, nonfinite);
+  if (pair) pair->second().recheck(second_reader(), max_norm, ord, groups, grad_scale, nonfinite);
   Measured measured(std::move(grads), measure, std::move(pair));
   if (!reduce.is_none()) measured.require_unchanged();
   return measured.apply(clip.thresholds, clip.options);

@@ -61,9 +61,9 @@ void Pair::check_entry(std::size_t i) const {
   const DType here = grads_->spans()[i].dtype, there = second_.spans()[i].dtype;
   if (terms_.is_difference ? here != there : is_complex(here) != is_complex(there))
     refuse(Problem::type_error,
-           terms_.is_difference     ? std::string("dtype ") + name_of(here)
-           : is_complex(here) ? "a complex dtype"
-                              : "a real dtype",
+           terms_.is_difference ? std::string("dtype ") + name_of(here)
+           : is_complex(here)   ? "a complex dtype"
+                                : "a real dtype",
            name_of(there));
 }
 
@@ -89,9 +89,9 @@ constexpr std::int64_t kMostElements = std::int64_t{1} << 58;
 PairTable Pair::table(double grad_scale, bool of_rows) const {
   PairTable table;
   const PairFormula formula = table.formula = decide([&] {
-    return terms_.is_difference
-               ? PairFormula::difference()
-               : PairFormula{terms_.l2 * grad_scale, terms_.l1 * grad_scale, false, terms_.l2, terms_.l1};
+    return terms_.is_difference ? PairFormula::difference()
+                                : PairFormula{terms_.l2 * grad_scale, terms_.l1 * grad_scale, false,
+                                              terms_.l2, terms_.l1};
   });
   if (!is_finite(formula.factor) || !is_finite(formula.sign_factor))
     throw py::value_error(

@@ -13,8 +13,8 @@ namespace gradclip {
 struct PairFormula {
   // z = (x + factor * y) + sign_factor * sign(y), without terms by 0.
   double factor = 0.0, sign_factor = 0.0;
-  bool is_difference = false;   // z = x - y, an update of y
-  double l2 = 0.0, l1 = 0.0;    // of the penalty of y
+  bool is_difference = false;  // z = x - y, an update of y
+  double l2 = 0.0, l1 = 0.0;   // of the penalty of y
 
   static constexpr PairFormula difference() { return {-1.0, 0.0, true, 0.0, 0.0}; }
 };

@@ -70,7 +70,14 @@ void scale_pairs(const PairTable& pairs, const ChunkPlan& plan,
   change_pairs(parts, plan, [&](std::size_t part, const PairSpan& pair, const Chunk& piece) {
     const double factor = coefficients[part] / grad_scale;
     if (pair.formula.is_difference && factor == 1.0) return;
-    for_each_pair_tile(pair, piece, [&](PairTile& tile) { tile.write(factor, down); });
+    if (down || !is_direct(pair)) {
+      for_each_pair_tile(pair, piece, [&](PairTile& tile) { tile.write(factor, down); });
+      return;
+    }
+    const auto write = kernels().of(pair.x.dtype, pair.y.dtype).write;
+    for_each_direct_tile(pair, piece,
+                         [&](std::byte* x, const std::byte* y, std::int64_t, std::int64_t,
+                             std::size_t numbers) { write(x, y, numbers, pair.formula, factor); });
   });
 }
 

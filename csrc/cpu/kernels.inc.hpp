@@ -18,8 +18,8 @@ using order::kRowBytes;
 
 // Ask the cache for the row a page ahead: the processor's own prefetchers stop where a page ends.
 // Beyond the end of a tensor that is a page in vain.
+constexpr std::size_t kPage = 4096;
 GRADCLIP_INLINE void prefetch_next_page(const std::byte* row) {
-  constexpr std::size_t kPage = 4096;
   for (std::size_t at = 0; at < kRowBytes; at += kBlockBytes) __builtin_prefetch(row + kPage + at);
 }
 
@@ -306,6 +306,117 @@ void move_down(const double* __restrict from, const double* __restrict steps,
   }
 }
 
+// The rows of a tile of float64, 64 numbers each, from terms of 16: terms(at), where at counts numbers. The last
+// row may be short: short_terms(at) takes +0 for what is behind the end.
+template <class Terms, class ShortTerms>
+GRADCLIP_INLINE double sum_wide_terms(std::size_t count, Terms terms, ShortTerms short_terms) {
+  constexpr std::size_t kRow = kRowBytes / sizeof(double), kTerms = 16;
+  const auto row = [](std::size_t at, const auto& terms_at) {
+    const DoublePair t0 = terms_at(at), t1 = terms_at(at + kTerms);
+    const Doubles left = (t0.low + t0.high) + (t1.low + t1.high);
+    const DoublePair t2 = terms_at(at + 2 * kTerms), t3 = terms_at(at + 3 * kTerms);
+    return left + ((t2.low + t2.high) + (t3.low + t3.high));
+  };
+  Doubles accumulators{};
+  std::size_t at = 0;
+  for (; at + kRow <= count; at += kRow) accumulators = accumulators + row(at, terms);
+  if (at != count) accumulators = accumulators + row(at, short_terms);
+  double lanes[sizeof(accumulators) / sizeof(double)];
+  __builtin_memcpy(lanes, &accumulators, sizeof(lanes));
+  return order::fold_lanes(lanes);
+}
+
+// 16 numbers from `at` on, of which there are `count`.
+template <class T>
+GRADCLIP_INLINE DoublePair load_short(const std::byte* from, std::size_t at, std::size_t count) {
+  std::byte padded[16 * sizeof(T)] = {};
+  if (at < count) {
+    const std::size_t left = count - at < 16 ? count - at : 16;
+    __builtin_memcpy(padded, from + at * sizeof(T), left * sizeof(T));
+  }
+  return load_wide(padded, T{});
+}
+
+template <class T, Sum kSum>
+double sum_wide(const std::byte* from, std::size_t count) {
+  return sum_wide_terms(
+      count, [=](std::size_t at) { return term<kSum>(load_wide(from + at * sizeof(T), T{})); },
+      [=](std::size_t at) { return term<kSum>(load_short<T>(from, at, count)); });
+}
+
+// What is made of 16 numbers of each.
+template <bool kSigns>
+GRADCLIP_INLINE DoublePair made_of(const DoublePair& x, const DoublePair& y,
+                                   const PairFormula& formula) {
+  const DoubleRegister factor = DoubleRegister{} + formula.factor;
+  DoublePair z = zip([=](DoubleRegister a, DoubleRegister b) { return a + factor * b; }, x, y);
+  if constexpr (kSigns) {
+    const DoubleRegister sign = DoubleRegister{} + formula.sign_factor, zero{};
+    z = zip([=](DoubleRegister a,
+                DoubleRegister b) { return a + (b > zero ? sign : (b < zero ? -sign : b)); },
+            z, y);
+  }
+  return z;
+}
+
+template <class X, class Y, bool kSigns>
+double sum_pair(const std::byte* x, const std::byte* y, std::size_t count,
+                const PairFormula& given) {
+  const PairFormula formula = given;
+  return sum_wide_terms(
+      count,
+      [=](std::size_t at) {
+        const std::byte *x_at = x + at * sizeof(X), *y_at = y + at * sizeof(Y);
+        __builtin_prefetch(x_at + kPage);
+        __builtin_prefetch(y_at + kPage);
+        return term<Sum::squares>(
+            made_of<kSigns>(load_wide(x_at, X{}), load_wide(y_at, Y{}), formula));
+      },
+      [=](std::size_t at) {
+        return term<Sum::squares>(
+            made_of<kSigns>(load_short<X>(x, at, count), load_short<Y>(y, at, count), formula));
+      });
+}
+template <class X, class Y>
+double sum_pair_squares(const std::byte* x, const std::byte* y, std::size_t count,
+                        const PairFormula& formula) {
+  return formula.sign_factor != 0.0 ? sum_pair<X, Y, true>(x, y, count, formula)
+                                    : sum_pair<X, Y, false>(x, y, count, formula);
+}
+
+template <class X, class Y>
+void write_pair(std::byte* x, const std::byte* y, std::size_t count, const PairFormula& given,
+                double given_factor) {
+  const PairFormula formula = given;
+  const double factor = given_factor;
+  // As many at once as rounding is worth a loop of its own: to bfloat16 it takes integers.
+  constexpr std::size_t kStep = 16, kBatch = std::is_same_v<X, BFloat16> ? 256 : kStep;
+  const auto step = [=](const DoublePair& from, const DoublePair& beside, double* to) {
+    DoublePair z = formula.sign_factor != 0.0 ? made_of<true>(from, beside, formula)
+                                              : made_of<false>(from, beside, formula);
+    const DoubleRegister scale = DoubleRegister{} + factor;
+    if (factor != 1.0) z = map([=](DoubleRegister a) { return a * scale; }, z);
+    if (formula.is_difference) z = z + beside;
+    store(reinterpret_cast<std::byte*>(to), z);
+  };
+  double numbers[kBatch];
+  std::size_t at = 0;
+  for (; at + kBatch <= count; at += kBatch) {
+    for (std::size_t i = 0; i < kBatch; i += kStep) {
+      const std::byte *x_at = x + (at + i) * sizeof(X), *y_at = y + (at + i) * sizeof(Y);
+      __builtin_prefetch(x_at + kPage);
+      __builtin_prefetch(y_at + kPage);
+      step(load_wide(x_at, X{}), load_wide(y_at, Y{}), numbers + i);
+    }
+    narrow<X, Rounding::nearest>(numbers, x + at * sizeof(X), kBatch);
+  }
+  for (; at < count; at += kStep) {
+    step(load_short<X>(x, at, count), load_short<Y>(y, at, count), numbers);
+    narrow<X, Rounding::nearest>(numbers, x + at * sizeof(X),
+                                 count - at < kStep ? count - at : kStep);
+  }
+}
+
 void add_scaled(double* __restrict z, const double* __restrict y, double factor,
                 std::size_t count) {
   for (std::size_t i = 0; i < count; ++i) z[i] = plus_scaled(z[i], y[i], factor);
@@ -347,16 +458,33 @@ void read_write(std::byte* data, std::size_t bytes) {
 
 template <class T>
 constexpr TypeKernels kernels_of() {
-  return {sum_tile<T, Sum::squares>,    sum_tile<T, Sum::magnitudes>, largest<T>,         clamp<T>,
-          scale<T, Rounding::nearest>,  scale<T, Rounding::down>,     count_nonfinite<T>, widen<T>,
-          narrow<T, Rounding::nearest>, narrow<T, Rounding::down>,    move_down<T>};
+  return {sum_tile<T, Sum::squares>,
+          sum_tile<T, Sum::magnitudes>,
+          largest<T>,
+          clamp<T>,
+          scale<T, Rounding::nearest>,
+          scale<T, Rounding::down>,
+          count_nonfinite<T>,
+          sum_wide<T, Sum::squares>,
+          sum_wide<T, Sum::magnitudes>,
+          widen<T>,
+          narrow<T, Rounding::nearest>,
+          narrow<T, Rounding::down>,
+          move_down<T>};
 }
 
 constexpr Kernels kernels() {
-  Kernels all{{}, add_scaled, add_signs, read, read_write};
+  Kernels all{{}, {}, add_scaled, add_signs, read, read_write};
   for (std::size_t i = 0; i < kRealTypes; ++i)
-    visit_real_type(static_cast<DType>(i),
-                    [&](auto type) { all.of_real_type[i] = kernels_of<decltype(type)>(); });
+    visit_real_type(static_cast<DType>(i), [&](auto x) {
+      using X = decltype(x);
+      all.of_real_type[i] = kernels_of<X>();
+      for (std::size_t k = 0; k < kRealTypes; ++k)
+        visit_real_type(static_cast<DType>(k), [&](auto y) {
+          using Y = decltype(y);
+          all.of_real_types[i][k] = {sum_pair_squares<X, Y>, write_pair<X, Y>};
+        });
+    });
   return all;
 }
 

@@ -57,6 +57,14 @@ bool is_tile(const Span& span, const Chunk& piece) {
   return !span.layout && piece.bytes <= static_cast<std::int64_t>(order::kTileBytes);
 }
 
+// Add the sums of tiles where a kernel takes pairs as they lie; false where it does not.
+bool add_direct(const Span&, const Chunk&, const NormOrder&, ExactSum&) { return false; }
+bool add_direct(const PairSpan& pair, const Chunk& piece, const NormOrder& order, ExactSum& sum) {
+  if (order.kind != NormOrder::two || !is_direct(pair)) return false;
+  sum_direct_tiles(pair, piece, [&](const WideValue& tile) { sum.add(tile); });
+  return true;
+}
+
 // Sums of the parts: store(chunk, part, sum), by any thread, but by one for a chunk, of each part that has bytes;
 // `chunk` is where the part begins. `units` are the largest magnitudes of slow ones, if there are any.
 template <class Parts, class Store>
@@ -91,7 +99,7 @@ void sum_parts(const Parts& parts, const ChunkPlan& plan, const NormOrder& order
           if (slow) {
             const double unit = units[part];
             if (unit != 0.0 && is_finite(unit)) sum = sum_powers(span, piece, unit, order.p);
-          } else {
+          } else if (!add_direct(span, piece, order, sum)) {
             for_each_tile(span, piece, [&](const std::byte* tile, std::size_t bytes) {
               sum.add(sum_tile(tile, bytes));
             });

@@ -92,6 +92,50 @@ void for_each_pair_tile(const PairSpan& pair, const Chunk& piece, Visit visit) {
   }
 }
 
+// Whether kernels take both arrays where they lie.
+inline bool is_direct(const PairSpan& pair) {
+  return !pair.x.layout && !pair.y.layout && pair.formula.factor != 0.0;
+}
+
+// visit(x, y, first byte, bytes, numbers) for every tile of a piece of a direct pair: where its parts lie.
+template <class Visit>
+void for_each_direct_tile(const PairSpan& pair, const Chunk& piece, Visit visit) {
+  constexpr auto kTile = static_cast<std::int64_t>(order::kTileBytes);
+  const std::int64_t end = piece.first_byte + piece.bytes;
+  for (std::int64_t first = piece.first_byte; first < end; first += kTile) {
+    const std::int64_t bytes = std::min(end - first, kTile), element = first / pair.itemsize();
+    visit(pair.x.data + element * pair.x.itemsize(), pair.y.data + element * pair.y.itemsize(),
+          first, bytes, static_cast<std::size_t>(bytes) / sizeof(double));
+  }
+}
+
+// add(sum) with the sum of squares of every tile, and those of the second arrays where somebody asks for them.
+template <class Add>
+void sum_direct_tiles(const PairSpan& pair, const Chunk& piece, Add add) {
+  const PairKernels& both = kernels().of(pair.x.dtype, pair.y.dtype);
+  const TypeKernels& second = kernels().of(pair.y.dtype);
+  const bool has_signs = pair.formula.sign_factor != 0.0;
+  for_each_direct_tile(
+      pair, piece,
+      [&](const std::byte* x, const std::byte* y, std::int64_t first, std::int64_t bytes,
+          std::size_t numbers) {
+        const double sum = both.sum_squares(x, y, numbers, pair.formula);
+        const double squares = pair.sums ? second.sum_wide_squares(y, numbers) : 1.0;
+        const double magnitudes =
+            pair.sums && has_signs ? second.sum_wide_magnitudes(y, numbers) : 1.0;
+        if (!order::can_be_trusted(sum, true) || !order::can_be_trusted(squares, true) ||
+            !order::can_be_trusted(magnitudes, true)) {  // again, by way of the buffers
+          const PairTile tile(pair, first, bytes);
+          if (pair.sums) tile.add_sums_of_y(*pair.sums);
+          add(kernels().of(DType::float64).sum_squares(tile.data(), tile.bytes()));
+          return;
+        }
+        add(WideValue{sum, 0});
+        if (pair.sums) pair.sums->squares.add(squares);
+        if (pair.sums && has_signs) pair.sums->magnitudes.add(magnitudes);
+      });
+}
+
 // As of a Span.
 template <class Visit>
 void for_each_tile(const PairSpan& pair, const Chunk& piece, Visit visit) {

@@ -138,7 +138,8 @@ GRADCLIP_INLINE Floats floats_of(const Words& x) {
 }
 
 GRADCLIP_INLINE Floats magnitude(const Floats& x) { return floats_of(bits_of(x) & 0x7fffffffu); }
-GRADCLIP_INLINE Doubles magnitude(const Doubles& x) {
+template <int N>
+GRADCLIP_INLINE Block<DoubleRegister, N> magnitude(const Block<DoubleRegister, N>& x) {
   constexpr std::uint64_t kMask = 0x7fffffffffffffffu;
   return map([](DoubleRegister r) { return (DoubleRegister)((LongRegister)r & kMask); }, x);
 }
@@ -229,6 +230,40 @@ GRADCLIP_INLINE Doubles below_if_subnormal(const Doubles& x) {
         return (DoubleRegister)(bits + (LongRegister)((bits & kMask) - 1u < kSubnormals));
       },
       x);
+}
+
+// 16 halves of words, each in the low half of a word of its own, in the order of memory.
+GRADCLIP_INLINE Words unpack(const std::byte* halves) {
+#if defined(__AVX512F__)
+  const auto* const from = reinterpret_cast<const __m256i_u*>(halves);
+  return {(WordRegister)_mm512_cvtepu16_epi32(_mm256_loadu_si256(from))};
+#elif defined(__AVX2__)
+  const auto* const from = reinterpret_cast<const __m128i_u*>(halves);
+  return {{(WordRegister)_mm256_cvtepu16_epi32(_mm_loadu_si128(from))},
+          {(WordRegister)_mm256_cvtepu16_epi32(_mm_loadu_si128(from + 1))}};
+#else
+  std::uint16_t from[16];
+  std::uint32_t words[16];
+  __builtin_memcpy(from, halves, sizeof(from));
+  for (int i = 0; i < 16; ++i) words[i] = from[i];
+  Words block;
+  __builtin_memcpy(&block, words, sizeof(block));
+  return block;
+#endif
+}
+
+// 16 numbers as float64.
+GRADCLIP_INLINE DoublePair load_wide(const std::byte* from, float) {
+  return widen(load<Floats>(from));
+}
+GRADCLIP_INLINE DoublePair load_wide(const std::byte* from, double) {
+  return load<DoublePair>(from);
+}
+GRADCLIP_INLINE DoublePair load_wide(const std::byte* from, BFloat16) {
+  return widen(floats_of(unpack(from) << 16));
+}
+GRADCLIP_INLINE DoublePair load_wide(const std::byte* from, Float16) {
+  return widen(from_halves(unpack(from)));
 }
 
 #if defined(__F16C__)

@@ -188,8 +188,8 @@ __device__ __forceinline__ void change_pairs(const ChangeArguments& arguments, E
         if (action == Action::zero) {
           round_from(formula.is_difference ? y : 0.0, result);
         } else {
-          const double z = made_of(to_double(bit_copy<T>(*place)), y, memory.factor,
-                                   memory.sign_factor);
+          const double z =
+              made_of(to_double(bit_copy<T>(*place)), y, memory.factor, memory.sign_factor);
           result = written_of<T>(formula, z, y, factor, arguments.rounds_down);
         }
         *place = bit_copy<typename FloatBits<T>::Word>(result);

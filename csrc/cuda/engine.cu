@@ -261,8 +261,7 @@ void List::State::read(std::span<const Span> spans, const Groups& groups_wanted,
 
 void List::State::place(Stream on) {
   table.is_in_argument = !is_kept && tensors <= kMostEntries && axes.empty() && rows.empty() &&
-                         pairs.empty() &&
-                         grouping != Groups::labels;
+                         pairs.empty() && grouping != Groups::labels;
   Parts all;
   const std::size_t at_entries = all.add(entries.size() * sizeof(TensorEntry));
   const std::size_t at_axes = all.add(axes.size() * sizeof(Axis));
@@ -362,7 +361,8 @@ void List::measure(const NormOrder& order, double grad_scale, std::byte* result,
       s.launch_measure<Measure::squares>(arguments, stream);
     } else if (order.kind == NormOrder::one && s.pairs.empty()) {
       s.launch_measure<Measure::magnitudes>(arguments, stream);
-    } else if (order.kind == NormOrder::one) {  // of pairs, which have no kernel of their own for it
+    } else if (order.kind ==
+               NormOrder::one) {  // of pairs, which have no kernel of their own for it
       s.launch_measure<Measure::powers>(arguments, stream);
     } else {
       s.launch_measure<Measure::largest>(arguments, stream);
@@ -407,8 +407,8 @@ void List::count_nonfinite(std::int64_t* counts, Stream stream) {
   check(cudaMemsetAsync(counts, 0, 2 * s.tensors * sizeof(*counts), stream), "cudaMemsetAsync");
   s.launch_in_memory(
       s.pairs.empty() ? count_nonfinite_kernel<OfGradients> : count_nonfinite_kernel<OfPairs>,
-      s.blocks, sizeof(Ways), CountArguments{s.table, reinterpret_cast<unsigned long long*>(counts)},
-                     stream);
+      s.blocks, sizeof(Ways),
+      CountArguments{s.table, reinterpret_cast<unsigned long long*>(counts)}, stream);
 }
 
 }  // namespace gradclip::cuda

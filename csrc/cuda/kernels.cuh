@@ -19,8 +19,7 @@ template <Measure kMeasure>
 __global__ void __launch_bounds__(kThreads, kBlocksOfLargeKernels)
     measure_pairs_kernel(const __grid_constant__ InMemory<MeasureArguments> list) {
   using Accumulator = typename AccumulatorOf<kMeasure>::Type;
-  measure<kMeasure, OfPairs>(list.arguments, list.view(),
-                             shared_memory<PairShared<Accumulator>>());
+  measure<kMeasure, OfPairs>(list.arguments, list.view(), shared_memory<PairShared<Accumulator>>());
 }
 template <class List>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)

@@ -48,9 +48,7 @@ struct PairMemory {
       return 8 * k < bytes ? bit_copy<std::uint64_t>(number(offset / 8 + k)) : 0;
     });
   }
-  __device__ __forceinline__ uint4 load(std::int64_t offset) const {
-    return load_part(offset, 16);
-  }
+  __device__ __forceinline__ uint4 load(std::int64_t offset) const { return load_part(offset, 16); }
   __device__ __forceinline__ PairMemory second() const {
     PairMemory alone = *this;
     alone.is_second = true;
@@ -64,8 +62,8 @@ __device__ __forceinline__ double element_at(const PairMemory& memory, std::int6
 __device__ __forceinline__ PairMemory pair_memory(const TensorEntry& entry,
                                                   const TableView& table) {
   const PairEntry& pair = table.pairs[entry.first_axis];
-  const auto row = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(entry.data) -
-                                             kRowZero);
+  const auto row =
+      static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(entry.data) - kRowZero);
   return {{pair.x + row * pair.x_stride, table.axes + pair.x_axis, pair.x_axes, pair.x_type},
           {pair.y + row * pair.y_stride, table.axes + pair.y_axis, pair.y_axes, pair.y_type},
           pair.formula.factor,
@@ -84,9 +82,8 @@ struct OfGradients {
   template <class Visit>
   static __device__ __forceinline__ void with_elements(const TensorEntry& entry,
                                                        const TableView& table, Visit visit) {
-    visit_real_type(entry.dtype, [&](auto type) {
-      visit(element_memory<decltype(type)>(entry, table), type);
-    });
+    visit_real_type(entry.dtype,
+                    [&](auto type) { visit(element_memory<decltype(type)>(entry, table), type); });
   }
 };
 struct OfPairs {
