@@ -160,7 +160,7 @@ struct PairParts : RowParts<PairRows> {
     PairSums& here = sums[static_cast<std::size_t>(&chunk - plan.chunks.data())];
     here = {};  // of orders that take two passes the second counts
     RowParts::visit(chunk, [&](std::size_t part, PairSpan pair, const Chunk& piece) {
-      pair.sums = &here;
+      pair.sums = pair.formula.is_difference ? nullptr : &here;
       visit(part, pair, piece);
     });
   }

@@ -32,6 +32,9 @@ class PairTile {
   const std::byte* data() const { return reinterpret_cast<const std::byte*>(z_); }
   std::size_t bytes() const { return numbers_ * sizeof(double); }
 
+  WideValue sum_of_squares() const {
+    return kernels().of(DType::float64).sum_squares(data(), bytes());
+  }
   void add_sums_of_y(PairSums& sums) const {
     const auto* const y = reinterpret_cast<const std::byte*>(y_);
     const TypeKernels& wide = kernels().of(DType::float64);
@@ -109,30 +112,37 @@ void for_each_direct_tile(const PairSpan& pair, const Chunk& piece, Visit visit)
   }
 }
 
+// Whether the sum of a tile is the one of the reduction order; `is_wide`: of float64 numbers. Squares of others
+// are not lost in float64: 0 is the sum of zeros.
+inline bool is_sum(double sum, bool is_wide) {
+  return order::can_be_trusted(sum, true) || (sum == 0.0 && !is_wide);
+}
+
 // add(sum) with the sum of squares of every tile, and those of the second arrays where somebody asks for them.
 template <class Add>
 void sum_direct_tiles(const PairSpan& pair, const Chunk& piece, Add add) {
   const PairKernels& both = kernels().of(pair.x.dtype, pair.y.dtype);
   const TypeKernels& second = kernels().of(pair.y.dtype);
   const bool has_signs = pair.formula.sign_factor != 0.0;
+  const bool is_wide = real_of(pair.y.dtype) == DType::float64;
   for_each_direct_tile(
       pair, piece,
       [&](const std::byte* x, const std::byte* y, std::int64_t first, std::int64_t bytes,
           std::size_t numbers) {
         const double sum = both.sum_squares(x, y, numbers, pair.formula);
-        const double squares = pair.sums ? second.sum_wide_squares(y, numbers) : 1.0;
-        const double magnitudes =
-            pair.sums && has_signs ? second.sum_wide_magnitudes(y, numbers) : 1.0;
-        if (!order::can_be_trusted(sum, true) || !order::can_be_trusted(squares, true) ||
-            !order::can_be_trusted(magnitudes, true)) {  // again, by way of the buffers
-          const PairTile tile(pair, first, bytes);
-          if (pair.sums) tile.add_sums_of_y(*pair.sums);
-          add(kernels().of(DType::float64).sum_squares(tile.data(), tile.bytes()));
-          return;
+        if (order::can_be_trusted(sum, true))
+          add(WideValue{sum, 0});
+        else  // again, by way of the buffers
+          add(PairTile(pair, first, bytes).sum_of_squares());
+        if (!pair.sums) return;
+        const double squares = second.sum_wide_squares(y, numbers);
+        const double magnitudes = has_signs ? second.sum_wide_magnitudes(y, numbers) : 0.0;
+        if (is_sum(squares, is_wide) && (!has_signs || is_sum(magnitudes, is_wide))) {
+          pair.sums->squares.add(squares);
+          pair.sums->magnitudes.add(magnitudes);
+        } else {
+          PairTile(pair, first, bytes).add_sums_of_y(*pair.sums);
         }
-        add(WideValue{sum, 0});
-        if (pair.sums) pair.sums->squares.add(squares);
-        if (pair.sums && has_signs) pair.sums->magnitudes.add(magnitudes);
       });
 }
 
