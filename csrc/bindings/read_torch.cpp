@@ -108,7 +108,8 @@ bool read_plain_torch(PyObject* object, const Place& place, Span& span) {
     return false;
   const std::optional<DType> dtype = find_dtype(tensor.dtype);
   if (!dtype || (!tensor.data && numel != 0)) return false;
-  span = {static_cast<std::byte*>(tensor.data) + tensor.byte_offset, numel, nullptr, *dtype};
+  auto* const data = static_cast<std::byte*>(tensor.data);
+  span = {data ? data + tensor.byte_offset : nullptr, numel, nullptr, *dtype};
   return true;
 }
 

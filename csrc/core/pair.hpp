@@ -78,7 +78,7 @@ GRADCLIP_INLINE T written_of(const PairFormula& formula, double z, double y, dou
   return result;
 }
 
-// What the penalty of a second array is made of.
+// What the penalty of a second array is made of; each only if its factor is not 0.
 struct PairSums {
   ExactSum squares, magnitudes;
 
@@ -89,8 +89,8 @@ struct PairSums {
 };
 // l2 / 2 * the squares + l1 * the magnitudes.
 GRADCLIP_INLINE double penalty_of(WideValue squares, WideValue magnitudes, double l2, double l1) {
-  return narrow({0.5 * l2 * squares.value, squares.exponent}) +
-         narrow({l1 * magnitudes.value, magnitudes.exponent});
+  const double of_squares = l2 == 0.0 ? 0.0 : narrow({0.5 * l2 * squares.value, squares.exponent});
+  return of_squares + (l1 == 0.0 ? 0.0 : narrow({l1 * magnitudes.value, magnitudes.exponent}));
 }
 
 // A gradient and its second array, both in the order in which the gradient lies in memory; where rows are parts, a

@@ -38,8 +38,8 @@ class PairTile {
   void add_sums_of_y(PairSums& sums) const {
     const auto* const y = reinterpret_cast<const std::byte*>(y_);
     const TypeKernels& wide = kernels().of(DType::float64);
-    if (pair_.formula.factor != 0.0) sums.squares.add(wide.sum_squares(y, bytes()));
-    if (pair_.formula.sign_factor != 0.0) sums.magnitudes.add(wide.sum_magnitudes(y, bytes()));
+    if (pair_.formula.l2 != 0.0) sums.squares.add(wide.sum_squares(y, bytes()));
+    if (pair_.formula.l1 != 0.0) sums.magnitudes.add(wide.sum_magnitudes(y, bytes()));
   }
 
   // To the gradient's memory: factor * z, or y + factor * z. `down`: rounded so that what was measured of it
@@ -123,7 +123,7 @@ template <class Add>
 void sum_direct_tiles(const PairSpan& pair, const Chunk& piece, Add add) {
   const PairKernels& both = kernels().of(pair.x.dtype, pair.y.dtype);
   const TypeKernels& second = kernels().of(pair.y.dtype);
-  const bool has_signs = pair.formula.sign_factor != 0.0;
+  const bool has_signs = pair.formula.l1 != 0.0;
   const bool is_wide = real_of(pair.y.dtype) == DType::float64;
   for_each_direct_tile(
       pair, piece,

@@ -217,7 +217,7 @@ void List::State::read(std::span<const Span> spans, const Groups& groups_wanted,
   for (std::size_t i = 0; i < tensors; ++i) {
     if (pair_table) {
       const auto& [x, y, formula, dtype] = pair_table->gradients[i];
-      const Span made{reinterpret_cast<std::byte*>(kRowZero), x.numel, nullptr, dtype};
+      const Span made{bit_copy<std::byte*>(kRowZero), x.numel, nullptr, dtype};
       add(made, x.count);
       entries.back().first_axis = static_cast<std::uint32_t>(i);
       const std::uint32_t x_axis = first_axis_of(x), y_axis = first_axis_of(y);

@@ -227,11 +227,12 @@ struct PairShared {
 __device__ __forceinline__ void add_second(const TensorEntry& entry, const TableView& table,
                                            TileBytes tile, PairSums& sums) {
   const PairMemory second = pair_memory(entry, table).second();
-  if (second.factor != 0.0) {
+  const PairFormula& formula = table.pairs[entry.first_axis].formula;
+  if (formula.l2 != 0.0) {
     const WideValue sum = sum_tile<Sum::squares>(second, tile.first, tile.bytes, double{});
     if (lane_id() == 0) add_to(sums.squares, sum.value, sum.exponent);
   }
-  if (second.sign_factor != 0.0) {
+  if (formula.l1 != 0.0) {
     const WideValue sum = sum_tile<Sum::magnitudes>(second, tile.first, tile.bytes, double{});
     if (lane_id() == 0) add_to(sums.magnitudes, sum.value, sum.exponent);
   }
