@@ -364,7 +364,7 @@ def test_cupy_arrays_in_a_list_that_torch_leads(
     monkeypatch.setattr(cupy.cuda, "get_current_stream", lambda device: SimpleNamespace(ptr=7))
     array = emulated.array(np.full(4, 3.0).astype(DTYPES["bfloat16"]))
     waits = len(emulated.cuda.stream_waits())
-    read = emulated.cuda.read([array], 0, 16, "torch", emulated.allocate, False)
+    read = emulated.cuda.read([array], 0, 16, "torch", emulated.allocate, False, False)
     memory = read.norms(2, 16)
     assert np.ctypeslib.as_array((ctypes.c_double * 1).from_address(memory.ptr))[0] == 6.0
     assert emulated.cuda.stream_waits()[waits:] == [(16, 7), (7, 16)]

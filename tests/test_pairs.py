@@ -312,6 +312,10 @@ def test_what_is_beyond_float32_between_is_right() -> None:
     assert half.tolist() == [-59008.0]
     huge = np.array([1e200, 1e-200])
     assert gradclip.measure([huge], params=[huge], l2=1.0).total_norm == 2e200
+    # Squares that are lost in float64 are not, and zeros are zeros.
+    small = np.full(3, 1e-200)
+    assert gradclip.measure([small], params=[small], l2=1e300).penalty == pytest.approx(1.5e-100, rel=1e-12)
+    assert gradclip.measure([small], params=[0 * small], l2=1.0).penalty == 0.0
 
 
 # --- What is not finite ---------------------------------------------------------------------------------

@@ -283,3 +283,44 @@ def test_no_group_is_written_where_one_is_refused() -> None:
     number: Any = 1.0
     with pytest.raises(TypeError, match=r"max_norms: expected one for each parameter group, got 1\.0"):
         gradclip.torch.clip_param_groups_(optimizer, number)
+
+
+# --- Weight regularisation ------------------------------------------------------------------------------
+
+
+def test_regularisation_of_a_module() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    model[1].bias.grad = None
+    expected = {
+        name: parameter.grad.double()
+        + 0.5 * parameter.detach().double()
+        + 0.1 * parameter.detach().double().sign()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+    weights = [p.detach().double() for p in model.parameters() if p.grad is not None]
+    result = gradclip.torch.clip_module_(model, 1e-2, l2=0.5, l1=0.1)
+    assert result.missing == ("1.bias",)
+    for name, norm in result.named_norms().items():
+        assert norm == pytest.approx(float(expected[name].norm()) if name in expected else 0.0, rel=1e-14)
+    penalty = sum(0.25 * float(w.square().sum()) + 0.1 * float(w.abs().sum()) for w in weights)
+    assert result.penalty == pytest.approx(penalty, rel=1e-14)
+    for name, z in expected.items():
+        grad = model.get_parameter(name).grad
+        assert grad is not None
+        assert torch.allclose(grad.double(), z * float(result.coefficient), rtol=1e-6)
+
+
+def test_regularisation_that_cannot_be() -> None:
+    model = torch.nn.Linear(2, 1)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with pytest.raises(ValueError, match=r"^l2: expected a number that is not negative, got -1"):
+        gradclip.torch.clip_module_(model, 1.0, l2=-1.0)
+    embedding = torch.nn.Embedding(5, 2, sparse=True)
+    embedding(torch.tensor([1, 1, 3])).sum().backward()
+    with pytest.raises(ValueError, match=r"weight'\]: expected shape \(2, 2\), as .* has, got \(5, 2\)"):
+        gradclip.torch.clip_module_(embedding, 1.0, l2=0.1)
+    assert [p.grad.tolist() for p in model.parameters() if p.grad is not None] == [[[1.0, 1.0]], [1.0]]

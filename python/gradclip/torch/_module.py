@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradclip._api import NonFinite, Reduce, Rounding, Thresholds
-from gradclip._measured import Policy, clip, formula_of
+from gradclip._measured import Policy, clip, formula_of, with_params
 from gradclip._result import ClipResult
 from gradclip.torch._arguments import Tensors, warn_if_nothing
 from gradclip.torch._dtensor import is_dtensor
@@ -33,6 +33,8 @@ def clip_module_(
     nonfinite: NonFinite = "raise",
     reduce: Reduce | None = None,
     rounding: Rounding = "nearest",
+    l2: float = 0.0,
+    l1: float = 0.0,
 ) -> ClipResult:
     """Clip the gradients of a module in place, and tell every parameter's norm by its name.
 
@@ -57,6 +59,10 @@ def clip_module_(
         nonfinite: As for :func:`gradclip.clip_by_global_norm_`.
         reduce: As for :func:`gradclip.clip_by_global_norm_`.
         rounding: As for :func:`gradclip.clip_by_global_norm_`.
+        l2: As for :func:`gradclip.clip_by_global_norm_`, of the parameters themselves: weight decay as part
+            of the gradient, which the optimizer then need not add (``weight_decay=0``). ``penalty`` of the
+            result is of the parameters that have a gradient.
+        l1: The same.
 
     Returns:
         The norms, by name in ``named_norms()``, and those of groups in ``named_group_norms()``.
@@ -91,6 +97,8 @@ def clip_module_(
         nonfinite,
         reduce,
         formula_of(rounding),
+        l2,
+        l1,
     )
 
 
@@ -224,13 +232,20 @@ def clip_named_(
     nonfinite: NonFinite,
     reduce: Reduce | None,
     formula: str | float = "nearest",
+    l2: float = 0.0,
+    l1: float = 0.0,
 ) -> ClipResult:
     """Clip the gradients of parameters with names, by a formula of ``gradclip._measured.clip``."""
     names = list(parameters)
     grads = [_grad(parameter, name) for name, parameter in parameters.items()]
 
-    def clip_read(found: list[OnDevice], _: Tensors) -> ClipResult:
-        return clip(found[0].read, max_norm, ord, group_of, grad_scale, nonfinite, reduce, formula)
+    def clip_read(found: list[OnDevice], read: Tensors) -> ClipResult:
+        beside = None
+        if l2 != 0 or l1 != 0:
+            pairs = zip(parameters.items(), read, strict=True)
+            beside = {name: None if grad is None else parameter for (name, parameter), grad in pairs}
+        regularised = with_params(found[0].read, beside, l2, l1)
+        return clip(regularised, max_norm, ord, group_of, grad_scale, nonfinite, reduce, formula)
 
     result = read_or_convert(grads, [f"{name}.grad" for name in names], WRITING, clip_read, names)
     if reduce is None:
