@@ -596,3 +596,66 @@ def test_none_at_all_warns() -> None:
         gradclip.clip_difference_([], [], 1.0)
     with pytest.warns(UserWarning, match="expected gradients, got none"):
         gradclip.clip_by_global_norm_([None], 1.0, params=[None], l2=0.1)
+
+
+class _Acting:
+    """An array by DLPack that does something while it is read."""
+
+    def __init__(self, act: Callable[[], object], array: Array) -> None:
+        self.act, self.array = act, array
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return (1, 0)
+
+    def __dlpack__(self, **options: Any) -> Any:
+        self.act()
+        return self.array.__dlpack__(**options)
+
+
+def test_a_second_array_that_takes_a_gradients_memory_away() -> None:
+    tensor = torch.ones(1000)
+
+    def move() -> None:
+        tensor.data = torch.ones(10)
+
+    params = [_Acting(move, np.ones(1000))]
+    with pytest.raises(ValueError, match=re.escape("grads[0]: expected the memory that was read before")):
+        gradclip.clip_by_global_norm_([tensor], 0.5, params=params, l2=0.1)
+    array = np.ones((4, 6))
+
+    def reshape(shape: tuple[int, ...]) -> Callable[[], None]:
+        return lambda: setattr(array, "shape", shape)
+
+    with pytest.raises(
+        ValueError, match=re.escape("base[0]: expected shape (6, 4), as new[0] has, got (4, 6)")
+    ):
+        gradclip.clip_difference_([array], [_Acting(reshape((6, 4)), np.zeros((4, 6)))], 0.5)
+    assert (array == 1).all()
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (24,), (1, 4, 6), (2, 12)])
+@pytest.mark.parametrize("groups", [None, "row", "sample"])
+def test_an_array_that_a_threshold_reshapes(shape: tuple[int, ...], groups: Any) -> None:
+    array = np.ones((4, 6))
+
+    class Limit:
+        def __float__(self) -> float:
+            array.shape = shape
+            return 0.5
+
+    with pytest.raises(ValueError, match=r"^params\[0\]: expected shape .*, as grads\[0\] has, got \(4, 6\)"):
+        gradclip.clip_by_global_norm_([array], Limit(), groups=groups, params=[np.ones((4, 6))], l2=0.1)
+    assert (array == 1).all()
+
+
+def test_arrays_that_a_threshold_reshapes_both() -> None:
+    array, param = np.ones((4, 6)), np.ones((4, 6))
+
+    class Limit:
+        def __float__(self) -> float:
+            array.shape = param.shape = (6, 4)
+            return 0.5
+
+    with pytest.raises(ValueError, match=r"^grads\[0\]: expected 4 rows, as when groups were made, got"):
+        gradclip.clip_by_global_norm_([array], Limit(), groups="row", params=[param], l2=0.1)
+    assert (array == 1).all()

@@ -35,11 +35,11 @@ SharedGradients read_gradients(const py::object& grads, bool is_kept, bool is_up
 SharedPair with_params(const std::shared_ptr<const Gradients>& grads, const py::object& params,
                        const py::object& l2, const py::object& l1) {
   const gb::Pair::Terms terms = gb::Pair::Terms::of_params(l2, l1);
-  return {std::make_shared<gb::Pair>(grads, params, terms, gb::second_reader())};
+  return {std::make_shared<gb::Pair>(grads, params, terms, gb::HostReader{}, gb::second_reader())};
 }
 SharedPair with_base(const std::shared_ptr<const Gradients>& grads, const py::object& base) {
   const gb::Pair::Terms terms = gb::Pair::Terms::of_base();
-  return {std::make_shared<gb::Pair>(grads, base, terms, gb::second_reader())};
+  return {std::make_shared<gb::Pair>(grads, base, terms, gb::HostReader{}, gb::second_reader())};
 }
 
 Measured measure_pair(const std::shared_ptr<const gb::Pair>& pair, const py::object& ord,

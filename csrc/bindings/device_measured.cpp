@@ -110,7 +110,7 @@ void refuse_to_wait(const DeviceCall& call, NonFinite nonfinite) {
 std::shared_ptr<const PairTable> table_of(const DevicePair* pair, const MeasureArguments& measure) {
   if (!pair) return nullptr;
   return std::make_shared<const PairTable>(
-      pair->pair().table(measure.grad_scale, measure.groups.groups.are_of_rows()));
+      pair->pair().table(measure.grad_scale, measure.groups.rows.get()));
 }
 bool always_changes(const DevicePair* pair) { return pair && !pair->pair().is_difference(); }
 void require_writable(const DeviceGradients& grads, const DevicePair* pair) {
@@ -179,12 +179,12 @@ py::tuple DeviceMeasured::clip_measuring(DeviceGradients& grads, DevicePair* pai
                                        reduce.is_none() && (pair || list.has_only_float64()))};
   decision.options.always_changes = always_changes(pair);
   const NonFinite policy = decision.options.nonfinite;
-  const auto pairs = table_of(pair, measure);
   require_writable(grads, pair);
   list.recheck(grads.reader(), max_norm, ord, groups, grad_scale, nonfinite);
   if (pair)
     pair->pair().second().recheck(pair->reader(), max_norm, ord, groups, grad_scale, nonfinite);
 
+  const auto pairs = table_of(pair, measure);
   DeviceCall call(grads, stream, measure.groups, pair, pairs.get());
   refuse_to_wait(call, policy);
   const cuda::ResultLayout layout = call.list().layout();

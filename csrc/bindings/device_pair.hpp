@@ -17,7 +17,7 @@ class DevicePair {
                 true),
         pair_([&] {
           const cuda::DeviceGuard guard(grads_->device());
-          return Pair({grads_, &grads_->gradients()}, second, terms, reader_);
+          return Pair({grads_, &grads_->gradients()}, second, terms, grads_->reader(), reader_);
         }()) {}
 
   const std::shared_ptr<DeviceGradients>& gradients() const { return grads_; }

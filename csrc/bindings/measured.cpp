@@ -189,8 +189,7 @@ Measured::Measured(std::shared_ptr<const Gradients> grads, const MeasureArgument
 
 // `sums`: of tensors.
 void Measured::measure_pair(Table<NormSum>& sums) {
-  pairs_ =
-      std::make_shared<const PairTable>(pair_->table(grad_scale_, named_.groups.are_of_rows()));
+  pairs_ = std::make_shared<const PairTable>(pair_->table(grad_scale_, named_.rows.get()));
   PairSums second;
   run([&] {
     Table<NormSum> parts = cpu::measure_pairs(*pairs_, cpu::make_plan(*pairs_), order_, second);

@@ -86,7 +86,7 @@ constexpr std::int64_t kMostElements = std::int64_t{1} << 58;
 
 }  // namespace
 
-PairTable Pair::table(double grad_scale, bool of_rows) const {
+PairTable Pair::table(double grad_scale, const RowTable* rows) const {
   PairTable table;
   const PairFormula formula = table.formula = decide([&] {
     return terms_.is_difference ? PairFormula::difference()
@@ -103,12 +103,19 @@ PairTable Pair::table(double grad_scale, bool of_rows) const {
                   formula,
                   wide_type(x_span.dtype)};
     if (grads_->is_missing(i)) {
-      pair.x.count = of_rows ? 0 : 1;
+      pair.x.count = rows ? 0 : 1;
       table.add(pair);
       continue;
     }
+    check_entry(i);
     StridedArray x = grads_->array_of(i), y = second_.array_of(i);
-    if (of_rows) {
+    if (rows) {
+      if (x.axes.empty() || x.axes[0].size != rows->gradients[i].count)
+        grads_->name_at(i)
+            .problem(Problem::value_error,
+                     std::to_string(rows->gradients[i].count) + " rows, as when groups were made",
+                     "an array of shape " + shape_text(x.axes))
+            .raise();
       pair.x.count = x.axes[0].size;
       pair.x.stride = x.axes[0].stride;
       pair.y.stride = y.axes[0].stride;
@@ -120,9 +127,9 @@ PairTable Pair::table(double grad_scale, bool of_rows) const {
     if (x_span.numel > 0) {
       pair.x.numel = pair.y.numel = x_span.numel / pair.x.count;
       auto [ordered_x, ordered_y] = order_pair(x, y);
-      const auto place = [&](RowSpan& rows, OrderedAxes& ordered) {
-        rows.first = ordered.data;
-        if (ordered.layout) rows.layout = &table.layouts.emplace_back(std::move(*ordered.layout));
+      const auto place = [&](RowSpan& to, OrderedAxes& ordered) {
+        to.first = ordered.data;
+        if (ordered.layout) to.layout = &table.layouts.emplace_back(std::move(*ordered.layout));
       };
       place(pair.x, ordered_x);
       place(pair.y, ordered_y);

@@ -21,21 +21,23 @@ class Pair {
     static Terms of_params(const py::object& l2, const py::object& l1);
     static Terms of_base() { return {.is_difference = true}; }
   };
-  // A reader of the gradients' device, which may read tensors that require grad.
-  template <class Reader>
+  // Readers of the gradients, and of the second list, which may have tensors that require grad.
+  template <class First, class Second>
   Pair(std::shared_ptr<const Gradients> grads, const py::object& second, const Terms& terms,
-       Reader&& reader)
+       First&& first_reader, Second&& second_reader)
       : grads_(std::move(grads)),
         terms_(terms),
-        second_(in_order(second), reader, argument(), grads_->names()) {
+        second_(in_order(second), second_reader, argument(), grads_->names()) {
+    grads_->require_unchanged(first_reader);  // code of the second list's may have run
     check_entries();
   }
 
   const std::shared_ptr<const Gradients>& gradients() const { return grads_; }
   const Gradients& second() const { return second_; }
   bool is_difference() const { return terms_.is_difference; }
-  // What is made where gradients hold grad_scale times what they are; of `rows`, part by part.
-  PairTable table(double grad_scale, bool of_rows) const;
+  // What is made where gradients hold grad_scale times what they are; with the `rows` of gradients, a part for each
+  // of them. To be called when all has been rechecked: by shapes as they are now.
+  PairTable table(double grad_scale, const RowTable* rows) const;
   // As of Gradients, and that no gradient lies where a second array does.
   void require_writable() const;
 
