@@ -217,8 +217,9 @@ void List::State::read(std::span<const Span> spans, const Groups& groups_wanted,
   for (std::size_t i = 0; i < tensors; ++i) {
     if (pair_table) {
       const auto& [x, y, formula, dtype] = pair_table->gradients[i];
-      const Span made{bit_copy<std::byte*>(kRowZero), x.numel, nullptr, dtype};
-      add(made, x.count);
+      auto* const row_0 =
+          reinterpret_cast<std::byte*>(kRowZero);  // NOLINT(performance-no-int-to-ptr)
+      add({row_0, x.numel, nullptr, dtype}, x.count);
       entries.back().first_axis = static_cast<std::uint32_t>(i);
       const std::uint32_t x_axis = first_axis_of(x), y_axis = first_axis_of(y);
       pairs.push_back({x.first, y.first, x.stride, y.stride, x_axis, y_axis, axes_of(x), axes_of(y),
