@@ -86,14 +86,15 @@ GRADCLIP_INLINE Doubles to_lanes(const Doubles& row) { return row; }
 template <class BlockTerms>
 GRADCLIP_INLINE auto row_lanes(const std::byte* row, BlockTerms block_terms) {
   prefetch_next_page(row);
-  return to_lanes(order::fold_row([&](int b) { return block_terms(row + b * kBlockBytes); }));
+  return to_lanes(order::fold_row(
+      [&](int b) __attribute__((always_inline)) { return block_terms(row + b * kBlockBytes); }));
 }
 // The last row of a tensor, of fewer bytes: missing elements count as +0, and so do their terms.
 template <class BlockTerms>
 GRADCLIP_INLINE auto short_row_lanes(const std::byte* row, std::size_t bytes,
                                      BlockTerms block_terms) {
   using Terms = decltype(block_terms(row));
-  return to_lanes(order::fold_row([&](int b) -> Terms {
+  return to_lanes(order::fold_row([&](int b) __attribute__((always_inline)) -> Terms {
     const std::size_t from = static_cast<std::size_t>(b) * kBlockBytes;
     if (from >= bytes) return Terms{};
     if (from + kBlockBytes <= bytes) return block_terms(row + from);
@@ -150,9 +151,10 @@ template <class T, Sum kSum>
     });
     return {sum, kSum == Sum::squares ? 2 * k : k};
   } else {
-    return {
-        sum_terms(tile, bytes, [](const std::byte* block) { return wide_terms<kSum>(block, T{}); }),
-        0};
+    return {sum_terms(tile, bytes,
+                      [](const std::byte* block)
+                          __attribute__((always_inline)) { return wide_terms<kSum>(block, T{}); }),
+            0};
   }
 }
 
@@ -172,7 +174,9 @@ WideValue sum_tile(const std::byte* tile, std::size_t bytes) {
     const auto value = to_work(x);
     sum = kSum == Sum::squares ? value * value : value < 0 ? -value : value;
   } else {
-    sum = sum_terms(tile, bytes, [](const std::byte* block) { return terms<kSum>(block, T{}); });
+    sum = sum_terms(tile, bytes, [](const std::byte* block) __attribute__((always_inline)) {
+      return terms<kSum>(block, T{});
+    });
   }
   if (order::can_be_trusted(sum, sizeof(T) == sizeof(double))) return {sum, 0};
   return sum_tile_again<T, kSum>(tile, bytes);
