@@ -19,7 +19,11 @@ __all__ = ["Measured", "Policy", "clip", "formula_of", "with_params"]
 
 
 class Policy(Protocol):
-    """What turns measured norms into thresholds: it is passed where a threshold is."""
+    """What turns measured norms into thresholds: it is passed where a threshold is.
+
+    It may have a method ``observe(result)``, which is called with what a clip has done, unless it raised; and an
+    attribute ``groups``, for calls that give none.
+    """
 
     def thresholds(self, measured: Measured) -> Thresholds:
         """One for all groups, or one for each; on a GPU best an array there, for which nothing waits."""
@@ -95,6 +99,11 @@ class Measured:
     def penalty(self) -> float:
         return self._measured.penalty  # type: ignore[no-any-return]
 
+    @property
+    def is_global(self) -> bool:
+        """Whether all gradients are one group, so that a threshold is one number."""
+        return self._measured.is_global
+
     def named_norms(self) -> dict[str, float]:
         """The norm of every gradient by its name, as of :class:`ClipResult`."""
         return by_name(self._on_host().norms, self.names)
@@ -142,8 +151,13 @@ class Measured:
         self, max_norm: Thresholds | Policy, nonfinite: NonFinite, formula: str | float
     ) -> ClipResult:
         decide = getattr(max_norm, "thresholds", None)
-        thresholds = max_norm if decide is None else decide(self)
-        return self._measured.clip(thresholds, nonfinite, formula)
+        if decide is None:
+            return self._measured.clip(max_norm, nonfinite, formula)
+        result = self._measured.clip(decide(self), nonfinite, formula)
+        observe = getattr(max_norm, "observe", None)
+        if observe is not None:
+            observe(result)
+        return result
 
     def scale_(self, coefficients: Any) -> ClipResult:
         """Multiply each group in place by a coefficient that the caller has decided.
@@ -216,6 +230,8 @@ def clip(
     ``formula``: how what is written is rounded, or a float that is added to norms, as PyTorch does.
     """
     if type(max_norm) is not float and hasattr(max_norm, "thresholds"):
+        if groups is None:
+            groups = getattr(max_norm, "groups", None)
         measured = Measured(read.measure(ord, groups, grad_scale, reduce))
         return measured.clip_by_formula_(max_norm, nonfinite, formula)
     return read.clip(max_norm, ord, groups, grad_scale, nonfinite, reduce, formula)
