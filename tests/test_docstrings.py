@@ -12,20 +12,22 @@ from typing import Any
 import pytest
 
 import gradclip
+import gradclip.policies
 import gradclip.torch
 
+_PACKAGES = (gradclip, gradclip.policies, gradclip.torch)
 _FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 _DOCS = Path(__file__).resolve().parent.parent / "docs"
 # Where the code is; the compiled module and the command lines have no examples.
 _MODULES = [
     package.__name__ + "." + module.name
-    for package in (gradclip, gradclip.torch)
+    for package in _PACKAGES
     for module in pkgutil.iter_modules(package.__path__)
     if not module.ispkg and not module.name.startswith(("_core", "_cuda", "__main__"))
-]
+] + ["gradclip.policies"]
 _PUBLIC = [
     pytest.param(getattr(package, name), id=f"{package.__name__}.{name}")
-    for package in (gradclip, gradclip.torch)
+    for package in _PACKAGES
     for name in sorted(package.__all__)
     if callable(getattr(package, name))
 ]

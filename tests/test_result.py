@@ -135,6 +135,7 @@ def test_numbers_for_loggers() -> None:
         "total_norm": 13.0,
         "coefficient": 0.2,
         "clipped": True,
+        "skipped": False,
         "gradients": 3,
         "missing": 1,
         "nonfinite": 0,

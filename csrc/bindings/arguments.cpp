@@ -331,10 +331,11 @@ std::size_t label_number(const py::object& label, std::size_t i, std::size_t all
   return static_cast<std::size_t>(value);
 }
 
-NamedGroups groups_of_rows(const Gradients& grads, bool of_samples) {
-  const auto rows = std::make_shared<const RowTable>(grads.rows(of_samples));
-  NamedGroups named{{of_samples ? Groups::sample : Groups::row}, py::none(), rows};
-  if (of_samples) {
+NamedGroups groups_of_rows(const Gradients& grads, RowKind kind) {
+  const auto rows = std::make_shared<const RowTable>(grads.rows(kind));
+  const bool are_samples = kind == RowKind::sample;
+  NamedGroups named{{are_samples ? Groups::sample : Groups::row}, py::none(), rows};
+  if (are_samples) {
     for (const RowSpan& gradient : rows->gradients)
       named.groups.used = std::max(named.groups.used, static_cast<std::size_t>(gradient.count));
     return named;
@@ -356,16 +357,20 @@ NamedGroups group_labels(const py::object& groups, const Gradients& grads) {
   if (PyUnicode_Check(groups.ptr())) {
     const std::string text = str_text(groups);
     if (text == "tensor") return {{Groups::tensor}, grads.names()};
-    if (text == "row" || text == "sample") return groups_of_rows(grads, text == "sample");
+    if (text == "row") return groups_of_rows(grads, RowKind::row);
+    if (text == "sample") return groups_of_rows(grads, RowKind::sample);
+    if (text == "unit") return groups_of_rows(grads, RowKind::unit);
+    if (text == "unit_last") return groups_of_rows(grads, RowKind::unit_last);
     throw py::value_error(
-        "groups: expected None, 'tensor', 'row', 'sample' or one label per gradient, got " +
+        "groups: expected None, 'tensor', 'row', 'sample', 'unit', 'unit_last' or one label per "
+        "gradient, got " +
         repr_text(groups));
   }
   const bool by_name = is_mapping(groups);
   if (!by_name && (PyBytes_Check(groups.ptr()) || !PySequence_Check(groups.ptr())))
     throw py::type_error(
-        "groups: expected None, 'tensor', 'row', 'sample', a sequence or a mapping of labels, "
-        "got " +
+        "groups: expected None, 'tensor', 'row', 'sample', 'unit', 'unit_last', a sequence or a "
+        "mapping of labels, got " +
         type_name(groups));
   if (const auto axes = find_axes(groups); axes && *axes != 1)
     throw py::value_error("groups: expected labels in one dimension, got " + std::to_string(*axes));
@@ -403,6 +408,23 @@ NamedGroups group_labels(const py::object& groups, const Gradients& grads) {
   }
   if (are_names) result.names = py::tuple(number_of);
   return result;
+}
+
+py::object group_sizes(const NamedGroups& named, const Gradients& grads) {
+  const std::span<const Span> spans = grads.spans();
+  Table<std::int64_t> sizes(named.groups.count(spans.size()), 0);
+  if (!named.rows) {
+    for (std::size_t i = 0; i < spans.size(); ++i) sizes[named.groups.of(i)] += spans[i].numel;
+    return to_array(sizes);
+  }
+  const bool are_samples = named.groups.kind == Groups::sample;
+  for (std::size_t i = 0; i < spans.size(); ++i) {
+    const RowSpan& rows = named.rows->gradients[i];
+    const std::size_t first = are_samples ? 0 : named.rows->first[i];
+    for (std::int64_t row = 0; row < rows.count; ++row)
+      sizes[first + static_cast<std::size_t>(row)] += rows.numel;
+  }
+  return to_array(sizes);
 }
 
 }  // namespace gradclip::bindings

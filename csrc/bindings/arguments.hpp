@@ -51,9 +51,11 @@ NonFinite nonfinite_policy(const py::object& policy);
 // `in_float64`: all that is measured is, also by other processes.
 ClipOptions clip_options(const py::object& nonfinite, const py::object& formula, double grad_scale,
                          const NormOrder& order, bool in_float64);
-// None, "tensor", "row", "sample"; or labels, of which equal ones share a group: integers or names, in a
+// None, "tensor", "row", "sample", "unit", "unit_last"; or labels, of which equal ones share a group: integers or names, in a
 // sequence or by the names of gradients.
 NamedGroups group_labels(const py::object& groups, const Gradients& grads);
+// How many elements each has, as an array.
+py::object group_sizes(const NamedGroups& named, const Gradients& grads);
 
 // What was measured is for gradients as they were: it has been used.
 [[noreturn]] void refuse_second_use();

@@ -39,7 +39,7 @@ py::object tensor_norms(const Gradients& grads, const py::object& ord) {
 
 py::object row_norms(const Gradients& grads, const py::object& ord) {
   const NormOrder order = norm_order(ord);
-  const RowTable rows = grads.rows(false);
+  const RowTable rows = grads.rows(RowKind::row);
   grads.recheck(HostReader{}, ord);
   const py::array_t<double> norms = py::module_::import("numpy").attr("zeros")(rows.count());
   auto* const first = reinterpret_cast<double*>(py::detail::array_proxy(norms.ptr())->data);

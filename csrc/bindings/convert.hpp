@@ -37,16 +37,17 @@ inline py::object checked(PyObject* made) {
 
 inline py::object to_float(double value) { return checked(PyFloat_FromDouble(value)); }
 inline py::object to_index(std::size_t value) { return checked(PyLong_FromSize_t(value)); }
-inline py::object to_array(const Table<double>& values) {
+template <class Number>
+py::object to_array(const Table<Number>& values) {
   // Not by pybind11, which allocates a shape and strides, and does not look whether a copy could be made.
   const auto& api = py::detail::npy_api::get();
-  py::dtype dtype = py::dtype::of<double>();
+  py::dtype dtype = py::dtype::of<Number>();
   const auto size = static_cast<Py_intptr_t>(values.size());
   py::object array = checked(api.PyArray_NewFromDescr_(api.PyArray_Type_, dtype.release().ptr(), 1,
                                                        &size, nullptr, nullptr, 0, nullptr));
   if (size != 0)
     std::memcpy(py::detail::array_proxy(array.ptr())->data, values.data(),
-                values.size() * sizeof(double));
+                values.size() * sizeof(Number));
   return array;
 }
 

@@ -123,9 +123,9 @@ void require_unchanged(DeviceGradients& grads, DevicePair* pair) {
 
 // The end of a clip whose work is enqueued: waits where it is to raise.
 py::tuple finish(DeviceCall& call, const DeviceGradients& grads, const py::object& memory,
-                 const py::object& made, NonFinite nonfinite) {
+                 const py::object& made, const ClipOptions& options) {
   py::object counts = py::none();
-  if (nonfinite == NonFinite::raise) {
+  if (options.nonfinite == NonFinite::raise) {
     cuda::ResultFlags flags{};
     const std::byte* const place = pointer_of(memory) + call.list().layout().flags();
     {
@@ -134,8 +134,11 @@ py::tuple finish(DeviceCall& call, const DeviceGradients& grads, const py::objec
     }
     if (flags.bad_limit)
       throw py::value_error(
-          "max_norm: expected a number that is not negative, got an array on the device holding a "
-          "negative number or NaN; nothing was written");
+          options.are_coefficients
+              ? "coefficients: expected finite numbers, got an array on the device holding another; "
+                "nothing was written"
+              : "max_norm: expected a number that is not negative, got an array on the device "
+                "holding a negative number or NaN; nothing was written");
     if (flags.nonfinite_norm) counts = grads.count_nonfinite(call.list(), call.stream());
   }
   call.end();
@@ -215,7 +218,7 @@ py::tuple DeviceMeasured::clip_measuring(DeviceGradients& grads, DevicePair* pai
     sums.let_producers_wait(call.stream());
   }
   limits.let_producers_wait(call.stream());
-  return finish(call, grads, memory, made, policy);
+  return finish(call, grads, memory, made, decision.options);
 }
 
 DeviceMeasured::DeviceMeasured(std::shared_ptr<DeviceGradients> grads,
@@ -276,11 +279,12 @@ py::tuple DeviceMeasured::clip_measured(const py::object& max_norm, const py::ob
                stream, make);
 }
 
-py::tuple DeviceMeasured::scale_measured(const py::object& coefficients, std::uintptr_t stream,
+py::tuple DeviceMeasured::scale_measured(const py::object& coefficients,
+                                         const py::object& nonfinite, std::uintptr_t stream,
                                          const py::object& make) {
   return apply(
       coefficients, true,
-      {.nonfinite = NonFinite::propagate, .grad_scale = grad_scale_, .are_coefficients = true},
+      {.nonfinite = nonfinite_policy(nonfinite), .grad_scale = grad_scale_, .are_coefficients = true},
       stream, make);
 }
 
@@ -310,7 +314,7 @@ py::tuple DeviceMeasured::apply(const py::object& limits_given, bool are_coeffic
     call.list().change(options, result, call.stream());
   }
   limits.let_producers_wait(call.stream());
-  py::tuple finished = finish(call, *grads_, memory_, made, options.nonfinite);
+  py::tuple finished = finish(call, *grads_, memory_, made, options);
   is_used_ = finished[1].is_none();
   return finished;
 }

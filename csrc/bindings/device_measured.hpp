@@ -33,13 +33,16 @@ class DeviceMeasured {
                              const py::object& formula, const py::object& make);
   py::tuple clip_measured(const py::object& max_norm, const py::object& nonfinite,
                           std::uintptr_t stream, const py::object& formula, const py::object& make);
-  py::tuple scale_measured(const py::object& coefficients, std::uintptr_t stream,
-                           const py::object& make);
+  py::tuple scale_measured(const py::object& coefficients, const py::object& nonfinite,
+                           std::uintptr_t stream, const py::object& make);
 
   const py::object& memory() const { return memory_; }
   std::size_t groups() const { return groups_; }
   bool is_global() const { return named_.groups.kind == Groups::all; }
   const py::object& group_names() const { return named_.names; }
+  py::object group_sizes() const {
+    return bindings::group_sizes(named_, grads_->gradients());
+  }
 
  private:
   static py::tuple clip_measuring(DeviceGradients& grads, DevicePair* pair,

@@ -264,13 +264,22 @@ StridedArray Gradients::array_of(std::size_t i) const {
   return array;
 }
 
-RowSpan Gradients::rows_of(std::size_t i, bool of_samples,
-                           std::list<StridedLayout>& layouts) const {
-  const StridedArray array = array_of(i);
-  if (array.axes.empty())
+bool lead_with_rows(Axes& axes, RowKind kind) {
+  if (kind == RowKind::unit || kind == RowKind::unit_last) {
+    if (axes.size() < 2)
+      axes.insert(axes.begin(), {1, 0});
+    else if (kind == RowKind::unit_last)
+      std::ranges::rotate(axes, axes.end() - 1);
+  }
+  return !axes.empty();
+}
+
+RowSpan Gradients::rows_of(std::size_t i, RowKind kind, std::list<StridedLayout>& layouts) const {
+  StridedArray array = array_of(i);
+  if (!lead_with_rows(array.axes, kind))
     name_at(i)
         .problem(Problem::value_error,
-                 of_samples ? "an array with a first axis, that of the samples"
+                 kind == RowKind::sample ? "an array with a first axis, that of the samples"
                             : "an array with a first axis, that of its rows",
                  "one without axes (g.reshape(1) has one row)")
         .raise();
@@ -286,12 +295,13 @@ RowSpan Gradients::rows_of(std::size_t i, bool of_samples,
   return rows;
 }
 
-RowTable Gradients::rows(bool of_samples) const {
+RowTable Gradients::rows(RowKind kind) const {
   RowTable table;
+  table.kind = kind;
   std::optional<std::size_t> with_samples;
   for (std::size_t i = 0; i < spans_.size(); ++i) {
-    table.add(is_missing(i) ? RowSpan{} : rows_of(i, of_samples, table.layouts));
-    if (!of_samples || is_missing(i)) continue;
+    table.add(is_missing(i) ? RowSpan{} : rows_of(i, kind, table.layouts));
+    if (kind != RowKind::sample || is_missing(i)) continue;
     if (!with_samples) with_samples = i;
     const std::int64_t expected = table.gradients[*with_samples].count;
     if (table.gradients[i].count != expected)

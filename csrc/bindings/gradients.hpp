@@ -86,6 +86,8 @@ void read_numpy(PyObject* array, const EntryName& name, Entry& entry);
 // The axes of an array, as they are, with strides in bytes of either sign.
 using Axes = std::vector<StridedLayout::Axis>;
 Axes numpy_axes(PyObject* array);
+// So that the first axis is that of the rows. False if there is none.
+bool lead_with_rows(Axes& axes, RowKind kind);
 // Of what read_torch reads.
 std::optional<Axes> find_torch_axes(PyObject* object);
 // Of the capsule that an export has made.
@@ -194,8 +196,9 @@ class Gradients {
   void require_writable() const;
   // Throws if some entry is complex.
   void require_real() const;
-  // The rows of every entry. Throws if one has no axes; `of_samples`: or not as many rows as the others.
-  RowTable rows(bool of_samples) const;
+  // The rows of every entry. Throws if one has no axes (units: has one unit then), or not as many samples as the
+  // others.
+  RowTable rows(RowKind kind) const;
 
   bool is_kept() const { return is_kept_; }
   std::span<const Span> spans() const { return spans_; }
@@ -259,7 +262,7 @@ class Gradients {
                                         : now.layout == before.layout);
   }
   [[noreturn]] static void refuse_changed(const EntryName& name, const Entry& now);
-  RowSpan rows_of(std::size_t i, bool of_samples, std::list<StridedLayout>& layouts) const;
+  RowSpan rows_of(std::size_t i, RowKind kind, std::list<StridedLayout>& layouts) const;
   void take_arrays(const py::object& grads);
   void add(Entry&& entry);
   void count_bytes();

@@ -254,11 +254,13 @@ py::object Measured::clip_measured(const py::object& max_norm, const py::object&
   return apply(clip.thresholds, clip.options);
 }
 
-py::object Measured::scale_measured(const py::object& coefficients) {
+py::object Measured::scale_measured(const py::object& coefficients,
+                                    const py::object& nonfinite) {
+  const NonFinite policy = nonfinite_policy(nonfinite);
   const Table<double> numbers =
       limits_of_groups(coefficients, named_, grads_->spans().size(), true);
   require_first_use();
-  return apply(numbers, {.nonfinite = NonFinite::propagate,
+  return apply(numbers, {.nonfinite = policy,
                          .grad_scale = grad_scale_,
                          .are_coefficients = true,
                          .always_changes = pair_ && !pair_->is_difference()});

@@ -48,11 +48,12 @@ class Measured {
   // Once: what is in memory afterwards was not measured.
   py::object clip_measured(const py::object& max_norm, const py::object& nonfinite,
                            const py::object& formula);
-  py::object scale_measured(const py::object& coefficients);
+  py::object scale_measured(const py::object& coefficients, const py::object& nonfinite);
 
   const Gradients& gradients() const { return *grads_; }
   const Norms& norms() const { return norms_; }
   const py::object& group_names() const { return named_.names; }
+  py::object group_sizes() const { return bindings::group_sizes(named_, *grads_); }
   double penalty() const { return penalty_; }
   bool is_global() const { return named_.groups.kind == Groups::all; }
   // Tensors with elements that are not finite.

@@ -1,4 +1,4 @@
-// The rows of gradients: one for each index of the first axis.
+// The rows of gradients: parts of them along one axis.
 #pragma once
 
 #include <cstddef>
@@ -10,6 +10,10 @@
 #include "core/table.hpp"
 
 namespace gradclip {
+
+// What the rows of a gradient are: one for each index of its first axis. A sample goes through all gradients. A
+// unit is a row, or in the other layout an index of the last axis; a gradient with fewer than two axes is one.
+enum class RowKind { row, sample, unit, unit_last };
 
 struct RowSpan {
   std::byte* first = nullptr;             // the lowest address of row 0
@@ -29,6 +33,7 @@ struct RowSpan {
 
 // Of all gradients: row r of gradient i is number first[i] + r.
 struct RowTable {
+  RowKind kind = RowKind::row;
   Table<RowSpan> gradients;
   Table<std::size_t> first = {0};    // one more than gradients: the last is the number of rows
   std::list<StridedLayout> layouts;  // that rows point to; addresses must stay

@@ -213,16 +213,18 @@ def clip_by_global_norm_(
             number, ``None`` or an array with one per row, in a sequence or in a mapping by the names of the
             gradients. On a GPU also a 0-d array there, or one of shape
             ``(groups,)``: an adaptive threshold waits for nothing. Or a policy: an object whose method
-            ``thresholds(measured)`` gets what was measured (a :class:`Measured`) and returns any of these.
+            ``thresholds(measured)`` gets what was measured (a :class:`Measured`) and returns any of these;
+            :mod:`gradclip.policies` has those of the literature.
         ord: Which norm, as for :func:`tensor_norms`.
         groups: Gradients that share one norm. ``None``: all of them (global clipping, Pascanu et al.
             2013, arXiv:1211.5063). ``"tensor"``: each its own. ``"row"``: each row of each gradient its own
-            (:func:`row_norms`). ``"sample"``: row i of all gradients together is group i, so their first
-            axes are alike: per-example gradients (Abadi et al. 2016, arXiv:1607.00133). With these two the
-            norm of a gradient is that over its rows. A label for each entry of ``grads``, in
-            a sequence or in a mapping by the names of the gradients: equal labels share a norm. Labels are
-            names, numbered in the order in which they first appear, or integers from 0 to
-            ``len(grads) - 1``.
+            (:func:`row_norms`). ``"sample"``: row i of all gradients together is group i, so their first axes
+            are alike: per-example gradients (Abadi et al. 2016, arXiv:1607.00133). ``"unit"``: each output
+            unit of a layer, a row of a gradient with two axes or more; a vector or a scalar is one unit.
+            ``"unit_last"``: the same where units are the last axis, as JAX and TensorFlow lay weights out.
+            With all these the norm of a gradient is that over its rows. A label for each entry of ``grads``,
+            in a sequence or in a mapping by the names of the gradients: equal labels share a norm. Labels are
+            names, numbered in the order in which they first appear, or integers from 0 to ``len(grads) - 1``.
         grad_scale: The gradients hold ``grad_scale * g`` (loss scaling of mixed precision). Norms are
             those of ``g`` and memory becomes ``coefficient * g``: unscaling and clipping in one.
         nonfinite: What to do when a norm is infinite or NaN. ``"raise"``: raise, nothing is written.

@@ -28,10 +28,10 @@ _BOOL = np.dtype(np.bool_)
 class DeviceClipResult(ClipResult):
     """What was measured and done by one clip on a GPU: a :class:`ClipResult` that stays there.
 
-    ``total_norm``, ``norms``, ``coefficient``, ``group_norms``, ``penalty`` (float64) and ``clipped`` (bool)
-    are arrays on the device, CuPy's or torch's as the gradients were; scalars have shape ``()``. Taking one
-    does not wait. What must be known on the host waits for the clip: ``nonfinite``, ``named_norms()``,
-    ``to_host()`` and ``repr``.
+    ``total_norm``, ``norms``, ``coefficient``, ``group_norms``, ``penalty`` (float64), ``clipped`` and
+    ``skipped`` (bool) are arrays on the device, CuPy's or torch's as the gradients were; scalars have shape
+    ``()``. Taking one does not wait. What must be known on the host waits for the clip: ``nonfinite``,
+    ``named_norms()``, ``to_host()`` and ``repr``.
     """
 
     __slots__ = (
@@ -112,6 +112,12 @@ class DeviceClipResult(ClipResult):
     @property
     def clipped(self) -> Any:
         return self._scalar(_BOOL, self._at.clipped)
+
+    @property
+    def skipped(self) -> Any:
+        total, coefficient = self.total_norm, self.coefficient
+        left = (total - total != 0) & (self.clipped ^ True)
+        return (coefficient == 0).all() | (coefficient - coefficient != 0).any() | left
 
     @property
     def names(self) -> tuple[str, ...] | None:
@@ -216,11 +222,18 @@ class GpuMeasured(DeviceClipResult):
             )
         )
 
-    def scale(self, coefficients: object) -> DeviceClipResult:
+    def scale(self, coefficients: object, nonfinite: object) -> DeviceClipResult:
         stream = self._gradients.stream()
-        return self._gradients.finished(
-            *self._measured.scale(coefficients, stream[0], self._gradients.maker(stream, self._is_pair))
-        )
+        make = self._gradients.maker(stream, self._is_pair)
+        return self._gradients.finished(*self._measured.scale(coefficients, nonfinite, stream[0], make))
+
+    @property
+    def is_global(self) -> bool:
+        return self._is_global
+
+    @property
+    def group_sizes(self) -> npt.NDArray[np.int64]:
+        return self._measured.group_sizes  # type: ignore[no-any-return]
 
 
 class _GpuMeasurable:
@@ -265,6 +278,10 @@ class GpuPair(_GpuMeasurable):
     def __init__(self, gradients: GpuGradients, pair: Any) -> None:
         self._gradients = gradients
         self._pair = pair
+
+    @property
+    def names(self) -> tuple[str, ...] | None:
+        return self._gradients.names
 
     def _source(self) -> tuple[Any, GpuGradients, bool]:
         return self._pair, self._gradients, True

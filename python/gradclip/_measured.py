@@ -15,14 +15,19 @@ if TYPE_CHECKING:
     from gradclip._api import NonFinite, Rounding, Thresholds
     from gradclip._dispatch import Measurable, MeasuredGradients, ReadGradients
 
-__all__ = ["Measured", "Policy", "clip", "formula_of", "with_params"]
+__all__ = ["Measured", "Policy", "clip", "formula_of", "is_policy", "with_params"]
 
 
 class Policy(Protocol):
     """What turns measured norms into thresholds: it is passed where a threshold is.
 
-    It may have a method ``observe(result)``, which is called with what a clip has done, unless it raised; and an
-    attribute ``groups``, for calls that give none.
+    ``thresholds`` is all that a policy needs. What else it may have:
+
+    * ``observe(result)``: called with the :class:`ClipResult` of every clip that did not raise.
+    * ``groups``: for calls that give none; or a method that makes them of the names of the gradients
+      (``None``, where these come in a sequence).
+    * ``coefficients(measured)``, in place of ``thresholds``: what each group is multiplied by.
+    * ``state_dict()`` and ``load_state_dict(state)``, for whoever saves a training.
     """
 
     def thresholds(self, measured: Measured) -> Thresholds:
@@ -50,6 +55,8 @@ class Measured:
         missing: The gradients that were ``None``, as in ``nonfinite``.
         names: The keys of the mapping that the call was given; ``None`` for a sequence.
         group_names: What the groups are called, where the call named them.
+        group_sizes: How many elements each group has, int64, in this process; on the host also of a GPU.
+        is_global: Whether all gradients are one group, so that a threshold is one number.
         penalty: As of :class:`ClipResult`.
 
     Example:
@@ -100,8 +107,11 @@ class Measured:
         return self._measured.penalty  # type: ignore[no-any-return]
 
     @property
+    def group_sizes(self) -> npt.NDArray[np.int64]:
+        return self._measured.group_sizes
+
+    @property
     def is_global(self) -> bool:
-        """Whether all gradients are one group, so that a threshold is one number."""
         return self._measured.is_global
 
     def named_norms(self) -> dict[str, float]:
@@ -150,16 +160,30 @@ class Measured:
     def clip_by_formula_(
         self, max_norm: Thresholds | Policy, nonfinite: NonFinite, formula: str | float
     ) -> ClipResult:
-        decide = getattr(max_norm, "thresholds", None)
-        if decide is None:
+        if not is_policy(max_norm):
             return self._measured.clip(max_norm, nonfinite, formula)
-        result = self._measured.clip(decide(self), nonfinite, formula)
-        observe = getattr(max_norm, "observe", None)
-        if observe is not None:
-            observe(result)
+        policy: Any = max_norm
+        scales = hasattr(policy, "coefficients")
+        if scales and formula == "down":
+            raise ValueError(
+                f"rounding: expected 'nearest' with a {type(policy).__name__}, which gives coefficients, got "
+                "'down'"
+            )
+        decided = policy.coefficients(self) if scales else policy.thresholds(self)
+        try:
+            if scales:
+                result = self._measured.scale(decided, nonfinite)
+            else:
+                result = self._measured.clip(decided, nonfinite, formula)
+        except (TypeError, ValueError) as error:
+            if not str(error).startswith(("max_norm", "coefficients")):
+                raise
+            raise type(error)(f"{error} (of {type(policy).__name__})") from None
+        if hasattr(policy, "observe"):
+            policy.observe(result)
         return result
 
-    def scale_(self, coefficients: Any) -> ClipResult:
+    def scale_(self, coefficients: Any, nonfinite: NonFinite = "propagate") -> ClipResult:
         """Multiply each group in place by a coefficient that the caller has decided.
 
         Whatever the norms are; what was divided into them as ``grad_scale`` is divided out of memory, too.
@@ -168,6 +192,8 @@ class Measured:
             coefficients: A finite number; or, unless ``groups`` was ``None``, also one per group, as
                 thresholds are: in a sequence, or in a mapping by the names of the groups, ``None`` for 1.
                 On a GPU also an array there; if it holds one that is not finite, nothing is written.
+            nonfinite: As for :func:`gradclip.clip_by_global_norm_`; ``"propagate"``: multiply whatever the
+                norms are.
 
         Returns:
             What was measured and done; ``clipped`` says whether a coefficient was not 1.
@@ -176,6 +202,7 @@ class Measured:
             TypeError: A coefficient is no number; a gradient is immutable.
             ValueError: A coefficient is not finite; there is not one for each group; it has clipped or scaled
                 before; a gradient cannot be written.
+            NonFiniteGradientError: As for :func:`gradclip.clip_by_global_norm_`.
 
         Example:
             >>> import numpy as np, gradclip
@@ -186,7 +213,7 @@ class Measured:
             >>> grads["w"]
             array([6., 8.])
         """
-        return self._measured.scale(coefficients)
+        return self._measured.scale(coefficients, nonfinite)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("Measured: expected no copy and no pickle of it, for it holds memory of this process")
@@ -196,6 +223,12 @@ class Measured:
         missing = f", {len(self.missing)} missing" if self.missing else ""
         head = f"Measured(total norm {host.total_norm:.6g}, {count_of(len(host.norms), 'gradient')}{missing}"
         return "\n".join([head, *norm_rows(host.norms, self.nonfinite, self.names)]) + ")"
+
+
+def is_policy(max_norm: object) -> bool:
+    return type(max_norm) is not float and (
+        hasattr(max_norm, "thresholds") or hasattr(max_norm, "coefficients")
+    )
 
 
 def formula_of(rounding: object) -> str:
@@ -229,9 +262,10 @@ def clip(
 
     ``formula``: how what is written is rounded, or a float that is added to norms, as PyTorch does.
     """
-    if type(max_norm) is not float and hasattr(max_norm, "thresholds"):
+    if is_policy(max_norm):
         if groups is None:
             groups = getattr(max_norm, "groups", None)
+            groups = groups(read.names) if callable(groups) else groups
         measured = Measured(read.measure(ord, groups, grad_scale, reduce))
         return measured.clip_by_formula_(max_norm, nonfinite, formula)
     return read.clip(max_norm, ord, groups, grad_scale, nonfinite, reduce, formula)

@@ -34,6 +34,9 @@ class ClipResult:
             1 where nothing was clipped. A float for global clipping (``groups=None``), else a float64
             array with one entry per group.
         clipped: Whether any norm was above its threshold.
+        skipped: Whether no step of the optimizer should follow: every gradient was set to zero
+            (``nonfinite="zero"``, a policy that skips), or one is not finite and was left so (``"skip"``,
+            ``"propagate"``).
         nonfinite: The gradients that hold an infinity or a NaN: their indices, or their names when the
             call was given a mapping.
         missing: The gradients that were ``None``, as in ``nonfinite``. Their norm is 0, as is that of a
@@ -71,6 +74,13 @@ class ClipResult:
     def group_norms(self) -> npt.NDArray[np.float64]:
         return np.array([self.total_norm]) if self._group_norms is None else self._group_norms
 
+    @property
+    def skipped(self) -> bool:
+        coefficients = np.atleast_1d(self.coefficient)
+        is_zero = coefficients.size > 0 and not coefficients.any()
+        is_left = not np.isfinite(self.total_norm) and not self.clipped
+        return bool(is_zero or is_left or np.isnan(coefficients).any())
+
     def named_norms(self) -> dict[str, float]:
         """The norm of every gradient by its name.
 
@@ -92,8 +102,8 @@ class ClipResult:
         """Everything as plain numbers under flat names, as loggers (TensorBoard, W&B, MLflow) take them.
 
         Returns:
-            ``total_norm``; ``coefficient``, the lowest of all groups; ``clipped``; the numbers of
-            ``gradients``, of those ``missing`` and ``nonfinite``; of a regularised clip the ``penalty``; a
+            ``total_norm``; ``coefficient``, the lowest of all groups; ``clipped``; ``skipped``; the numbers
+            of ``gradients``, of those ``missing`` and ``nonfinite``; of a regularised clip the ``penalty``; a
             ``norms/<name>`` for each gradient, and of several groups a ``group_norms/<name>`` and
             ``coefficients/<name>`` for each, unless they are rows.
 
@@ -109,6 +119,7 @@ class ClipResult:
             "total_norm": float(self.total_norm),
             "coefficient": float(coefficients.min(initial=1.0)),
             "clipped": bool(self.clipped),
+            "skipped": self.skipped,
             "gradients": len(self.norms),
             "missing": len(self.missing),
             "nonfinite": len(self.nonfinite),

@@ -1,4 +1,4 @@
-"""Thresholds that adapt themselves, each by the formula of its paper."""
+"""Thresholds that adapt themselves to the norms seen so far, each by the formula of its paper."""
 
 from __future__ import annotations
 
@@ -7,266 +7,353 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from gradclip._api import GradientArrays, row_norms
-from gradclip._measured import Measured
-from gradclip._result import ClipResult
 from gradclip.policies._base import (
+    ClippedGroups,
+    MeasuredGroups,
     StatefulPolicy,
-    count,
+    at_least,
+    beside,
+    clipped_norms,
+    full,
     in_range,
-    like,
-    limits_of,
-    norms_of,
     operations_of,
+    positive,
+    tree_sum,
 )
 
-__all__ = ["AGC", "AdaGC", "AutoClip", "Percentile", "ZClip"]
+__all__ = ["SPAM", "AdaGC", "AutoClip", "Percentile", "SkipStep", "ZClip"]
 
 
 class Percentile(StatefulPolicy):
     """A percentile of the norms of the last calls, this one included.
 
-    What bitsandbytes called percentile clipping. Until there are two norms nothing is clipped. A norm that is not
-    finite counts as the largest there is.
+    What bitsandbytes called percentile clipping, until it was removed in 0.50. Norms are those before clipping. One that is 0 (there was no gradient) or not finite counts as the largest
+    there is. The first call clips nothing.
 
     Args:
-        percentile: From 0 to 100, between two norms by linear interpolation.
-        window: How many norms of each group are kept.
+        percentile: From 0 to 100; between two norms by linear interpolation.
+        window: How many norms of each group are looked at: so many float64 are kept of each.
+
+    Example:
+        >>> import numpy as np, gradclip
+        >>> from gradclip.policies import Percentile
+        >>> policy = Percentile(50, window=3)
+        >>> for norm in (1.0, 3.0, 2.0, 9.0):
+        ...     result = gradclip.clip_by_global_norm_([np.array([norm])], policy)
+        >>> result.coefficient * 9.0
+        3.0
     """
 
-    _state: ClassVar = ("_history", "_steps")
+    _state: ClassVar = ("_history", "_calls")
     _options: ClassVar = ("percentile", "window")
 
     def __init__(self, percentile: float = 5.0, window: int = 100) -> None:
         self.percentile = in_range("percentile", percentile, 0, 100)
-        self.window = count("window", window, 2)
-        self._history: Any = None  # of shape (window, groups); row step % window is the last one
-        self._steps = 0
+        self.window = at_least("window", window, 2)
+        self._history: Any = None  # of shape (window - 1, groups), a ring: the last is row _calls - 1
+        self._calls = 0
 
-    def thresholds(self, measured: Measured) -> Any:
-        norms = norms_of(measured)
-        self._check_groups(self._history, norms)
-        operations = operations_of(norms)
-        held = min(self._steps, self.window - 1)
-        here = operations.where(operations.isfinite(norms), norms, math.inf)
-        if held == 0:
-            return limits_of(measured, operations.where(here == here, math.inf, math.inf))
-        rows = [self._row(self._steps - back, norms) for back in range(1, held + 1)]
-        ordered = _sorted(operations, operations.stack([*rows, here]))
-        place = held * self.percentile / 100
-        low = math.floor(place)
-        lower = ordered[low]
-        if place == low:
-            return limits_of(measured, lower)
-        upper = ordered[low + 1]
-        # Where both are infinite there is nothing between them.
-        begin = operations.where(operations.isfinite(lower), lower, 0.0)
-        between = begin + (place - low) * (upper - begin)
-        return limits_of(measured, operations.where(lower == upper, lower, between))
+    def _limits(self, measured: MeasuredGroups) -> Any:
+        seen = _largest_if_odd(measured.group_norms)[None]
+        operations = operations_of(seen)
+        if self._history is not None:
+            [history] = self._held(seen[0], "_history")
+            seen = operations.concatenate([history[: self._calls], seen])
+        ordered = operations.sort(seen, 0)
+        ordered = ordered[0] if operations.__name__ == "torch" else ordered
+        place = (len(ordered) - 1) * self.percentile / 100
+        lower = ordered[math.floor(place)]
+        upper = ordered[math.ceil(place)]
+        between = lower + (place - math.floor(place)) * (upper - lower)
+        return operations.where(lower == upper, lower, between)  # also infinite ones
 
-    def observe(self, result: ClipResult) -> None:
-        norms = norms_of(result)
-        operations = operations_of(norms)
-        here = operations.where(operations.isfinite(norms), norms, math.inf)
+    def _learn(self, result: ClippedGroups) -> None:
+        norms = result.group_norms
         if self._history is None:
-            self._history = operations.stack([here] * self.window)
-        self._history = like(self._history, norms)
-        self._history[self._steps % self.window] = here
-        self._steps += 1
-
-    def _row(self, step: int, norms: Any) -> Any:
-        self._history = like(self._history, norms)
-        return self._history[step % self.window]
+            self._history = full(norms, (self.window - 1, len(norms)), 0.0)
+        [self._history] = self._held(norms, "_history")
+        self._history[self._calls % (self.window - 1)] = _largest_if_odd(norms)
+        self._calls += 1
 
 
 class AutoClip(Percentile):
-    """The p-th percentile of the norms seen so far (Seetharaman et al. 2020, arXiv:2007.14469).
+    """A percentile of all norms seen so far, before clipping (Seetharaman et al. 2020, arXiv:2007.14469).
 
-    The paper keeps all norms of a training; here the last ``window``, so that memory is bounded.
+    :class:`Percentile` with the paper's default and a window for a training: after so many calls the oldest
+    are forgotten, so that memory is bounded.
+
+    Args:
+        percentile: As of :class:`Percentile`.
+        window: As of :class:`Percentile`.
     """
 
     def __init__(self, percentile: float = 10.0, window: int = 10_000) -> None:
         super().__init__(percentile, window)
 
 
-def _sorted(operations: Any, values: Any) -> Any:
-    ordered = operations.sort(values, 0)
-    return ordered[0] if operations.__name__ == "torch" else ordered
+def _largest_if_odd(norms: Any) -> Any:
+    return operations_of(norms).where((norms > 0) & (norms < math.inf), norms, math.inf)
 
 
 class ZClip(StatefulPolicy):
-    """Norms that are z standard deviations above their moving average (Kumar et al. 2025, arXiv:2504.02507).
+    """Norms that are z standard deviations above their mean (Kumar et al. 2025, arXiv:2504.02507).
 
-    Where ``z = (norm - mean) / deviation`` is above ``z``, the threshold is ``mean + z_max**2 / z * deviation``. Mean
-    and variance are moving averages of the norms as they are after clipping; they begin with those of the first
-    ``warmup`` calls, in which nothing is clipped. Norms that are not finite teach nothing.
+    Where ``score = (norm - mean) / deviation`` is above ``z``, the threshold is ``mean + z**2 / score *
+    deviation`` (the paper's reciprocal clipping); elsewhere nothing is clipped. Mean and variance are
+    exponential moving averages of the norms after clipping. They begin as those of the first ``warmup``
+    calls, in which nothing is clipped: combine it, as in ``Lowest(ZClip(), 10.0)``, where these may explode.
 
     Args:
-        z: The highest that is let through.
+        z: The highest score that is let through.
         alpha: What stays of the averages in each call.
         warmup: How many calls are watched first.
+
+    Example:
+        >>> import numpy as np, gradclip
+        >>> from gradclip.policies import ZClip
+        >>> policy = ZClip(warmup=3)
+        >>> for norm in (1.0, 1.2, 1.1, 50.0):
+        ...     result = gradclip.clip_by_global_norm_([np.array([norm])], policy)
+        >>> result.clipped, result.coefficient * 50 < 1.2
+        (True, True)
     """
 
-    _state: ClassVar = ("_mean", "_variance", "_first", "_steps")
+    _state: ClassVar = ("_mean", "_variance", "_calls")
     _options: ClassVar = ("z", "alpha", "warmup")
 
     def __init__(self, z: float = 2.5, alpha: float = 0.97, warmup: int = 25) -> None:
-        self.z = in_range("z", z, 0, math.inf, is_open=True)
+        self.z = positive("z", z)
         self.alpha = in_range("alpha", alpha, 0, 1, is_open=True)
-        self.warmup = count("warmup", warmup, 1)
+        self.warmup = at_least("warmup", warmup, 1)
         self._mean: Any = None
         self._variance: Any = None
-        self._first: Any = None  # norms of the first calls, of shape (calls, groups)
-        self._steps = 0
+        self._calls: Any = None  # that have taught each group something
 
-    def thresholds(self, measured: Measured) -> Any:
-        return limits_of(measured, self._limits(norms_of(measured)))
-
-    def _limits(self, norms: Any) -> Any:
+    def _limits(self, measured: MeasuredGroups) -> Any:
+        norms = measured.group_norms
         operations = operations_of(norms)
-        self._check_groups(self._mean if self._first is None else self._first, norms)
-        if self._mean is None:
-            return operations.where(norms == norms, math.inf, math.inf)
-        self._mean, self._variance = like(self._mean, norms), like(self._variance, norms)
-        deviation = operations.sqrt(self._variance)
-        excess = norms - self._mean
-        # z is excess / deviation; written without it, so that a deviation of 0 divides nothing.
-        limits = self._mean + self.z * self.z * self._variance / operations.where(excess > 0, excess, 1.0)
-        return operations.where(excess > self.z * deviation, limits, math.inf)
+        mean, variance, calls = self._held(norms, *self._state)
+        above = norms - mean
+        is_spike = (calls >= self.warmup) & (above > self.z * operations.sqrt(variance))
+        # z**2 / score * deviation, without the square root
+        limits = mean + self.z**2 * variance / operations.where(is_spike, above, 1.0)
+        return operations.where(is_spike, limits, math.inf)
 
-    def observe(self, result: ClipResult) -> None:
-        norms = norms_of(result)
+    def _learn(self, result: ClippedGroups) -> None:
+        norms = clipped_norms(result)
         operations = operations_of(norms)
-        if self._mean is None:
-            first = norms[None] if self._first is None else self._first
-            self._first = first if self._first is None else _appended(operations, like(first, norms), norms)
-            self._steps += 1
-            if self._steps == self.warmup:
-                self._mean, self._variance = _moments(operations, self._first)
-                self._first = None
-            return
-        limits = self._limits(norms)
-        clipped = operations.where(norms > limits, limits, norms)
-        mean = self.alpha * self._mean + (1 - self.alpha) * clipped
-        off = clipped - mean
-        variance = self.alpha * self._variance + (1 - self.alpha) * (off * off)
-        is_finite = operations.isfinite(norms)
-        self._mean = operations.where(is_finite, mean, self._mean)
-        self._variance = operations.where(is_finite, variance, self._variance)
-        self._steps += 1
-
-
-def _appended(operations: Any, rows: Any, row: Any) -> Any:
-    return operations.stack([*rows, row])
-
-
-def _moments(operations: Any, rows: Any) -> tuple[Any, Any]:
-    """Mean and variance of each group, of norms that are finite; added one after the other on every device."""
-    number = total = rows[0] * 0
-    number = operations.where(number == number, 0.0, 0.0)
-    total = number
-    for row in rows:
-        is_finite = operations.isfinite(row)
-        total = total + operations.where(is_finite, row, 0.0)
-        number = number + operations.where(is_finite, 1.0, 0.0)
-    number = operations.where(number > 0, number, 1.0)
-    mean = total / number
-    squares = total * 0
-    for row in rows:
-        off = operations.where(operations.isfinite(row), row - mean, 0.0)
-        squares = squares + off * off
-    return mean, squares / number
+        mean, variance, calls = self._held(norms, *self._state)
+        is_watching = calls < self.warmup
+        # Those of so many norms, one more each time; then the moving averages.
+        weight = operations.where(is_watching, 1 / (calls + 1), 1 - self.alpha)
+        new_mean = mean + weight * (norms - mean)
+        square = (norms - new_mean) * operations.where(is_watching, norms - mean, norms - new_mean)
+        new_variance = variance + weight * (square - variance)
+        teaches = norms > 0
+        self._mean = operations.where(teaches, new_mean, mean)
+        self._variance = operations.where(teaches, new_variance, variance)
+        self._calls = operations.where(teaches, calls + 1, calls)
 
 
 class AdaGC(StatefulPolicy):
     """Each tensor by a moving average of its own clipped norm (Wang et al. 2025, arXiv:2502.11034).
 
-    In the first ``warmup`` calls all are clipped together, by their global norm at ``warmup_norm``, and the average is
-    the lowest clipped norm so far; then a tensor is clipped to ``lam`` times its average.
+    In the first ``warmup`` calls all gradients are clipped together, as their global norm asks at
+    ``warmup_norm``, and the average of a tensor is the lowest of its clipped norms; afterwards its threshold
+    is ``lam`` times its average. A tensor that had no gradient before is not clipped when it has one for the
+    first time.
 
     Args:
         lam: How far above its average a norm may be.
         beta: What stays of the average in each call.
         warmup: How many calls are clipped together first.
         warmup_norm: To what norm.
+
+    Example:
+        >>> import numpy as np, gradclip
+        >>> from gradclip.policies import AdaGC
+        >>> policy = AdaGC(warmup=2)
+        >>> for norm in (0.5, 0.6, 100.0):
+        ...     grads = {"w": np.array([norm]), "b": np.array([0.1])}
+        ...     result = gradclip.clip_by_global_norm_(grads, policy)
+        >>> {name: round(float(grad[0]), 3) for name, grad in grads.items()}
+        {'w': 0.525, 'b': 0.1}
     """
 
-    groups: ClassVar[str | None] = "tensor"
-    _state: ClassVar = ("_average", "_steps")
+    groups = "tensor"
+    _state: ClassVar = ("_average", "_calls")
     _options: ClassVar = ("lam", "beta", "warmup", "warmup_norm")
 
     def __init__(
         self, lam: float = 1.05, beta: float = 0.98, warmup: int = 100, warmup_norm: float = 1.0
     ) -> None:
-        self.lam = in_range("lam", lam, 0, math.inf, is_open=True)
+        self.lam = positive("lam", lam)
         self.beta = in_range("beta", beta, 0, 1, is_open=True)
-        self.warmup = count("warmup", warmup, 0)
-        self.warmup_norm = in_range("warmup_norm", warmup_norm, 0, math.inf, is_open=True)
+        self.warmup = at_least("warmup", warmup, 0)
+        self.warmup_norm = positive("warmup_norm", warmup_norm)
         self._average: Any = None
-        self._steps = 0
+        self._calls = 0
 
-    def thresholds(self, measured: Measured) -> Any:
-        norms = norms_of(measured)
-        self._check_groups(self._average, norms)
-        return limits_of(measured, self._limits(norms, measured.total_norm))
-
-    def _limits(self, norms: Any, total: Any) -> Any:
+    def _limits(self, measured: MeasuredGroups) -> Any:
+        norms = measured.group_norms
         operations = operations_of(norms)
-        if self._average is None or self._steps < self.warmup:
-            coefficient = self.warmup_norm / operations.where(norms == norms, total, total)
-            return operations.where(coefficient < 1, norms * coefficient, math.inf)
-        self._average = like(self._average, norms)
-        # A tensor that has had no gradient yet has no average.
-        return operations.where(self._average > 0, self.lam * self._average, math.inf)
+        [average] = self._held(norms, "_average")
+        if self._calls < self.warmup:
+            limits = norms * self.warmup_norm / measured.total_norm
+            return operations.where(limits < norms, limits, math.inf)
+        return operations.where(average > 0, self.lam * average, math.inf)
 
-    def observe(self, result: ClipResult) -> None:
-        norms = norms_of(result)
+    def _learn(self, result: ClippedGroups) -> None:
+        norms = clipped_norms(result)
         operations = operations_of(norms)
-        limits = self._limits(norms, result.total_norm)
-        clipped = operations.where(norms > limits, limits, norms)
-        if self._average is None:
-            average = clipped
+        [average] = self._held(norms, "_average")
+        if self._calls < self.warmup:
+            new = operations.where(norms < average, norms, average)
         else:
-            held = like(self._average, norms)
-            if self._steps < self.warmup:
-                average = operations.where(clipped < held, clipped, held)
-            else:
-                average = self.beta * held + (1 - self.beta) * clipped
-            average = operations.where(held > 0, average, clipped)
-            average = operations.where(operations.isfinite(norms), average, held)
-        self._average = average
-        self._steps += 1
+            new = average + (1 - self.beta) * (norms - average)
+        new = operations.where(average > 0, new, norms)
+        self._average = operations.where(norms > 0, new, average)
+        self._calls += 1
 
 
-class AGC(StatefulPolicy):
-    """Each row in proportion to the row of its parameter (Brock et al. 2021, arXiv:2102.06171, of NFNets).
+class SPAM(StatefulPolicy):
+    """Spikes against a second moment (Huang et al. 2025, arXiv:2501.06842), of tensors.
 
-    A row is an output unit: one index of the first axis, as PyTorch lays parameters out. Its threshold is
-    ``clipping * max(norm of the parameter's row, eps)``.
+    A norm whose square is above ``theta`` times the moving average of squares is clipped to the root of that.
+    The paper does so to each element, against Adam's second moment; here it is each group (a tensor, unless
+    the call says otherwise), so that a gradient keeps its direction. Nothing is clipped in the first call.
 
     Args:
-        params: The parameters, one for each gradient; a mapping as that of the gradients, if that is one.
-        clipping: The factor, lambda in the paper.
-        eps: For parameters that are zero.
+        theta: How far above its average a square may be. The paper's default is for elements, and a norm 70
+            times as large as usual; 25 lets through five times.
+        beta: What stays of the average in each call, as Adam's second beta.
+
+    Example:
+        >>> import numpy as np, gradclip
+        >>> from gradclip.policies import SPAM
+        >>> policy = SPAM(theta=25)
+        >>> for norm in (1.0, 1.0, 50.0):
+        ...     result = gradclip.clip_by_global_norm_([np.array([norm])], policy)
+        >>> result.coefficient * 50.0
+        array([5.])
     """
 
-    groups: ClassVar[str | None] = "row"
-    _options: ClassVar = ("clipping", "eps")
+    groups = "tensor"
+    _state: ClassVar = ("_root",)
+    _options: ClassVar = ("theta", "beta")
 
-    def __init__(self, params: GradientArrays, clipping: float = 0.01, eps: float = 1e-3) -> None:
-        self._params = params
-        self.clipping = in_range("clipping", clipping, 0, math.inf, is_open=True)
-        self.eps = in_range("eps", eps, 0, math.inf)
+    def __init__(self, theta: float = 5000.0, beta: float = 0.999) -> None:
+        self.theta = positive("theta", theta)
+        self.beta = in_range("beta", beta, 0, 1, is_open=True)
+        self._root: Any = None  # of the average; squares could overflow
 
-    def thresholds(self, measured: Measured) -> Any:
-        rows = row_norms(self._params)
-        norms: Any = np.concatenate(rows) if rows and isinstance(rows[0], np.ndarray) else None
-        if norms is None:
-            operations = operations_of(rows[0])
-            norms = operations.cat(rows) if operations.__name__ == "torch" else operations.concatenate(rows)
-        if norms.shape != norms_of(measured).shape:
-            raise ValueError(
-                f"params: expected {norms_of(measured).shape[0]} rows, as the gradients have, got {norms.shape[0]}"
-            )
+    def _limits(self, measured: MeasuredGroups) -> Any:
+        [root] = self._held(measured.group_norms, "_root")
+        return operations_of(root).where(root > 0, math.sqrt(self.theta) * root, math.inf)
+
+    def _learn(self, result: ClippedGroups) -> None:
+        norms = clipped_norms(result)
         operations = operations_of(norms)
-        return self.clipping * operations.where(norms > self.eps, norms, self.eps)
+        [root] = self._held(norms, "_root")
+        ratio = norms / operations.where(root > 0, root, norms)
+        new = operations.where(root > 0, root, norms)
+        new = new * operations.sqrt(self.beta + (1 - self.beta) * (ratio * ratio))
+        self._root = operations.where(norms > 0, new, root)
+
+
+class SkipStep(StatefulPolicy):
+    """Leave out steps whose norm, or loss, is far above those before (OLMo's ``SkipStepOptimizer``).
+
+    Where the global norm, or the loss if it is given, is more than ``sigma`` standard deviations above the
+    mean of the last ``window`` calls, all gradients become 0 and ``skipped`` of the result is true: then the
+    optimizer is not to step, for momentum and weight decay would move the weights all the same. (On a GPU
+    that is a boolean there; fused optimizers of PyTorch take it as ``optimizer.found_inf =
+    result.skipped.float()`` and wait for nothing.) Nothing is left out before half a window was seen. What
+    was left out is remembered too, as in OLMo, so that a level that stays high is accepted.
+
+    Args:
+        sigma: How many standard deviations are let through.
+        window: How many calls are remembered.
+
+    Example:
+        >>> import numpy as np, gradclip
+        >>> from gradclip.policies import SkipStep
+        >>> policy = SkipStep(window=8)
+        >>> for loss in (1.0, 0.9, 1.1, 1.0, 7.0):
+        ...     result = gradclip.clip_by_global_norm_([np.array([2.0])], policy.with_loss(loss))
+        >>> result.skipped
+        True
+    """
+
+    _state: ClassVar = ("_norms", "_losses", "_calls")
+    _options: ClassVar = ("sigma", "window")
+
+    def __init__(self, sigma: float = 6.0, window: int = 128) -> None:
+        self.sigma = positive("sigma", sigma)
+        self.window = at_least("window", window, 2)
+        self._rows = 1 << (self.window - 1).bit_length()  # of which the sum is a tree
+        self._norms: Any = None  # of the last calls, of shape (rows, 1); NaN of those that there are not
+        self._losses: Any = None
+        self._calls = 0
+        self._loss: Any = None
+
+    def with_loss(self, loss: Any) -> SkipStep:
+        """Look at the loss too, in the next clip.
+
+        Args:
+            loss: A number, or an array of one on the device of the gradients.
+
+        Returns:
+            The policy.
+        """
+        self._loss = loss
+        return self
+
+    def thresholds(self, measured: MeasuredGroups) -> Any:
+        with np.errstate(all="ignore"):
+            norm = _one_of(measured.total_norm, measured.group_norms)
+            is_spike = self._is_spike(norm, self._norms)
+            if self._loss is not None:
+                is_spike = is_spike | self._is_spike(_one_of(self._loss, norm), self._losses)
+            return operations_of(norm).where(is_spike, 0.0, math.inf)[0]
+
+    def _is_spike(self, value: Any, history: Any) -> Any:
+        if history is None:
+            return value != value  # noqa: PLR0124 (NaN)
+        operations = operations_of(value)
+        if isinstance(history, np.ndarray) and not isinstance(value, np.ndarray):
+            history = beside(history, value)
+        is_there = operations.isfinite(history)
+        count = tree_sum(operations.where(is_there, 1.0, 0.0))
+        mean = tree_sum(operations.where(is_there, history, 0.0)) / count
+        off = operations.where(is_there, history - mean, 0.0)
+        deviation = operations.sqrt(tree_sum(off * off) / (count - 1))
+        is_within = value - mean <= self.sigma * deviation
+        return (count >= max(2, self.window // 2)) & ~is_within
+
+    def observe(self, result: ClippedGroups) -> None:
+        norm = _one_of(result.total_norm, result.group_norms)
+        self._norms = self._remembered(norm, self._norms)
+        if self._loss is not None:
+            self._losses = self._remembered(_one_of(self._loss, norm), self._losses)
+        self._calls += 1
+        self._loss = None
+
+    def _remembered(self, value: Any, history: Any) -> Any:
+        if history is None:
+            history = full(value, (self._rows, 1), math.nan)
+        elif isinstance(history, np.ndarray) and not isinstance(value, np.ndarray):
+            history = beside(history, value)
+        history[self._calls % self.window] = value
+        return history
+
+
+def _one_of(value: Any, norms: Any) -> Any:
+    """A number as an array of one, where norms are."""
+    if isinstance(norms, np.ndarray):
+        return np.array([float(value)])
+    operations = operations_of(norms)
+    if hasattr(value, "shape") and operations_of(value) is operations:
+        value = value.detach() if operations.__name__ == "torch" else value
+        return value.reshape(1) + full(norms, (1,), 0.0)
+    return full(norms, (1,), float(value))

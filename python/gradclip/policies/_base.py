@@ -2,58 +2,131 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
-from gradclip._measured import Measured
-from gradclip._result import ClipResult
+__all__ = ["Findings", "StatefulPolicy", "operations_of"]
 
-__all__ = ["StatefulPolicy", "limits_of", "norms_of", "operations_of"]
+
+class Findings(Protocol):
+    """What a :class:`gradclip.Measured` and a :class:`gradclip.ClipResult` have in common."""
+
+    @property
+    def total_norm(self) -> Any: ...
+    @property
+    def group_norms(self) -> Any: ...
+
+
+class MeasuredGroups(Findings, Protocol):
+    """What policies look at of a :class:`gradclip.Measured`."""
+
+    @property
+    def is_global(self) -> bool: ...
+    @property
+    def group_sizes(self) -> npt.NDArray[np.int64]: ...
+    @property
+    def names(self) -> tuple[str, ...] | None: ...
+    @property
+    def missing(self) -> tuple[int, ...] | tuple[str, ...]: ...
+    @property
+    def norms(self) -> Any: ...
+
+
+class ClippedGroups(Findings, Protocol):
+    """What policies learn from of a :class:`gradclip.ClipResult`."""
+
+    @property
+    def coefficient(self) -> Any: ...
+    @property
+    def names(self) -> tuple[str, ...] | None: ...
 
 
 def operations_of(array: Any) -> Any:
     """The module whose functions work on an array: NumPy, CuPy or torch.
 
-    ``where``, ``sqrt``, ``isfinite``, ``sort`` and ``stack`` are called alike there, and the arithmetic of float64 is
-    IEEE's: the same bits on the host and on a device.
+    Only those are used that all have alike, work element by element and are IEEE's: so a policy has the same
+    bits on the host and on a device, and nothing waits.
     """
     return sys.modules[type(array).__module__.partition(".")[0]]
 
 
-def norms_of(found: Measured | ClipResult) -> Any:
-    """One norm per group, of shape ``(groups,)``, where it was measured."""
-    return found.group_norms
+def clipped_norms(result: ClippedGroups) -> Any:
+    """The norm of each group after clipping; NaN of one that teaches nothing.
+
+    That is one whose norm is 0 (it has no gradient), one that was set to 0 (a step that was skipped), and
+    every one where some gradient was not finite.
+    """
+    norms = result.group_norms
+    operations = operations_of(norms)
+    clipped = norms * result.coefficient
+    teaches = (clipped > 0) & (clipped < math.inf) & (result.total_norm < math.inf)
+    return operations.where(teaches, clipped, math.nan)
 
 
-def limits_of(measured: Measured, limits: Any) -> Any:
-    """Thresholds as a call wants them: a number where all gradients are one group."""
-    return limits[0] if measured.is_global else limits
+def tree_sum(rows: Any) -> Any:
+    """The sum over the first axis, a power of two long: in the same order on every device."""
+    while rows.shape[0] > 1:
+        half = rows.shape[0] // 2
+        rows = rows[:half] + rows[half:]
+    return rows[0]
+
+
+def full(norms: Any, shape: tuple[int, ...], value: float) -> Any:
+    """A float64 array where these norms are."""
+    operations = operations_of(norms)
+    if operations.__name__ == "torch":
+        return operations.full(shape, value, dtype=operations.float64, device=norms.device)
+    return operations.full(shape, value, dtype=np.float64)
+
+
+def beside(value: npt.NDArray[np.float64], norms: Any) -> Any:
+    """A copy of a NumPy array where these norms are."""
+    operations = operations_of(norms)
+    if operations.__name__ == "torch":
+        return operations.tensor(value, device=norms.device)
+    return operations.array(value)
 
 
 class StatefulPolicy:
-    """A policy with a state: numbers, and arrays with one entry per group.
+    """What the policies of this module have in common: options, and a state of one row of numbers per group.
 
-    Nothing is learnt from a clip that raises. On a GPU the state lies there, and nothing waits but
-    ``state_dict()``.
+    Learns from clips that did not raise. On a GPU the state lies there, and nothing waits but
+    ``state_dict()``. The arithmetic is that of IEEE, element by element: on the CPU, on a GPU and on all
+    ranks of a job (whose norms ``reduce`` makes equal) thresholds have the same bits. It counts calls on the
+    host: not for CUDA graphs.
 
     Attributes:
         groups: The ``groups`` of a call that gives none.
     """
 
-    groups: ClassVar[str | None] = None
-    # Attributes that make the state, and those that must be as they were when it was saved.
+    groups: Any = None
+    # Attributes that make the state: numbers, and arrays, whose last axis is that of the groups.
     _state: ClassVar[tuple[str, ...]] = ()
+    # Those that must be as they were when it was saved: arguments of the class.
     _options: ClassVar[tuple[str, ...]] = ()
 
-    def thresholds(self, measured: Measured) -> Any:
+    def thresholds(self, measured: Any) -> Any:
         """One for all groups, or one for each."""
+        with np.errstate(all="ignore"):  # norms may be infinite or NaN
+            limits = self._limits(measured)
+        return limits[0] if measured.is_global else limits
+
+    def observe(self, result: Any) -> None:
+        """Learn from a clip by these thresholds."""
+        with np.errstate(all="ignore"):
+            self._learn(result)
+
+    def _limits(self, measured: MeasuredGroups) -> Any:
+        """The threshold of each group."""
         raise NotImplementedError
 
-    def observe(self, result: ClipResult) -> None:
-        """Learn from a clip by these thresholds."""
+    def _learn(self, result: ClippedGroups) -> None:
+        pass
 
     def state_dict(self) -> dict[str, Any]:
         """The state as numbers and NumPy arrays, to be saved. Waits for a GPU."""
@@ -61,71 +134,96 @@ class StatefulPolicy:
         return {"policy": type(self).__name__, "options": self._given(), "state": state}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where a policy of the same kind and options was saved.
+        """Go on where a policy of the same class and options was saved: bit for bit.
 
         Raises:
-            ValueError: The state is of another policy, or of other options; nothing is changed.
+            TypeError: It is no mapping.
+            ValueError: It is the state of another policy, or of other options; nothing is changed.
         """
         kind = type(self).__name__
-        if not isinstance(state, Mapping) or state.get("policy") != kind:
-            got = state.get("policy") if isinstance(state, Mapping) else type(state).__name__
-            raise ValueError(f"state: expected that of a {kind}, got that of {got}")
-        given, options = self._given(), state.get("options")
-        if options != given:
-            raise ValueError(f"state: expected that of a {kind} with {given}, got one with {options}")
-        values = state.get("state")
-        if not isinstance(values, Mapping) or set(values) != set(self._state):
-            raise ValueError(f"state: expected {', '.join(self._state)}, got {values!r}")
+        values = values_of(state, kind)
+        if state.get("options") != self._given():
+            raise ValueError(
+                f"state: expected that of {self!r}, got one of {_text_of(kind, state.get('options'))}"
+            )
+        if set(values) != set(self._state):
+            raise ValueError(
+                f"state: expected {', '.join(self._state) or 'nothing'} of a {kind}, got "
+                f"{', '.join(map(str, values)) or 'nothing'}"
+            )
         for name in self._state:
             value = values[name]
-            setattr(self, name, np.array(value) if isinstance(value, np.ndarray) else value)
+            setattr(self, name, value.copy() if isinstance(value, np.ndarray) else value)
 
     def _given(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self._options}
 
-    def _check_groups(self, held: Any, norms: Any) -> None:
-        if held is not None and held.shape[-1] != norms.shape[0]:
-            raise ValueError(
-                f"max_norm: expected the {held.shape[-1]} groups that this {type(self).__name__} has seen before, "
-                f"got {norms.shape[0]}"
-            )
+    def _held(self, norms: Any, *names: str) -> list[Any]:
+        """Arrays of the state, where the norms of these groups are; zeros before the first call."""
+        found = []
+        for name in names:
+            held = getattr(self, name)
+            if held is None:
+                held = full(norms, tuple(norms.shape), 0.0)
+            elif held.shape[-1] != norms.shape[0]:
+                raise ValueError(
+                    f"max_norm: expected the {held.shape[-1]} groups that this {type(self).__name__} has "
+                    f"seen before, got {norms.shape[0]}"
+                )
+            elif isinstance(held, np.ndarray) and not isinstance(norms, np.ndarray):
+                held = beside(held, norms)  # it was loaded
+            found.append(held)
+        return found
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self._given().items())})"
+        return _text_of(type(self).__name__, self._given())
+
+
+def values_of(state: Any, kind: str) -> Mapping[str, Any]:
+    """What a state holds; ValueError if it is of another policy."""
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state: expected a mapping, that of a {kind}, got {type(state).__name__}")
+    if state.get("policy") != kind:
+        raise ValueError(f"state: expected that of a {kind}, got that of {state.get('policy')}")
+    values = state.get("state")
+    if not isinstance(values, Mapping):
+        raise ValueError(f"state: expected that of a {kind}, got one without values")
+    return values
+
+
+def _text_of(kind: str, options: Any) -> str:
+    if not isinstance(options, Mapping):
+        return kind
+    return f"{kind}({', '.join(f'{name}={value!r}' for name, value in options.items())})"
 
 
 def _to_host(value: Any) -> Any:
-    if value is None or isinstance(value, int | float | np.ndarray):
-        return value.copy() if isinstance(value, np.ndarray) else value
+    if value is None or isinstance(value, int | float):
+        return value
+    if isinstance(value, np.ndarray):
+        return value.copy()
     return np.asarray(value.get() if hasattr(value, "get") else value.cpu().numpy())
 
 
-def like(value: Any, norms: Any) -> Any:
-    """A NumPy array, loaded perhaps, where these norms are."""
-    if not isinstance(value, np.ndarray) or isinstance(norms, np.ndarray):
-        return value
-    operations = operations_of(norms)
-    if operations.__name__ == "torch":
-        return operations.asarray(value, device=norms.device)
-    return operations.asarray(value)
-
-
-def in_range(name: str, value: float, low: float, high: float, is_open: bool = False) -> float:
-    """A number within bounds; ValueError if it is not."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+def in_range(name: str, value: float, low: float, high: float, *, is_open: bool = False) -> float:
+    """A number from ``low`` to ``high``; ``is_open``: between them."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
         raise TypeError(f"{name}: expected a real number, got {type(value).__name__}")
-    inside = low < value < high if is_open else low <= value <= high
-    if not inside:
-        bounds = "between" if is_open else "from"
-        joint = "and" if is_open else "to"
-        raise ValueError(f"{name}: expected a number {bounds} {low} {joint} {high}, got {value!r}")
+    if not (low < value < high if is_open else low <= value <= high):
+        between = f"between {low} and {high}" if is_open else f"from {low} to {high}"
+        raise ValueError(f"{name}: expected a number {between}, got {value!r}")
     return float(value)
 
 
-def count(name: str, value: int, least: int) -> int:
+def positive(name: str, value: float) -> float:
+    """A number above 0, and finite."""
+    return in_range(name, value, 0, math.inf, is_open=True)
+
+
+def at_least(name: str, value: int, least: int) -> int:
     """An integer of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
-    return value
+    return int(value)

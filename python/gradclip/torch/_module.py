@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradclip._api import NonFinite, Reduce, Rounding, Thresholds
-from gradclip._measured import Policy, clip, formula_of, with_params
+from gradclip._measured import Policy, clip, formula_of, is_policy, with_params
 from gradclip._result import ClipResult
 from gradclip.torch._arguments import Tensors, warn_if_nothing
 from gradclip.torch._dtensor import is_dtensor
@@ -19,7 +19,9 @@ from gradclip.torch._optimizer import param_groups_of
 
 __all__ = ["ModuleGroups", "by_name", "clip_module_", "clip_named_", "clip_param_groups_", "groups_of"]
 
-ModuleGroups: TypeAlias = Literal["tensor", "module", "row", "sample"] | int | Sequence[str] | None
+ModuleGroups: TypeAlias = (
+    Literal["tensor", "module", "row", "sample", "unit", "unit_last"] | int | Sequence[str] | None
+)
 
 
 @in_float_environment
@@ -51,8 +53,8 @@ def clip_module_(
         groups: Parameters that share one norm. ``None``: all. ``"tensor"``: each its own. ``"module"``:
             those of one submodule, ``h.0.attn.weight`` and ``h.0.attn.bias``. A depth: those whose names
             begin with the same so many parts; at 2, ``h.0.attn.weight`` and ``h.0.mlp.bias``. ``"row"``,
-            ``"sample"``: as for :func:`gradclip.clip_by_global_norm_`. Or a name of a group for each
-            parameter.
+            ``"sample"``, ``"unit"``, ``"unit_last"``: as for :func:`gradclip.clip_by_global_norm_`. Or a name
+            of a group for each parameter.
         grad_scale: As for :func:`gradclip.clip_by_global_norm_`. The gradients are unscaled then, which a
             ``GradScaler`` does not know: not with ``scaler.get_scale()`` before ``scaler.step(optimizer)``,
             which would unscale them again. For that there is :func:`unscale_and_clip_` with ``module=``.
@@ -105,7 +107,7 @@ def clip_module_(
 @in_float_environment
 def clip_param_groups_(
     optimizer: torch.optim.Optimizer,
-    max_norms: Sequence[float | None] | None = None,
+    max_norms: Sequence[float | None] | Policy | None = None,
     *,
     ord: float = 2,
     grad_scale: float = 1.0,
@@ -119,7 +121,8 @@ def clip_param_groups_(
         optimizer: Its ``param_groups`` are the groups, of norm 0 if they are empty; all gradients on one
             device. It may be wrapped (by Lightning, Accelerate).
         max_norms: One threshold per parameter group, ``None`` to leave one alone. ``None`` for all: the
-            option ``"max_norm"`` of each parameter group; those without it are left alone.
+            option ``"max_norm"`` of each parameter group; those without it are left alone. Or a policy, as
+            for :func:`gradclip.clip_by_global_norm_`.
         ord: As for :func:`gradclip.tensor_norms`.
         grad_scale: As for :func:`clip_module_`.
         nonfinite: As for :func:`gradclip.clip_by_global_norm_`.
@@ -158,6 +161,8 @@ def clip_param_groups_(
                 f"with {', '.join(options)}"
             )
         max_norms = [options.get("max_norm") for options in groups]
+    elif is_policy(max_norms):
+        pass
     elif not isinstance(max_norms, Sized):
         raise TypeError(f"max_norms: expected one for each parameter group, got {max_norms!r}")
     elif len(max_norms) != len(groups):
@@ -200,14 +205,15 @@ def groups_of(groups: ModuleGroups, names: Sequence[str]) -> Sequence[str] | Non
     if groups is None:
         return None
     if isinstance(groups, str):
-        if groups in ("row", "sample"):
+        if groups in ("row", "sample", "unit", "unit_last"):
             return groups
         if groups == "tensor":
             return names
         if groups == "module":
             return [name.rpartition(".")[0] for name in names]
         raise ValueError(
-            f"groups: expected None, 'tensor', 'module', 'row', 'sample', a depth or names, got {groups!r}"
+            "groups: expected None, 'tensor', 'module', 'row', 'sample', 'unit', 'unit_last', a depth or "
+            f"names, got {groups!r}"
         )
     if isinstance(groups, int) and not isinstance(groups, bool):
         if groups < 1:
