@@ -59,7 +59,7 @@ def test_updates(device: Device, name: str) -> None:
 
 
 @pytest.mark.parametrize("layout", _ALIGNED_LAYOUTS)
-@pytest.mark.parametrize("groups", [None, "row", "sample"])
+@pytest.mark.parametrize("groups", [None, "row", "sample", "unit_last"])
 def test_layouts_and_rows(device: Device, layout: str, groups: str | None) -> None:
     for beside in ("C", "F", "every third, reversed"):
         shape = (5, 30, 9)

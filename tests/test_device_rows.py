@@ -34,7 +34,7 @@ def test_rows_of_every_size(device: Device, name: str) -> None:
 
 
 @pytest.mark.parametrize("layout", _ALIGNED_LAYOUTS)
-@pytest.mark.parametrize("groups", ["row", "sample"])
+@pytest.mark.parametrize("groups", ["row", "sample", "unit", "unit_last"])
 def test_layouts(device: Device, layout: str, groups: str) -> None:
     for name in ("bfloat16", "complex64", "float64"):
         arrays = [lay_out(layout, values(name, (5, n, 9), seed=n))[0] for n in (1, 40)]
@@ -44,11 +44,11 @@ def test_layouts(device: Device, layout: str, groups: str) -> None:
 
 
 @pytest.mark.parametrize("ord", ORDS)
-@pytest.mark.parametrize("groups", ["row", "sample"])
+@pytest.mark.parametrize("groups", ["row", "sample", "unit", "unit_last"])
 def test_mixed_lists(device: Device, groups: str, ord: float) -> None:
     """Rows of many tiles, of none, of one element; gradients that are missing or have no rows."""
     shapes: list[Any] = [(9, 5000), None, (9,), (9, 0), (9, 3, 11)]
-    if groups == "row":
+    if groups != "sample":
         shapes += [(0, 7), (1, 40_001), (500,)]
     arrays = [
         None if shape is None else values(name, shape, seed=3)

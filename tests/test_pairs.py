@@ -134,7 +134,7 @@ def test_both_are_read_in_the_order_of_the_gradient(x_layout: str, y_layout: str
     assert beside.tobytes() == untouched.tobytes()
 
 
-@pytest.mark.parametrize("groups", ["row", "sample"])
+@pytest.mark.parametrize("groups", ["row", "sample", "unit", "unit_last"])
 @pytest.mark.parametrize("layout", ["C", "F", "every third, reversed", "padded everywhere, reversed"])
 def test_rows_of_pairs(layout: str, groups: str) -> None:
     shape = (5, 9, 601)
@@ -154,9 +154,11 @@ def test_rows_of_pairs(layout: str, groups: str) -> None:
     names: Any = result.group_names
     rows = [rows] * 3 if groups == "sample" else names.split(rows)
     for array, coefficients, z in ((grads[0], rows[0], wide), (grads[2], rows[2], wide_other)):
-        for r in range(5):
-            assert array is not None
-            assert _same(array[r].copy(), written_from(z[r], coefficients[r], array.dtype))
+        assert array is not None
+        axis = -1 if groups == "unit_last" else 0
+        written = zip(np.moveaxis(array, axis, 0), np.moveaxis(z, axis, 0), coefficients, strict=True)
+        for row, its_z, coefficient in written:
+            assert _same(row.copy(), written_from(its_z, coefficient, array.dtype))
 
 
 def test_groups_by_label_and_names() -> None:

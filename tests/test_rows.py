@@ -113,6 +113,53 @@ def test_clipping_rows_is_clipping_each_by_its_own_norm(name: str, ord: float) -
     assert 0 < (coefficients == 1).sum() < len(coefficients)
 
 
+def units_of(array: Array, kind: str) -> list[Array]:
+    """Each output unit as a gradient of its own, in the same memory."""
+    if array.ndim < 2:
+        return [array]
+    return rows_of(array if kind == "unit" else np.moveaxis(array, -1, 0))
+
+
+@pytest.mark.parametrize("ord", [2, 1, math.inf, 3])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", ["unit", "unit_last"])
+def test_units_are_rows_of_either_layout(kind: str, layout: str, ord: float) -> None:
+    """As gradients of their own: norms, clip, sizes; a vector and a scalar are one unit."""
+    shapes = [(7, 33), (40,), (3, 5, 7), (), (1, 6), (5, 1), (2, 3, 2, 6)]
+    originals = [values("float32", shape, seed=8) for shape in shapes]
+    grads, alone = ([lay_out(layout, g)[0] if g.ndim == 3 else g.copy() for g in originals] for _ in range(2))
+    expected = [gradclip.tensor_norms(units_of(g, kind), ord) for g in alone]
+    measured = gradclip.measure(grads, ord, groups=kind)
+    assert measured.group_norms.tolist() == np.concatenate(expected).tolist()
+    sizes = [unit.size for g in grads for unit in units_of(g, kind)]
+    assert measured.group_sizes.tolist() == sizes
+    limit = float(np.median(np.concatenate(expected)))
+    measured.clip_(limit)
+    for g in alone:
+        gradclip.clip_by_norm_(units_of(g, kind), limit, ord)
+    assert [g.tobytes() for g in grads] == [g.tobytes() for g in alone]
+
+
+def test_units_that_are_empty_or_missing() -> None:
+    grads = {"a": np.ones((0, 3)), "b": None, "c": np.ones((2, 0)), "d": np.ones(0), "e": np.ones((2, 3))}
+    for kind, names in (("unit", "c[0] c[1] d[0] e[0] e[1]"), ("unit_last", "a[0] a[1] a[2] d[0] e[0] e[1] e[2]")):
+        result = gradclip.clip_by_global_norm_(grads, 1.0, groups=kind)
+        assert list(result.named_group_norms()) == names.split()
+
+
+def test_sizes_of_groups() -> None:
+    grads = {"a": np.ones((3, 4)), "b": None, "c": np.ones(3)}
+    for groups, sizes in [
+        (None, [15]),
+        ("tensor", [12, 0, 3]),
+        ("row", [4, 4, 4, 1, 1, 1]),
+        ("sample", [5, 5, 5]),
+        (["x", "x", "y"], [12, 3]),
+    ]:
+        found = gradclip.measure(grads, groups=groups).group_sizes
+        assert (found.dtype, found.tolist()) == (np.int64, sizes)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_clipping_rows_of_any_layout(layout: str) -> None:
     original = values("float32", (5, 6, 7), seed=2)
@@ -395,7 +442,7 @@ def _row_clip(max_norm: Any) -> Callable[[Any], object]:
             lambda grads: gradclip.measure(grads, groups="rows"),
             [np.ones((2, 3))],
             ValueError,
-            "groups: expected None, 'tensor', 'row', 'sample' or one label per gradient, got 'rows'",
+            "groups: expected None, 'tensor', 'row', 'sample', 'unit', 'unit_last' or one label per gradient, got 'rows'",
         ),
     ],
 )

@@ -27,8 +27,9 @@ __all__ = ["SPAM", "AdaGC", "AutoClip", "Percentile", "SkipStep", "ZClip"]
 class Percentile(StatefulPolicy):
     """A percentile of the norms of the last calls, this one included.
 
-    What bitsandbytes called percentile clipping, until it was removed in 0.50. Norms are those before clipping. One that is 0 (there was no gradient) or not finite counts as the largest
-    there is. The first call clips nothing.
+    What bitsandbytes called percentile clipping, until it was removed in 0.50. Norms are those before
+    clipping. One that is 0 (there was no gradient) or not finite counts as the largest there is. The first
+    call clips nothing.
 
     Args:
         percentile: From 0 to 100; between two norms by linear interpolation.

@@ -198,7 +198,7 @@ class FirstMatch(_Composed):
                 )
         self._made: tuple[Any, _Labels] | None = None
 
-    def groups(self, names: tuple[str, ...] | None) -> Any:  # type: ignore[override]
+    def groups(self, names: tuple[str, ...] | None) -> Any:
         """The group of each gradient, and what they are called."""
         if names is None:
             raise TypeError("grads: expected names for a FirstMatch (a mapping of arrays), got a sequence")

@@ -20,11 +20,11 @@ __all__ = ["AGC", "Normalized", "UpdateRMS"]
 
 
 class AGC(StatefulPolicy):
-    """Each output unit in proportion to the unit of its parameter (Brock et al. 2021, arXiv:2102.06171, for NFNets).
+    """Each output unit in proportion to that of its parameter (Brock et al. 2021, arXiv:2102.06171).
 
-    Adaptive gradient clipping. A unit is one index of the axis that ``axis`` names; a vector or a scalar (a
-    bias, a gain) is one unit. Its threshold is ``clipping * max(norm of the parameter's unit, eps)``. The
-    parameters are measured in the same call: 1 N more is read.
+    Adaptive gradient clipping, as of NFNets. A unit is one index of the axis that ``axis`` names; a vector or
+    a scalar (a bias, a gain) is one unit. Its threshold is ``clipping * max(norm of the parameter's unit,
+    eps)``. The parameters are measured in the same call: 1 N more is read.
 
     Args:
         params: The parameters, one for each gradient, of its shape: a sequence, or a mapping if the gradients
@@ -62,8 +62,8 @@ class AGC(StatefulPolicy):
         norms = measured.group_norms
         if units.shape != norms.shape:
             raise ValueError(
-                f"params: expected {norms.shape[0]} units along axis {self.axis}, as the gradients have (with "
-                f"groups={self.groups!r}), got {units.shape[0]}"
+                f"params: expected {norms.shape[0]} units along axis {self.axis}, as the gradients have with "
+                f"groups={self.groups!r}, got {units.shape[0]}"
             )
         return self.clipping * operations_of(units).where(units > self.eps, units, self.eps)
 

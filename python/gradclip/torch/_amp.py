@@ -14,6 +14,7 @@ from torch.amp.grad_scaler import GradScaler, OptState
 
 from gradclip._api import Thresholds
 from gradclip._dispatch import read
+from gradclip._measured import Policy
 from gradclip._result import ClipResult
 from gradclip.torch._arguments import PARAMETERS, Tensors, as_number, as_threshold, warn_if_nothing
 from gradclip.torch._environment import in_float_environment, untraced
@@ -39,7 +40,7 @@ def unscale_and_clip_(
 def unscale_and_clip_(
     scaler: GradScaler,
     optimizer: torch.optim.Optimizer,
-    max_norm: Thresholds,
+    max_norm: Thresholds | Policy,
     norm_type: float = 2.0,
     *,
     module: torch.nn.Module | Iterable[tuple[str, Tensor]],
