@@ -120,13 +120,14 @@ def units_of(array: Array, kind: str) -> list[Array]:
     return rows_of(array if kind == "unit" else np.moveaxis(array, -1, 0))
 
 
-@pytest.mark.parametrize("ord", [2, 1, math.inf, 3])
+@pytest.mark.parametrize("ord", [2, 3])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", ["unit", "unit_last"])
-def test_units_are_rows_of_either_layout(kind: str, layout: str, ord: float) -> None:
+@pytest.mark.parametrize("name", ["bfloat16", "float32", "complex64", "complex128"])
+def test_units_are_rows_of_either_layout(name: str, kind: str, layout: str, ord: float) -> None:
     """As gradients of their own: norms, clip, sizes; a vector and a scalar are one unit."""
-    shapes = [(7, 33), (40,), (3, 5, 7), (), (1, 6), (5, 1), (2, 3, 2, 6)]
-    originals = [values("float32", shape, seed=8) for shape in shapes]
+    shapes = [(7, 33), (40,), (3, 5, 7), (), (1, 6), (5, 1), (2, 3, 2, 6), (37, 2, 131)]
+    originals = [values(name, shape, seed=8) for shape in shapes]
     grads, alone = ([lay_out(layout, g)[0] if g.ndim == 3 else g.copy() for g in originals] for _ in range(2))
     expected = [gradclip.tensor_norms(units_of(g, kind), ord) for g in alone]
     measured = gradclip.measure(grads, ord, groups=kind)

@@ -113,16 +113,15 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       .def("clip", method(&Measured::clip_pair), py::arg("max_norm"), py::arg("ord"),
            py::arg("groups"), py::arg("grad_scale"), py::arg("nonfinite"), py::arg("reduce"),
            py::arg("formula") = "nearest")
-      .def_property_readonly("names",
-                             [](const SharedPair& pair) { return pair.object->gradients()->names(); });
+      .def_property_readonly(
+          "names", [](const SharedPair& pair) { return pair.object->gradients()->names(); });
 
   py::class_<Measured> measured_class(m, "Measured");
   gb::close_class(measured_class);
   measured_class
       .def("clip", &Measured::clip_measured, py::arg("max_norm"), py::arg("nonfinite"),
            py::arg("formula") = "nearest")
-      .def("scale", &Measured::scale_measured, py::arg("coefficients"),
-           py::arg("nonfinite"))
+      .def("scale", &Measured::scale_measured, py::arg("coefficients"), py::arg("nonfinite"))
       .def_property_readonly("total_norm",
                              [](const Measured& measured) { return measured.norms().total; })
       .def_property_readonly(

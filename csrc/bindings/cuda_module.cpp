@@ -116,8 +116,8 @@ PYBIND11_MODULE(GRADCLIP_MODULE, m, py::mod_gil_not_used()) {
   measured
       .def("clip", &DeviceMeasured::clip_measured, py::arg("max_norm"), py::arg("nonfinite"),
            py::arg("stream"), py::arg("formula"), py::arg("make"))
-      .def("scale", &DeviceMeasured::scale_measured, py::arg("coefficients"), py::arg("nonfinite"), py::arg("stream"),
-           py::arg("make"))
+      .def("scale", &DeviceMeasured::scale_measured, py::arg("coefficients"), py::arg("nonfinite"),
+           py::arg("stream"), py::arg("make"))
       .def_property_readonly("memory", &DeviceMeasured::memory)
       .def_property_readonly("groups", &DeviceMeasured::groups)
       .def_property_readonly("is_global", &DeviceMeasured::is_global)

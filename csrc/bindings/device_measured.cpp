@@ -135,7 +135,8 @@ py::tuple finish(DeviceCall& call, const DeviceGradients& grads, const py::objec
     if (flags.bad_limit)
       throw py::value_error(
           options.are_coefficients
-              ? "coefficients: expected finite numbers, got an array on the device holding another; "
+              ? "coefficients: expected finite numbers, got an array on the device holding "
+                "another; "
                 "nothing was written"
               : "max_norm: expected a number that is not negative, got an array on the device "
                 "holding a negative number or NaN; nothing was written");
@@ -282,10 +283,11 @@ py::tuple DeviceMeasured::clip_measured(const py::object& max_norm, const py::ob
 py::tuple DeviceMeasured::scale_measured(const py::object& coefficients,
                                          const py::object& nonfinite, std::uintptr_t stream,
                                          const py::object& make) {
-  return apply(
-      coefficients, true,
-      {.nonfinite = nonfinite_policy(nonfinite), .grad_scale = grad_scale_, .are_coefficients = true},
-      stream, make);
+  return apply(coefficients, true,
+               {.nonfinite = nonfinite_policy(nonfinite),
+                .grad_scale = grad_scale_,
+                .are_coefficients = true},
+               stream, make);
 }
 
 py::tuple DeviceMeasured::apply(const py::object& limits_given, bool are_coefficients,

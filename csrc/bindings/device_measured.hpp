@@ -40,9 +40,7 @@ class DeviceMeasured {
   std::size_t groups() const { return groups_; }
   bool is_global() const { return named_.groups.kind == Groups::all; }
   const py::object& group_names() const { return named_.names; }
-  py::object group_sizes() const {
-    return bindings::group_sizes(named_, grads_->gradients());
-  }
+  py::object group_sizes() const { return bindings::group_sizes(named_, grads_->gradients()); }
 
  private:
   static py::tuple clip_measuring(DeviceGradients& grads, DevicePair* pair,

@@ -280,7 +280,7 @@ RowSpan Gradients::rows_of(std::size_t i, RowKind kind, std::list<StridedLayout>
     name_at(i)
         .problem(Problem::value_error,
                  kind == RowKind::sample ? "an array with a first axis, that of the samples"
-                            : "an array with a first axis, that of its rows",
+                                         : "an array with a first axis, that of its rows",
                  "one without axes (g.reshape(1) has one row)")
         .raise();
   const auto [count, stride] = array.axes[0];

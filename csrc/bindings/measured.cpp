@@ -254,8 +254,7 @@ py::object Measured::clip_measured(const py::object& max_norm, const py::object&
   return apply(clip.thresholds, clip.options);
 }
 
-py::object Measured::scale_measured(const py::object& coefficients,
-                                    const py::object& nonfinite) {
+py::object Measured::scale_measured(const py::object& coefficients, const py::object& nonfinite) {
   const NonFinite policy = nonfinite_policy(nonfinite);
   const Table<double> numbers =
       limits_of_groups(coefficients, named_, grads_->spans().size(), true);

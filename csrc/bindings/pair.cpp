@@ -110,7 +110,8 @@ PairTable Pair::table(double grad_scale, const RowTable* rows) const {
     check_entry(i);
     StridedArray x = grads_->array_of(i), y = second_.array_of(i);
     if (rows) {
-      const bool has_rows = lead_with_rows(x.axes, rows->kind) && lead_with_rows(y.axes, rows->kind);
+      const bool has_rows =
+          lead_with_rows(x.axes, rows->kind) && lead_with_rows(y.axes, rows->kind);
       if (!has_rows || x.axes[0].size != rows->gradients[i].count)
         grads_->name_at(i)
             .problem(Problem::value_error,

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <list>
 #include <stdexcept>
 
@@ -24,6 +25,10 @@ struct RowSpan {
 
   Span operator[](std::int64_t row) const { return {first + row * stride, numel, layout, dtype}; }
   std::int64_t row_bytes() const { return numel * static_cast<std::int64_t>(size_of(dtype)); }
+  // Whether elements of other rows lie between those of a row, as of the columns of a matrix.
+  bool are_interleaved() const {
+    return layout && count > 1 && stride != 0 && std::abs(stride) < layout->axes.back().stride;
+  }
   bool operator==(const RowSpan& other) const {
     return first == other.first && count == other.count && stride == other.stride &&
            numel == other.numel && dtype == other.dtype &&

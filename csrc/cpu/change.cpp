@@ -22,11 +22,12 @@ void scale_parts(const Parts& parts, const ChunkPlan& plan, std::span<const doub
     const auto kernel = down ? type.scale_down : type.scale;
     parts.visit(chunk, [&](std::size_t part, const Span& span, const Chunk& piece) {
       const double factor = factors[part] / divisor;
-      if (factor == 1.0) return;
+      if (factor == 1.0) return false;
       change_each_piece(span, piece, [&](std::byte* data, std::size_t bytes) {
         kernel(data, bytes, factor);
         return true;
       });
+      return true;
     });
   });
 }

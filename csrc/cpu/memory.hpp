@@ -34,6 +34,66 @@ inline void copy_elements(std::byte* to, std::int64_t to_stride, const std::byte
   }
 }
 
+// A square of elements in vectors of 16 bytes, one for each of its rows: its transpose.
+template <class Element>
+inline void transpose_square(const std::byte* from, std::int64_t from_row, std::byte* to,
+                             std::int64_t to_row) {
+  constexpr std::size_t kSide = 16 / sizeof(Element);
+  typedef Element Vector __attribute__((vector_size(16)));
+  Vector low{}, high{};  // which elements of two vectors interleave their halves
+  for (std::size_t i = 0; i < kSide; ++i) {
+    low[i] = static_cast<Element>(i / 2 + i % 2 * kSide);
+    high[i] = static_cast<Element>(low[i] + kSide / 2);
+  }
+  Vector rows[kSide], next[kSide];
+  for (std::size_t r = 0; r < kSide; ++r)
+    std::memcpy(&rows[r], from + static_cast<std::int64_t>(r) * from_row, 16);
+  for (std::size_t step = 1; step < kSide; step *= 2) {
+    for (std::size_t r = 0; r < kSide / 2; ++r) {
+      next[2 * r] = __builtin_shuffle(rows[r], rows[r + kSide / 2], low);
+      next[2 * r + 1] = __builtin_shuffle(rows[r], rows[r + kSide / 2], high);
+    }
+    std::copy(next, next + kSide, rows);
+  }
+  for (std::size_t r = 0; r < kSide; ++r)
+    std::memcpy(to + static_cast<std::int64_t>(r) * to_row, &rows[r], 16);
+}
+
+// Element (r, c) of `rows` times `columns` goes from r * from_row + c * from_column to r * to_row + c * to_column.
+inline void transpose(const std::byte* from, std::int64_t from_row, std::int64_t from_column,
+                      std::int64_t rows, std::byte* to, std::int64_t to_row, std::int64_t to_column,
+                      std::int64_t columns, std::int64_t itemsize) {
+  const auto move = [=]<class Element>(Element) {
+    constexpr auto kSize = static_cast<std::int64_t>(sizeof(Element));
+    constexpr std::int64_t kSide = 16 / kSize;
+    const bool has_squares = kSide > 1 && from_column == kSize && to_row == kSize;
+    for (std::int64_t r = 0; r < rows; r += kSide) {
+      const std::int64_t height = std::min(kSide, rows - r);
+      for (std::int64_t c = 0; c < columns; c += kSide) {
+        const std::int64_t width = std::min(kSide, columns - c);
+        const std::byte* const here = from + r * from_row + c * from_column;
+        std::byte* const there = to + r * to_row + c * to_column;
+        if constexpr (kSide > 1) {
+          if (has_squares && height == kSide && width == kSide) {
+            transpose_square<Element>(here, from_row, there, to_column);
+            continue;
+          }
+        }
+        for (std::int64_t j = 0; j < width; ++j)
+          for (std::int64_t i = 0; i < height; ++i)
+            std::memcpy(there + i * to_row + j * to_column, here + i * from_row + j * from_column,
+                        kSize);
+      }
+    }
+  };
+  switch (itemsize) {
+    case 2: return move(std::uint16_t{});
+    case 4: return move(std::uint32_t{});
+    case 8: return move(std::uint64_t{});
+    default: return move(__uint128_t{});
+  }
+}
+
 // Elements [first, first + count) of a span: where they lie if it is dense, else copied to `buffer`.
 inline const std::byte* gathered(const Span& span, std::int64_t first, std::int64_t count,
                                  std::byte* buffer) {
