@@ -613,7 +613,8 @@ def _saved(policy: StatefulPolicy, **changed: Any) -> dict[str, Any]:
          "state: expected that of a ZClip, got that of AutoClip"),
         (lambda: ZClip().load_state_dict(_saved(ZClip(z=3))), ValueError,
          "state: expected that of ZClip(z=2.5, alpha=0.97, warmup=25), got one of ZClip(z=3.0,"),
-        (lambda: ZClip().load_state_dict({}), ValueError, "state: expected that of a ZClip, got that of None"),
+        (lambda: ZClip().load_state_dict({}), ValueError,
+         "state: expected that of a ZClip, got that of None"),
         (lambda: ZClip().load_state_dict(3), TypeError, "state: expected a mapping"),  # type: ignore[arg-type]
         (lambda: ZClip().load_state_dict(_saved(ZClip(), state={})), ValueError,
          "state: expected _mean, _variance, _calls of a ZClip, got nothing"),

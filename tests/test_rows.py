@@ -132,8 +132,7 @@ def test_units_are_rows_of_either_layout(name: str, kind: str, layout: str, ord:
     expected = [gradclip.tensor_norms(units_of(g, kind), ord) for g in alone]
     measured = gradclip.measure(grads, ord, groups=kind)
     assert measured.group_norms.tolist() == np.concatenate(expected).tolist()
-    sizes = [unit.size for g in grads for unit in units_of(g, kind)]
-    assert measured.group_sizes.tolist() == sizes
+    assert measured.group_sizes.tolist() == [unit.size for g in grads for unit in units_of(g, kind)]
     limit = float(np.median(np.concatenate(expected)))
     measured.clip_(limit)
     for g in alone:
@@ -143,14 +142,17 @@ def test_units_are_rows_of_either_layout(name: str, kind: str, layout: str, ord:
 
 def test_units_that_are_empty_or_missing() -> None:
     grads = {"a": np.ones((0, 3)), "b": None, "c": np.ones((2, 0)), "d": np.ones(0), "e": np.ones((2, 3))}
-    for kind, names in (("unit", "c[0] c[1] d[0] e[0] e[1]"), ("unit_last", "a[0] a[1] a[2] d[0] e[0] e[1] e[2]")):
+    for kind, names in (
+        ("unit", "c[0] c[1] d[0] e[0] e[1]"),
+        ("unit_last", "a[0] a[1] a[2] d[0] e[0] e[1] e[2]"),
+    ):
         result = gradclip.clip_by_global_norm_(grads, 1.0, groups=kind)
         assert list(result.named_group_norms()) == names.split()
 
 
 def test_sizes_of_groups() -> None:
     grads = {"a": np.ones((3, 4)), "b": None, "c": np.ones(3)}
-    for groups, sizes in [
+    for groups, expected in [
         (None, [15]),
         ("tensor", [12, 0, 3]),
         ("row", [4, 4, 4, 1, 1, 1]),
@@ -158,7 +160,7 @@ def test_sizes_of_groups() -> None:
         (["x", "x", "y"], [12, 3]),
     ]:
         found = gradclip.measure(grads, groups=groups).group_sizes
-        assert (found.dtype, found.tolist()) == (np.int64, sizes)
+        assert (found.dtype, found.tolist()) == (np.int64, expected)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -443,7 +445,8 @@ def _row_clip(max_norm: Any) -> Callable[[Any], object]:
             lambda grads: gradclip.measure(grads, groups="rows"),
             [np.ones((2, 3))],
             ValueError,
-            "groups: expected None, 'tensor', 'row', 'sample', 'unit', 'unit_last' or one label per gradient, got 'rows'",
+            "groups: expected None, 'tensor', 'row', 'sample', 'unit', 'unit_last' or one label per "
+            "gradient, got 'rows'",
         ),
     ],
 )

@@ -114,7 +114,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
            py::arg("groups"), py::arg("grad_scale"), py::arg("nonfinite"), py::arg("reduce"),
            py::arg("formula") = "nearest")
       .def_property_readonly(
-          "names", [](const SharedPair& pair) { return pair.object->gradients()->names(); });
+          "names", [](const SharedPair& both) { return both.object->gradients()->names(); });
 
   py::class_<Measured> measured_class(m, "Measured");
   gb::close_class(measured_class);

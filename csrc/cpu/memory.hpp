@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "core/reduction_order.hpp"
 #include "core/span.hpp"
@@ -34,25 +35,26 @@ inline void copy_elements(std::byte* to, std::int64_t to_stride, const std::byte
   }
 }
 
-// A square of elements in vectors of 16 bytes, one for each of its rows: its transpose.
+// The halves of two vectors, their elements taken in turn.
+template <class Vector, std::size_t... I>
+inline void interleave(const Vector& a, const Vector& b, Vector* to, std::index_sequence<I...>) {
+  constexpr std::size_t kSide = sizeof...(I);
+  to[0] = __builtin_shufflevector(a, b, (I / 2 + I % 2 * kSide)...);
+  to[1] = __builtin_shufflevector(a, b, (I / 2 + I % 2 * kSide + kSide / 2)...);
+}
+
+// A square of elements, each of its rows a vector of 16 bytes: its transpose.
 template <class Element>
 inline void transpose_square(const std::byte* from, std::int64_t from_row, std::byte* to,
                              std::int64_t to_row) {
   constexpr std::size_t kSide = 16 / sizeof(Element);
   typedef Element Vector __attribute__((vector_size(16)));
-  Vector low{}, high{};  // which elements of two vectors interleave their halves
-  for (std::size_t i = 0; i < kSide; ++i) {
-    low[i] = static_cast<Element>(i / 2 + i % 2 * kSide);
-    high[i] = static_cast<Element>(low[i] + kSide / 2);
-  }
   Vector rows[kSide], next[kSide];
   for (std::size_t r = 0; r < kSide; ++r)
     std::memcpy(&rows[r], from + static_cast<std::int64_t>(r) * from_row, 16);
   for (std::size_t step = 1; step < kSide; step *= 2) {
-    for (std::size_t r = 0; r < kSide / 2; ++r) {
-      next[2 * r] = __builtin_shuffle(rows[r], rows[r + kSide / 2], low);
-      next[2 * r + 1] = __builtin_shuffle(rows[r], rows[r + kSide / 2], high);
-    }
+    for (std::size_t r = 0; r < kSide / 2; ++r)
+      interleave(rows[r], rows[r + kSide / 2], next + 2 * r, std::make_index_sequence<kSide>());
     std::copy(next, next + kSide, rows);
   }
   for (std::size_t r = 0; r < kSide; ++r)
