@@ -39,7 +39,7 @@ def test_examples(module: str) -> None:
     assert failed == 0
 
 
-@pytest.mark.parametrize("page", ["torch.md"])
+@pytest.mark.parametrize("page", ["torch.md", "policies.md"])
 def test_examples_of_the_documentation(page: str) -> None:
     failed, attempted = doctest.testfile(str(_DOCS / page), module_relative=False, optionflags=_FLAGS)
     assert failed == 0

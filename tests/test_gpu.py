@@ -19,7 +19,9 @@ import pytest
 
 import gradclip
 from device import RealDevice
+from gradclip.policies import AGC
 from matrices import NAMES, Array, values
+from test_policies import MAKE
 
 pytestmark = pytest.mark.gpu
 
@@ -101,6 +103,48 @@ def test_the_default_policy_waits() -> None:
     start = time.perf_counter()
     gradclip.clip_by_global_norm_(grads, 1.0)
     assert time.perf_counter() - start > 0.05
+
+
+_POLICIES = {**MAKE, "AGC": lambda: AGC(dict.fromkeys("abc", cupy.full(3, 2.0)))}
+
+
+def _three(norms: Array, as_array: Any) -> dict[str, Any]:
+    """A gradient of three elements for each norm."""
+    return {name: as_array(np.full(3, norm / 3**0.5)) for name, norm in zip("abc", norms, strict=True)}
+
+
+@pytest.mark.parametrize("name", _POLICIES)
+def test_policies_have_the_bits_of_the_cpu(name: str) -> None:
+    on_host = MAKE[name]() if name in MAKE else AGC(dict.fromkeys("abc", np.full(3, 2.0)))
+    on_device = _POLICIES[name]()
+    history = np.random.default_rng(3).lognormal(size=(12, 3))
+    history[4, 1], history[8, 2] = 0.0, math.inf
+    for call, norms in enumerate(history):
+        left, right = _three(norms, np.array), _three(norms, cupy.array)
+        expected = gradclip.clip_by_global_norm_(left, on_host, nonfinite="skip")
+        got = gradclip.clip_by_global_norm_(right, on_device, nonfinite="skip").to_host()
+        assert np.array_equal(got.coefficient, expected.coefficient)
+        assert got.skipped == expected.skipped
+        assert all(_device.host(right[key]).tobytes() == left[key].tobytes() for key in left)
+        if call == 6 and name != "AGC":
+            on_device.load_state_dict(on_device.state_dict())
+
+
+@pytest.mark.parametrize("name", _POLICIES)
+def test_policies_let_nothing_wait(name: str) -> None:
+    policy = _POLICIES[name]()
+    grads = _three(np.ones(3), cupy.array)
+    for _ in range(8):
+        gradclip.clip_by_global_norm_(grads, policy, nonfinite="skip")
+    cupy.cuda.Device().synchronize()
+    _spin(300)
+    start = time.perf_counter()
+    result = gradclip.clip_by_global_norm_(grads, policy, nonfinite="skip")
+    skipped = result.skipped
+    assert time.perf_counter() - start < 0.15
+    start = time.perf_counter()
+    assert not bool(skipped)
+    assert time.perf_counter() - start > 0.05, "the stream was not busy: nothing is shown"
 
 
 def test_nothing_is_allocated_but_the_result() -> None:

@@ -7,6 +7,7 @@ import pickle
 import re
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 import gradclip
 import gradclip.torch
 from device import emulated_device
+from gradclip._demo.training import split_digits
 from gradclip.policies import (
     AGC,
     SPAM,
@@ -35,6 +37,7 @@ from gradclip.policies import (
     ZClip,
 )
 from matrices import Array
+from tools import policies as tool
 
 _NORMS = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=60)
 
@@ -260,7 +263,7 @@ def test_agc_of_other_parameters(params: Any, error: type[Exception], message: s
 
 # --- What all have in common --------------------------------------------------------------------------
 
-_MAKE: dict[str, Any] = {
+MAKE: dict[str, Any] = {
     "Percentile": lambda: Percentile(50, 4),
     "AutoClip": AutoClip,
     "ZClip": lambda: ZClip(warmup=3),
@@ -273,7 +276,7 @@ _MAKE: dict[str, Any] = {
     "WarmUp": lambda: WarmUp(2.0, 4, ZClip(warmup=3)),
     "FirstMatch": lambda: FirstMatch({"b.*": None, "*": Lowest(Percentile(90, 5), SkipStep(1.0, 4))}),
 }
-_EACH = pytest.mark.parametrize("make", _MAKE.values(), ids=_MAKE)
+_EACH = pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
 
 
 @_EACH
@@ -389,8 +392,8 @@ def _decide(policy: Any, found: _Found) -> Any:
 
 _ON_DEVICE = pytest.mark.parametrize(
     "make",
-    [*_MAKE.values(), lambda: FirstMatch({"a": 2.0, "b": AdaGC(), "c": ZClip(warmup=1)})],
-    ids=[*_MAKE, "FirstMatchOfTensors"],
+    [*MAKE.values(), lambda: FirstMatch({"a": 2.0, "b": AdaGC(), "c": ZClip(warmup=1)})],
+    ids=[*MAKE, "FirstMatchOfTensors"],
 )
 
 
@@ -526,6 +529,20 @@ def test_plans_and_updates() -> None:
     assert gradclip.clip_by_global_norm_(grads, UpdateRMS(1e-12), params=base, l2=0.1).group_norms.shape == (
         2,
     )
+
+
+def test_the_picture_is_that_of_a_run(tmp_path: Path) -> None:
+    """The page's own program, for a few steps: the first broken batch is the 40th."""
+    digits = split_digits(seed=0)
+    free = tool.train("no clipping", lambda _: np.inf, digits, steps=45)
+    clipped = tool.train("SPAM", lambda _: SPAM(theta=25), digits, steps=45)
+    assert free.norms[39] > 20 * np.median(free.norms[:39])
+    assert free.clipped == free.norms
+    assert clipped.norms[:40] == pytest.approx(free.norms[:40])
+    assert clipped.clipped[39] < 0.2 * clipped.norms[39]
+    assert clipped.norms[44] < free.norms[44]
+    tool.picture([free, clipped]).savefig(tmp_path / "policies.png")
+    assert tool.table([free, clipped]).count("\n") == 3
 
 
 # --- Bad input ----------------------------------------------------------------------------------------
