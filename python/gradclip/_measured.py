@@ -169,6 +169,7 @@ class Measured:
                 f"rounding: expected 'nearest' with a {type(policy).__name__}, which gives coefficients, got "
                 "'down'"
             )
+        observe = getattr(policy, "observe", None)  # before anything is written
         decided = policy.coefficients(self) if scales else policy.thresholds(self)
         try:
             if scales:
@@ -179,8 +180,8 @@ class Measured:
             if not str(error).startswith(("max_norm", "coefficients")):
                 raise
             raise type(error)(f"{error} (of {type(policy).__name__})") from None
-        if hasattr(policy, "observe"):
-            policy.observe(result)
+        if observe is not None:
+            observe(result)
         return result
 
     def scale_(self, coefficients: Any, nonfinite: NonFinite = "propagate") -> ClipResult:
