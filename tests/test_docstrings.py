@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 import gradclip
+import gradclip.monitor
 import gradclip.policies
 import gradclip.torch
 
-_PACKAGES = (gradclip, gradclip.policies, gradclip.torch)
+_PACKAGES = (gradclip, gradclip.monitor, gradclip.policies, gradclip.torch)
 _FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 _DOCS = Path(__file__).resolve().parent.parent / "docs"
 # Where the code is; the compiled module and the command lines have no examples.
@@ -24,7 +25,7 @@ _MODULES = [
     for package in _PACKAGES
     for module in pkgutil.iter_modules(package.__path__)
     if not module.ispkg and not module.name.startswith(("_core", "_cuda", "__main__"))
-] + ["gradclip.policies"]
+] + ["gradclip.monitor", "gradclip.policies"]
 _PUBLIC = [
     pytest.param(getattr(package, name), id=f"{package.__name__}.{name}")
     for package in _PACKAGES
@@ -39,7 +40,7 @@ def test_examples(module: str) -> None:
     assert failed == 0
 
 
-@pytest.mark.parametrize("page", ["torch.md", "policies.md"])
+@pytest.mark.parametrize("page", ["torch.md", "policies.md", "monitor.md"])
 def test_examples_of_the_documentation(page: str) -> None:
     failed, attempted = doctest.testfile(str(_DOCS / page), module_relative=False, optionflags=_FLAGS)
     assert failed == 0

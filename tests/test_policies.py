@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import optax  # type: ignore[import-untyped]
+import optax
 import pytest
 import torch
 from hypothesis import given

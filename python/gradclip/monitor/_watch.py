@@ -1,0 +1,130 @@
+"""What is remembered of norms, and what they say: a row of numbers for each step, one for each gradient."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["History", "LossWatch", "Watch"]
+
+Floats: TypeAlias = npt.NDArray[np.float64]
+
+_TREND = 8  # steps that a line is laid through
+_FEWEST = 4  # steps before which nothing is said
+_MEMORY = 100  # steps of what is usual
+_SMALLEST = 5e-324
+
+
+class History:
+    """The last rows of numbers, oldest first, without a copy when they are looked at.
+
+    Every row is written twice, half a buffer apart, so that the last ones always lie one after the other.
+    """
+
+    def __init__(self, window: int, width: int) -> None:
+        self._rows = np.full((2 * window, width), np.nan)
+        self._window = window
+        self.count = 0  # of all that were added
+
+    def add(self, row: Any) -> None:
+        place = self.count % self._window
+        self._rows[place] = row
+        self._rows[place + self._window] = row
+        self.count += 1
+
+    def last(self, rows: int | None = None) -> Floats:
+        """A view of the last ``rows``, or of as many as there are."""
+        held = min(self.count, self._window)
+        rows = held if rows is None else min(rows, held)
+        end = (self.count - 1) % self._window + 1 + self._window
+        return self._rows[end - rows : end]
+
+
+class Watch:
+    """The logarithm of each norm: what is usual, how far away it is, where it is going.
+
+    What is usual is a mean over some 100 steps. It follows what rises by at most twice the usual distance, so
+    that an explosion does not become usual while it happens. Where it is going: a line through the last 8
+    logarithms (least squares), and where that is ``horizon`` steps later.
+    """
+
+    def __init__(self, width: int, horizon: int) -> None:
+        self.mean = np.zeros(width)  # of logarithms
+        self.spread = np.zeros(width)  # their mean distance from it
+        # Of the step that was added last, before it became usual:
+        self.off = np.zeros(width)  # above the mean
+        self.slope = np.zeros(width)  # of the line, per step
+        self.up = np.zeros(width)  # the line's end above the mean
+        self.ahead = np.zeros(width)  # and later
+        self._horizon = horizon
+        self._logs = History(_TREND, width)
+        self._log, self._step, self._moved = np.empty((3, width))
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether there are enough steps to say anything."""
+        return self._logs.count >= _FEWEST
+
+    def add(self, norms: Floats) -> None:
+        log, step, limit = self._log, self._step, self._moved
+        np.maximum(norms, _SMALLEST, out=log)
+        np.log(log, out=log)
+        if not self._logs.count:
+            self.mean[:] = log
+        self._logs.add(log)
+        rows = self._logs.last()
+        self.slope, end = _LINES[len(rows)] @ rows
+        np.subtract(end, self.mean, out=self.up)
+        np.multiply(self.slope, self._horizon, out=self.ahead)
+        self.ahead += self.up
+        np.subtract(log, self.mean, out=self.off)
+        np.multiply(self.spread, 2.0, out=limit)
+        np.maximum(limit, 0.5, out=limit)
+        np.minimum(self.off, limit, out=step)
+        weight = max(1 / self._logs.count, 1 / _MEMORY)
+        np.multiply(step, weight, out=limit)
+        self.mean += limit
+        np.abs(step, out=step)
+        step -= self.spread
+        step *= weight
+        self.spread += step
+
+    def hold(self, which: npt.NDArray[np.bool_]) -> None:
+        """What is usual stays as it was before the step that was added last."""
+        self.mean[: len(which)][which] -= self._moved[: len(which)][which]
+
+
+def _line(n: int) -> Floats:
+    """What makes slope and end of a least-squares line out of n numbers, one a step."""
+    at = np.arange(n) - (n - 1) / 2
+    slope = at / max(float(at @ at), 1.0)
+    return np.array([slope, 1 / max(n, 1) + slope * (n - 1) / 2])
+
+
+_LINES = [_line(n) for n in range(_TREND + 1)]
+
+
+class LossWatch:
+    """Whether the loss goes up and down from step to step: looked at in every eighth."""
+
+    def __init__(self, window: int = 32) -> None:
+        self._losses = History(window, 1)
+        self._line = _line(window)
+        self._back = np.arange(window - 1.0, -1.0, -1.0)
+
+    def add(self, loss: float) -> float:
+        """How the loss of a step goes with the one before, about a line through the last 32: from -1 to 1.
+
+        Near -1 where it oscillates, near 0 where it is noise; 0 before there are so many.
+        """
+        self._losses.add(loss)
+        losses = self._losses.last()[:, 0]
+        if len(losses) < len(self._back) or self._losses.count % 8:
+            return 0.0
+        slope, end = self._line @ losses
+        off = losses - end + slope * self._back
+        square = float(off @ off)
+        return float(off[1:] @ off[:-1]) / square if 0 < square < math.inf else 0.0
