@@ -21,7 +21,7 @@ import gradclip
 from device import RealDevice
 from gradclip.policies import AGC
 from matrices import NAMES, Array, values
-from test_policies import MAKE
+from policy_makers import MAKE
 
 pytestmark = pytest.mark.gpu
 

@@ -37,6 +37,7 @@ from gradclip.policies import (
     ZClip,
 )
 from matrices import Array
+from policy_makers import MAKE
 from tools import policies as tool
 
 _NORMS = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=60)
@@ -263,19 +264,6 @@ def test_agc_of_other_parameters(params: Any, error: type[Exception], message: s
 
 # --- What all have in common --------------------------------------------------------------------------
 
-MAKE: dict[str, Any] = {
-    "Percentile": lambda: Percentile(50, 4),
-    "AutoClip": AutoClip,
-    "ZClip": lambda: ZClip(warmup=3),
-    "AdaGC": lambda: AdaGC(warmup=2),
-    "SPAM": lambda: SPAM(2.0),
-    "SkipStep": lambda: SkipStep(1.0, 4),
-    "Normalized": Normalized,
-    "UpdateRMS": UpdateRMS,
-    "Lowest": lambda: Lowest(ZClip(warmup=3), Percentile(90, 5), 5.0),
-    "WarmUp": lambda: WarmUp(2.0, 4, ZClip(warmup=3)),
-    "FirstMatch": lambda: FirstMatch({"b.*": None, "*": Lowest(Percentile(90, 5), SkipStep(1.0, 4))}),
-}
 _EACH = pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
 
 

@@ -33,6 +33,9 @@ def plot(monitor: GradientMonitor) -> Figure:
     if has_loss:
         axes[2].plot(steps, monitor.losses, color=_INK, linewidth=0.9)
         axes[2].set_ylabel("loss")
+        finite = monitor.losses[np.isfinite(monitor.losses)]
+        if finite.min() > 0 and finite.max() > 100 * finite.min():
+            axes[2].set_yscale("log")
     axes[-1].set_xlabel("step")
     for alert in monitor.alerts:
         if alert.is_warning and steps.size and alert.step >= steps[0]:
