@@ -317,6 +317,16 @@ def test_what_is_learnt_is_what_was_done() -> None:
     assert policy.state_dict()["state"]["_mean"] == 1.25
 
 
+def test_a_step_is_skipped_whatever_the_groups_are() -> None:
+    policy = Lowest(SkipStep(window=4), AdaGC(warmup=0))
+    for size in (1.0, 1.1, 1.0, 1.1, 1e4):
+        grads = [np.array([size]), np.array([2 * size])]
+        result = gradclip.clip_by_global_norm_(grads, policy)
+        assert np.asarray(result.coefficient).shape == (2,)
+    assert result.skipped
+    assert not grads[0].any()
+
+
 def test_a_warm_up_ends() -> None:
     assert _play(WarmUp(1.0, 2, 3.0), [2.0, 2.0, 2.0, 4.0]) == [1.0, 1.0, 2.0, 3.0]
 

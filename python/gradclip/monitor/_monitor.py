@@ -15,7 +15,7 @@ import numpy as np
 
 from gradclip._result import count_of
 from gradclip.monitor._alerts import Alert, GradientAlertError
-from gradclip.monitor._watch import Floats, History, LossWatch, Watch
+from gradclip.monitor._watch import Floats, LossWatch, Watch
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -113,7 +113,6 @@ class GradientMonitor:
         self._explosion = explosion
         self._horizon = horizon
         self._patience = patience
-        self._window = window
         self._clips = clips
         self._on_alert = on_alert
         self._writers = tuple(writers)
@@ -122,13 +121,13 @@ class GradientMonitor:
         self._said: dict[str, int] = {}  # by kind: the last step in which it was true
         self._run = [0, 0]  # steps in a row without, and with a clip
         self._loss = LossWatch()
+        self._norms: deque[Floats] = deque(maxlen=window)
         # Total norm before and after, lowest coefficient, loss.
-        self._totals = History(window, 4)
+        self._totals: deque[tuple[float, float, float, float]] = deque(maxlen=window)
         if self.names is not None:
             self._begin(len(self.names))
 
     def _begin(self, width: int) -> None:
-        self._norms = History(self._window, width)
         self._watch = Watch(width + 1, self._horizon)  # the last is the norm of all together
         self._row = np.empty(width + 1)
         self._low = np.zeros(width, int)  # steps in a row
@@ -139,28 +138,31 @@ class GradientMonitor:
 
     @property
     def norms(self) -> Floats:
-        """Norms of the last steps, a row for each, a column for each gradient; a view."""
-        return self._norms.last()
+        """Norms of the last steps, a row for each, a column for each gradient."""
+        return np.array(self._norms).reshape(len(self._norms), len(self.names or ()))
 
     @property
     def total_norms(self) -> Floats:
-        """Global norms of the last steps, before clipping; a view."""
-        return self._totals.last()[:, 0]
+        """Global norms of the last steps, before clipping."""
+        return self._column(0)
 
     @property
     def clipped_norms(self) -> Floats:
         """The same after clipping, where all gradients share a coefficient; else NaN."""
-        return self._totals.last()[:, 1]
+        return self._column(1)
 
     @property
     def coefficients(self) -> Floats:
-        """The lowest coefficient of each of the last steps; a view."""
-        return self._totals.last()[:, 2]
+        """The lowest coefficient of each of the last steps."""
+        return self._column(2)
 
     @property
     def losses(self) -> Floats:
-        """Losses of the last steps, NaN where none was given; a view."""
-        return self._totals.last()[:, 3]
+        """Losses of the last steps, NaN where none was given."""
+        return self._column(3)
+
+    def _column(self, place: int) -> Floats:
+        return np.array([row[place] for row in self._totals])
 
     # --- A step -----------------------------------------------------------------------------------
 
@@ -194,8 +196,8 @@ class GradientMonitor:
         value = math.nan if loss is None else float(loss)
 
         self.step += 1
-        self._norms.add(norms)
-        self._totals.add((total, total * lowest if is_one else math.nan, lowest, value))
+        self._norms.append(norms)
+        self._totals.append((total, total * lowest if is_one else math.nan, lowest, value))
         alerts = self._look(host, norms, total, lowest, value)
         if self._writers and (alerts or self.step % self._write_every == 0):
             numbers = host.as_dict() if hasattr(host, "as_dict") else {"total_norm": total}

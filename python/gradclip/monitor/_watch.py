@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any, TypeAlias
+from collections import deque
+from functools import cache
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["History", "LossWatch", "Watch"]
+__all__ = ["Floats", "LossWatch", "Watch"]
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 
@@ -16,31 +18,6 @@ _TREND = 8  # steps that a line is laid through
 _FEWEST = 4  # steps before which nothing is said
 _MEMORY = 100  # steps of what is usual
 _SMALLEST = 5e-324
-
-
-class History:
-    """The last rows of numbers, oldest first, without a copy when they are looked at.
-
-    Every row is written twice, half a buffer apart, so that the last ones always lie one after the other.
-    """
-
-    def __init__(self, window: int, width: int) -> None:
-        self._rows = np.full((2 * window, width), np.nan)
-        self._window = window
-        self.count = 0  # of all that were added
-
-    def add(self, row: Any) -> None:
-        place = self.count % self._window
-        self._rows[place] = row
-        self._rows[place + self._window] = row
-        self.count += 1
-
-    def last(self, rows: int | None = None) -> Floats:
-        """A view of the last ``rows``, or of as many as there are."""
-        held = min(self.count, self._window)
-        rows = held if rows is None else min(rows, held)
-        end = (self.count - 1) % self._window + 1 + self._window
-        return self._rows[end - rows : end]
 
 
 class Watch:
@@ -60,23 +37,24 @@ class Watch:
         self.up = np.zeros(width)  # the line's end above the mean
         self.ahead = np.zeros(width)  # and later
         self._horizon = horizon
-        self._logs = History(_TREND, width)
+        self._count = 0
+        self._logs = np.zeros((_TREND, width))  # a ring of the last
         self._log, self._step, self._moved = np.empty((3, width))
 
     @property
     def is_ready(self) -> bool:
         """Whether there are enough steps to say anything."""
-        return self._logs.count >= _FEWEST
+        return self._count >= _FEWEST
 
     def add(self, norms: Floats) -> None:
         log, step, limit = self._log, self._step, self._moved
         np.maximum(norms, _SMALLEST, out=log)
         np.log(log, out=log)
-        if not self._logs.count:
+        if not self._count:
             self.mean[:] = log
-        self._logs.add(log)
-        rows = self._logs.last()
-        self.slope, end = _LINES[len(rows)] @ rows
+        self._logs[self._count % _TREND] = log
+        self._count += 1
+        self.slope, end = _line_in_ring(self._count) @ self._logs
         np.subtract(end, self.mean, out=self.up)
         np.multiply(self.slope, self._horizon, out=self.ahead)
         self.ahead += self.up
@@ -84,7 +62,7 @@ class Watch:
         np.multiply(self.spread, 2.0, out=limit)
         np.maximum(limit, 0.5, out=limit)
         np.minimum(self.off, limit, out=step)
-        weight = max(1 / self._logs.count, 1 / _MEMORY)
+        weight = max(1 / self._count, 1 / _MEMORY)
         np.multiply(step, weight, out=limit)
         self.mean += limit
         np.abs(step, out=step)
@@ -104,14 +82,24 @@ def _line(n: int) -> Floats:
     return np.array([slope, 1 / max(n, 1) + slope * (n - 1) / 2])
 
 
-_LINES = [_line(n) for n in range(_TREND + 1)]
+@cache
+def _rows_of_ring(held: int, newest: int) -> Floats:
+    line = np.zeros((2, _TREND))
+    line[:, np.arange(newest - held + 1, newest + 1) % _TREND] = _line(held)
+    return line
+
+
+def _line_in_ring(count: int) -> Floats:
+    """The same for the rows of a ring to which so many were added."""
+    return _rows_of_ring(min(count, _TREND), (count - 1) % _TREND)
 
 
 class LossWatch:
     """Whether the loss goes up and down from step to step: looked at in every eighth."""
 
     def __init__(self, window: int = 32) -> None:
-        self._losses = History(window, 1)
+        self._losses: deque[float] = deque(maxlen=window)
+        self._count = 0
         self._line = _line(window)
         self._back = np.arange(window - 1.0, -1.0, -1.0)
 
@@ -120,10 +108,11 @@ class LossWatch:
 
         Near -1 where it oscillates, near 0 where it is noise; 0 before there are so many.
         """
-        self._losses.add(loss)
-        losses = self._losses.last()[:, 0]
-        if len(losses) < len(self._back) or self._losses.count % 8:
+        self._losses.append(loss)
+        self._count += 1
+        if len(self._losses) < len(self._back) or self._count % 8:
             return 0.0
+        losses = np.array(self._losses)
         slope, end = self._line @ losses
         off = losses - end + slope * self._back
         square = float(off @ off)

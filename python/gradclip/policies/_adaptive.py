@@ -286,6 +286,7 @@ class SkipStep(StatefulPolicy):
         True
     """
 
+    _fits_any_groups = True
     _state: ClassVar = ("_norms", "_losses", "_calls")
     _options: ClassVar = ("sigma", "window")
 

@@ -105,6 +105,8 @@ class StatefulPolicy:
     """
 
     groups: Any = None
+    # Whether one threshold is for all groups, whatever these are.
+    _fits_any_groups = False
     # Attributes that make the state: numbers, and arrays, whose last axis is that of the groups.
     _state: ClassVar[tuple[str, ...]] = ()
     # Those that must be as they were when it was saved: arguments of the class.

@@ -73,7 +73,11 @@ def _limits_of(part: Any, measured: MeasuredGroups) -> Any:
 
 
 def _common_groups(parts: Sequence[Any]) -> Any:
-    kinds = [getattr(part, "groups", None) for part in parts if is_policy(part)]
+    kinds = [
+        getattr(part, "groups", None)
+        for part in parts
+        if is_policy(part) and not getattr(part, "_fits_any_groups", False)
+    ]
     if any(kind != kinds[0] for kind in kinds):
         raise ValueError(
             f"policies: expected ones for the same groups, got ones for {', '.join(map(repr, kinds))}"
