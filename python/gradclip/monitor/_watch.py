@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from functools import cache
 from typing import TypeAlias
 
 import numpy as np
@@ -54,7 +53,9 @@ class Watch:
             self.mean[:] = log
         self._logs[self._count % _TREND] = log
         self._count += 1
-        self.slope, end = _line_in_ring(self._count) @ self._logs
+        is_full = self._count >= _TREND
+        line = _FULL[(self._count - 1) % _TREND] if is_full else _FILLING[self._count]
+        self.slope, end = line @ self._logs
         np.subtract(end, self.mean, out=self.up)
         np.multiply(self.slope, self._horizon, out=self.ahead)
         self.ahead += self.up
@@ -82,16 +83,16 @@ def _line(n: int) -> Floats:
     return np.array([slope, 1 / max(n, 1) + slope * (n - 1) / 2])
 
 
-@cache
-def _rows_of_ring(held: int, newest: int) -> Floats:
+def _in_ring(held: int, newest: int) -> Floats:
+    """The same for the rows of a ring."""
     line = np.zeros((2, _TREND))
     line[:, np.arange(newest - held + 1, newest + 1) % _TREND] = _line(held)
     return line
 
 
-def _line_in_ring(count: int) -> Floats:
-    """The same for the rows of a ring to which so many were added."""
-    return _rows_of_ring(min(count, _TREND), (count - 1) % _TREND)
+# By how many rows were added: while the ring fills up, and from then on by the place of the newest.
+_FILLING = [_in_ring(count, count - 1) for count in range(_TREND + 1)]
+_FULL = [_in_ring(_TREND, newest) for newest in range(_TREND)]
 
 
 class LossWatch:
