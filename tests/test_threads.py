@@ -141,7 +141,9 @@ def test_help_is_borrowed_from_torch_while_its_team_looks_for_work() -> None:
     expected = gradclip.tensor_norms([grad.numpy() for grad in grads]).tobytes()
     assert _core.num_started_threads() == 1
     who = set()
-    for _ in range(200):
+    for call in range(5000):
+        if call >= 200 and "openmp" in who:
+            break  # where others use the processors, too, it can take long
         a @ a
         assert gradclip.tensor_norms(grads).tobytes() == expected
         who.add(_core.helpers_of_last_call())
