@@ -90,6 +90,26 @@ def test_exploded_at_once() -> None:
     assert alert.figures["usual"] == pytest.approx(1.0, rel=0.2)
 
 
+def test_a_layer_that_wakes_up_has_not_exploded() -> None:
+    """It was zero, or missing, as LoRA's first factor is in the first step: that is not what is usual."""
+    for asleep in (0.0, None):
+        for steps in (1, 6):
+            history = [[1.0, asleep]] * steps + [[1.0, 1.0]] * 20 + [[1.0, asleep]] + [[1.0, 1.0]] * 20
+            monitor = GradientMonitor(clips=False)
+            assert _watch(monitor, history) == []
+            (alert,) = _watch(monitor, [[1.0, 5000.0]])
+            assert (alert.kind, alert.layer) == ("exploded", "layer1")
+            assert alert.figures["usual"] == pytest.approx(1.0)
+
+
+def test_the_ends_of_float64() -> None:
+    history = [[norm] for norm in (5e-324, 1e-310, 1.0, 1e308, 0.0, 1e-300, 1e308, 1e-320)] * 8
+    monitor = GradientMonitor(clips=False)
+    alerts = _watch(monitor, history, [norm for (norm,) in history])
+    assert {alert.kind for alert in alerts} <= {"exploded", "growing"}
+    assert all(math.isfinite(value) for alert in alerts for value in alert.figures.values())
+
+
 def test_all_together_can_explode_though_no_layer_does() -> None:
     history = [np.full(400, 1.0)] * 20 + [np.full(400, 900.0)]
     alerts = _watch(GradientMonitor(explosion=890.0, clips=False), history)

@@ -310,8 +310,8 @@ class GradientMonitor:
         if not found.size:
             return
         found = found[np.argsort(-watch.off[found], kind="stable")]
-        names, times, norm = self._named(found), math.exp(watch.off[found[0]]), float(self._row[found[0]])
-        usual = norm / times
+        off, norm = float(watch.off[found[0]]), float(self._row[found[0]])
+        names, times, usual = self._named(found), _exp(off), _exp(math.log(norm) - off)
         message = f"{_first(names)} has {times:.4g} times its usual norm: {norm:.4g}, usually {usual:.4g}"
         figures = {"norm": norm, "usual": usual}
         self._say(alerts, "exploded", message + _others(names), figures, names)
@@ -327,12 +327,12 @@ class GradientMonitor:
         left = (self._limit - watch.up[found]) / watch.slope[found]
         order = np.argsort(left, kind="stable")
         found, left = found[order], left[order]
-        names, rate, steps = self._named(found), math.exp(watch.slope[found[0]]), max(1, math.ceil(left[0]))
+        names, rate, steps = self._named(found), _exp(watch.slope[found[0]]), max(1, math.ceil(left[0]))
         message = (
             f"{_first(names)} grows {rate:.2g} x a step and will be {self._explosion:g} times its usual norm "
             f"in {count_of(steps, 'step')}"
         )
-        figures = {"rate": rate, "steps": float(steps), "times_usual": math.exp(float(watch.up[found[0]]))}
+        figures = {"rate": rate, "steps": float(steps), "times_usual": _exp(watch.up[found[0]])}
         self._say(alerts, "growing", message + _others(names), figures, names)
 
     def _say(
@@ -406,6 +406,11 @@ class GradientMonitor:
         watched = "nothing yet" if self.names is None else count_of(len(self.names), "gradient")
         seen = f"{count_of(self.step, 'step')}, {count_of(len(self.alerts), 'alert')}"
         return f"GradientMonitor({watched}, {seen})"
+
+
+def _exp(log: float) -> float:
+    """Of a difference of logarithms, which can be more than float64 has."""
+    return math.exp(min(log, 709.0))
 
 
 def _first(names: tuple[str, ...]) -> str:

@@ -37,6 +37,8 @@ class Watch:
         self.ahead = np.zeros(width)  # and later
         self._horizon = horizon
         self._count = 0
+        self._seen = np.zeros(width, bool)  # whether there was a norm that is not 0
+        self._all_seen = False
         self._logs = np.zeros((_TREND, width))  # a ring of the last
         self._log, self._step, self._moved = np.empty((3, width))
 
@@ -49,8 +51,8 @@ class Watch:
         log, step, limit = self._log, self._step, self._moved
         np.maximum(norms, _SMALLEST, out=log)
         np.log(log, out=log)
-        if not self._count:
-            self.mean[:] = log
+        if not self._all_seen or norms.min(initial=1.0) == 0.0:
+            self._pass_over_zeros(norms)
         self._logs[self._count % _TREND] = log
         self._count += 1
         is_full = self._count >= _TREND
@@ -70,6 +72,15 @@ class Watch:
         step -= self.spread
         step *= weight
         self.spread += step
+
+    def _pass_over_zeros(self, norms: Floats) -> None:
+        """A norm of 0 changes nothing: what is usual begins with the first that is not."""
+        is_zero = norms == 0
+        self._log[is_zero] = self.mean[is_zero]
+        is_first = ~self._seen & ~is_zero
+        self.mean[is_first] = self._logs[:, is_first] = self._log[is_first]
+        self._seen |= is_first
+        self._all_seen = bool(self._seen.all())
 
     def hold(self, which: npt.NDArray[np.bool_]) -> None:
         """What is usual stays as it was before the step that was added last."""
@@ -114,7 +125,8 @@ class LossWatch:
         if len(self._losses) < len(self._back) or self._count % 8:
             return 0.0
         losses = np.array(self._losses)
-        slope, end = self._line @ losses
-        off = losses - end + slope * self._back
-        square = float(off @ off)
-        return float(off[1:] @ off[:-1]) / square if 0 < square < math.inf else 0.0
+        with np.errstate(all="ignore"):  # losses may be infinite
+            slope, end = self._line @ losses
+            off = losses - end + slope * self._back
+            square = float(off @ off)
+            return float(off[1:] @ off[:-1]) / square if 0 < square < math.inf else 0.0
