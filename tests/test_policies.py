@@ -206,6 +206,7 @@ def test_agc_is_optaxs() -> None:
     shapes = [(6, 5), (3, 3, 4, 8), (7,), (), (1, 9)]
     params, grads = _arrays(shapes, 1), _arrays(shapes, 2)
     params["p0"][:, 2] = 0  # eps
+    params["p0"][:, 3] *= 1e-5
     grads["p2"] *= 1e-4  # not clipped
     reference, _ = optax.adaptive_grad_clip(0.01).update(grads, None, params)
     # Its vectors are those with one axis that is not 1.
@@ -298,6 +299,17 @@ def test_what_is_not_finite_teaches_nothing_that_lasts(make: Any) -> None:
         _play(policy, [math.nan])
     assert repr(policy.state_dict()) == repr(before)
     _play(policy, [1.0])
+
+
+@pytest.mark.parametrize("policy", [ZClip(), AdaGC(), SPAM()])
+def test_a_step_that_was_not_made_teaches_no_group_anything(policy: StatefulPolicy) -> None:
+    """One gradient is not finite: the others were left as well, and their norms with them."""
+    gradclip.clip_by_norm_([np.array([1.0]), np.array([1.0])], policy)
+    before = policy.state_dict()["state"]
+    gradclip.clip_by_norm_([np.array([0.5]), np.array([math.nan])], policy, nonfinite="skip")
+    after = policy.state_dict()["state"]
+    for name in before:
+        assert isinstance(after[name], int) or np.array_equal(after[name], before[name]), name
 
 
 def test_a_gradient_without_norm_pulls_no_threshold_down() -> None:

@@ -147,6 +147,9 @@ class WarmUp(_Composed):
         self.groups = _common_groups([first, then])
         self._seen = 0
 
+    def __repr__(self) -> str:
+        return f"WarmUp({self._parts['first']!r}, {self.calls}, {self._parts['then']!r})"
+
     def thresholds(self, measured: MeasuredGroups) -> Any:
         return _limits_of(self._parts["first" if self._seen < self.calls else "then"], measured)
 
