@@ -7,16 +7,12 @@ from typing import Any
 import lightning
 import torch
 
-from gradclip._api import NonFinite, Thresholds
-from gradclip._measured import Policy
-from gradclip._result import ClipResult
-from gradclip.monitor._callback import Clipper
-from gradclip.monitor._monitor import GradientMonitor
+from gradclip.monitor._callback import ClipsAndMonitors
 
 __all__ = ["GradientMonitorCallback"]
 
 
-class GradientMonitorCallback(lightning.Callback):
+class GradientMonitorCallback(ClipsAndMonitors, lightning.Callback):
     """Clips the gradients of every step, or only measures them, and feeds a monitor with result and loss.
 
     It acts before the optimizer's step, when gradients are accumulated and unscaled, and before Lightning's
@@ -34,16 +30,7 @@ class GradientMonitorCallback(lightning.Callback):
         result: Of the last step.
     """
 
-    def __init__(
-        self,
-        monitor: GradientMonitor | None = None,
-        max_norm: Thresholds | Policy | None = None,
-        nonfinite: NonFinite = "propagate",
-    ) -> None:
-        self._clipper = Clipper(monitor, max_norm, nonfinite)
-        self.monitor = self._clipper.monitor
-        self.result: ClipResult | None = None
-        self._is_new = False
+    _is_new = False  # whether there was a step since the last batch
 
     def on_before_optimizer_step(
         self,
@@ -52,7 +39,7 @@ class GradientMonitorCallback(lightning.Callback):
         optimizer: torch.optim.Optimizer,
     ) -> None:
         """Clip, or measure."""
-        self.result = self._clipper.clip(pl_module)
+        self._clip(pl_module)
         self._is_new = True
 
     def on_train_batch_end(
@@ -69,11 +56,3 @@ class GradientMonitorCallback(lightning.Callback):
         self._is_new = False
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         self.monitor.update(self.result, loss, batch=batch)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state of the policy."""
-        return self._clipper.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from it."""
-        self._clipper.load_state_dict(state_dict)

@@ -6,16 +6,12 @@ from typing import Any
 
 import transformers
 
-from gradclip._api import NonFinite, Thresholds
-from gradclip._measured import Policy
-from gradclip._result import ClipResult
-from gradclip.monitor._callback import Clipper
-from gradclip.monitor._monitor import GradientMonitor
+from gradclip.monitor._callback import ClipsAndMonitors
 
 __all__ = ["GradientMonitorCallback"]
 
 
-class GradientMonitorCallback(transformers.TrainerCallback):
+class GradientMonitorCallback(ClipsAndMonitors, transformers.TrainerCallback):
     """Clips the gradients of every step, or only measures them, and feeds a monitor with the result.
 
     It acts before the optimizer's step, and after the Trainer's own clipping: set ``max_grad_norm=0`` in the
@@ -33,16 +29,7 @@ class GradientMonitorCallback(transformers.TrainerCallback):
         result: Of the last step.
     """
 
-    def __init__(
-        self,
-        monitor: GradientMonitor | None = None,
-        max_norm: Thresholds | Policy | None = None,
-        nonfinite: NonFinite = "propagate",
-    ) -> None:
-        self._clipper = Clipper(monitor, max_norm, nonfinite)
-        self.monitor = self._clipper.monitor
-        self.result: ClipResult | None = None
-        self._loss: float | None = None
+    _loss: float | None = None
 
     def on_pre_optimizer_step(
         self,
@@ -52,8 +39,7 @@ class GradientMonitorCallback(transformers.TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Clip, or measure, and feed the monitor."""
-        self.result = self._clipper.clip(kwargs["model"])
-        self.monitor.update(self.result, self._loss)
+        self.monitor.update(self._clip(kwargs["model"]), self._loss)
         self._loss = None
 
     def on_log(
