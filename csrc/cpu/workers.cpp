@@ -8,6 +8,7 @@
 
 #include "cpu/float_environment.hpp"
 #include "cpu/openmp.hpp"
+#include "cpu/pool.hpp"
 #include "cpu/team.hpp"
 
 namespace gradclip::cpu {
@@ -51,14 +52,16 @@ void run_alone(std::size_t tasks, Pass pass, const Task& work) {
   for (std::size_t i = 0; i < tasks; ++i) work(pass == Pass::backward ? tasks - 1 - i : i);
 }
 
-void run_helped(std::size_t tasks, int threads, Pass pass, Helpers helpers, const Task& work) {
+// `run` calls what it is given with the numbers of threads, 0 on the calling one.
+template <class Run>
+void share_out(std::size_t tasks, int threads, Pass pass, const Task& work, Run run) {
   const auto shares = static_cast<std::size_t>(threads);
   const auto share = std::make_unique<Share[]>(shares);
   for (std::size_t s = 0; s < shares; ++s) {
     share[s].begin = tasks * s / shares;
     share[s].size = tasks * (s + 1) / shares - share[s].begin;
   }
-  const auto run_thread = [&](int thread) {
+  run([&](int thread) {
     if (thread >= threads) return;  // of a borrowed team, which may be larger
     for (std::size_t s = 0; s < shares; ++s) {
       Share& mine = share[(static_cast<std::size_t>(thread) + s) % shares];
@@ -68,8 +71,13 @@ void run_helped(std::size_t tasks, int threads, Pass pass, Helpers helpers, cons
         work(mine.begin + (pass == Pass::backward ? mine.size - 1 - i : i));
       }
     }
-  };
-  helpers == Helpers::borrowed ? openmp::run(run_thread) : team::run(threads, run_thread);
+  });
+}
+
+void run_helped(std::size_t tasks, int threads, Pass pass, Helpers helpers, const Task& work) {
+  share_out(tasks, threads, pass, work, [&](const Work& run_thread) {
+    helpers == Helpers::borrowed ? openmp::run(run_thread) : team::run(threads, run_thread);
+  });
 }
 
 Helpers best_helpers(int threads) {
@@ -84,6 +92,11 @@ void run_tasks(std::size_t tasks, int threads, Pass pass, const Task& work, std:
   const DefaultFloatEnvironment environment;
   threads = static_cast<int>(std::min(static_cast<std::size_t>(threads), tasks));
   if (threads <= 1) return run_alone(tasks, pass, work);
+  if (Pool* const pool = PoolScope::current()) {
+    threads = std::min(threads, pool->threads() + 1);  // this one may be none of its own
+    return share_out(tasks, threads, pass, work,
+                     [&](const Work& run_thread) { pool::run(*pool, threads, run_thread); });
+  }
   const Turn turn;
   if (!turn) return run_alone(tasks, pass, work);
   const Helpers helpers = best_helpers(threads);

@@ -1,4 +1,4 @@
-// Who runs the chunks of a plan: the calling thread, with the help of our team or of a borrowed one.
+// Who runs the chunks of a plan: the calling thread, with the help of our team, of a borrowed one, or of a pool.
 // What they compute does not depend on it.
 #pragma once
 
@@ -24,7 +24,8 @@ enum class Pass { forward, backward };
 // Call work(task) once for every task in [0, tasks), on the calling thread and at most threads - 1
 // others. Each thread begins with a share of its own, of neighbouring tasks, and then helps with the
 // others' shares. Work must not throw. One call at a time has helpers; a call that finds them taken
-// works alone. With `experiences` of so many bytes of this work: so does a call that is better off.
+// works alone. With `experiences` of so many bytes of this work: so does a call that is better off. (In a
+// PoolScope neither holds: the pool knows how to share.)
 void run_tasks(std::size_t tasks, int threads, Pass pass,
                const std::function<void(std::size_t)>& work, std::int64_t bytes = 0,
                Experiences* experiences = nullptr);
