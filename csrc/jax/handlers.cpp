@@ -6,11 +6,11 @@
 #include <cstring>
 #include <exception>
 #include <functional>
-#include <limits>
-#include <optional>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "core/clip.hpp"
 #include "cpu/engine.hpp"
@@ -239,8 +239,7 @@ struct Decider {
     Decided decided;
     if (groups.are_of_rows()) {
       const RowSums of_rows = sums_of_rows(order, std::move(sums), first, groups);
-      decided.norms =
-          norms_of(order, of_rows.tensors, groups, of_rows.groups, options.grad_scale);
+      decided.norms = norms_of(order, of_rows.tensors, groups, of_rows.groups, options.grad_scale);
     } else {
       Table<NormSum> tensors = std::move(sums);
       if (!parts.are_whole()) {
@@ -273,18 +272,16 @@ ffi::Error decide(ffi::AnyBuffer words, ffi::AnyBuffer limits, ffi::AnyBuffer gr
                   ffi::Result<ffi::AnyBuffer> factors, ffi::Result<ffi::AnyBuffer> total_norm,
                   ffi::Result<ffi::AnyBuffer> norms, ffi::Result<ffi::AnyBuffer> group_norms,
                   ffi::Result<ffi::AnyBuffer> coefficients, ffi::Result<ffi::AnyBuffer> clipped,
-                  ffi::Result<ffi::AnyBuffer> nonfinite, double ord, Numbers counts,
-                  Numbers labels, std::int64_t groups_kind, std::int64_t groups_used,
-                  std::int64_t nonfinite_policy, bool rounds_down, bool all_float64) {
+                  ffi::Result<ffi::AnyBuffer> nonfinite, double ord, Numbers counts, Numbers labels,
+                  std::int64_t groups_kind, std::int64_t groups_used, std::int64_t nonfinite_policy,
+                  bool rounds_down, bool all_float64) {
   return run([&] {
     const Parts parts{counts};
-    Decider decider{norm_order(ord),
-                    {static_cast<Groups::Kind>(groups_kind),
-                     {labels.begin(), labels.end()},
-                     static_cast<std::size_t>(groups_used)},
-                    parts,
-                    parts.first(),
-                    {}};
+    Decider decider{norm_order(ord), {}, parts, parts.first(), {}};
+    decider.groups.kind = static_cast<Groups::Kind>(groups_kind);
+    decider.groups.used = static_cast<std::size_t>(groups_used);
+    if (decider.groups.kind == Groups::labels)
+      decider.groups.label.assign(labels.begin(), labels.end());
     ClipOptions& options = decider.options;
     options.nonfinite = static_cast<NonFinite>(nonfinite_policy);
     if (rounds_down) options.norm_error = norm_error_bound(decider.order, all_float64);
@@ -305,8 +302,7 @@ ffi::Error decide(ffi::AnyBuffer words, ffi::AnyBuffer limits, ffi::AnyBuffer gr
           throw std::invalid_argument("max_norm: expected numbers that are 0 or more, got " +
                                       std::to_string(limit.back()));
       }
-      const auto* const sums =
-          words.typed_data<std::uint32_t>() + b * total_parts * kSumWords;
+      const auto* const sums = words.typed_data<std::uint32_t>() + b * total_parts * kSumWords;
       const Decider::Decided decided = decider.decide(load_sums(sums, total_parts), limit);
       std::memcpy(factors->typed_data<std::uint32_t>() + b * total_parts * kFloatWords,
                   decided.factors.data(), total_parts * sizeof(double));
