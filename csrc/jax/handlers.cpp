@@ -274,7 +274,7 @@ ffi::Error decide(ffi::AnyBuffer words, ffi::AnyBuffer limits, ffi::AnyBuffer gr
                   ffi::Result<ffi::AnyBuffer> coefficients, ffi::Result<ffi::AnyBuffer> clipped,
                   ffi::Result<ffi::AnyBuffer> nonfinite, double ord, Numbers counts, Numbers labels,
                   std::int64_t groups_kind, std::int64_t groups_used, std::int64_t nonfinite_policy,
-                  bool rounds_down, bool all_float64) {
+                  bool rounds_down, bool are_coefficients, bool all_float64) {
   return run([&] {
     const Parts parts{counts};
     Decider decider{norm_order(ord), {}, parts, parts.first(), {}};
@@ -284,6 +284,7 @@ ffi::Error decide(ffi::AnyBuffer words, ffi::AnyBuffer limits, ffi::AnyBuffer gr
       decider.groups.label.assign(labels.begin(), labels.end());
     ClipOptions& options = decider.options;
     options.nonfinite = static_cast<NonFinite>(nonfinite_policy);
+    options.are_coefficients = are_coefficients;
     if (rounds_down) options.norm_error = norm_error_bound(decider.order, all_float64);
 
     const std::size_t tensors = counts.size(), total_parts = decider.first.back();
@@ -396,6 +397,7 @@ XLA_FFI_DEFINE_HANDLER(decide_handler, decide,
                            .Attr<std::int64_t>("groups_used")
                            .Attr<std::int64_t>("nonfinite")
                            .Attr<bool>("down")
+                           .Attr<bool>("are_coefficients")
                            .Attr<bool>("all_float64"));
 XLA_FFI_DEFINE_HANDLER(scale_handler, scale,
                        ffi::Ffi::Bind()

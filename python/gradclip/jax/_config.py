@@ -20,10 +20,11 @@ class Config:
     """How gradients are measured and what is decided.
 
     Args:
-        parts: What of each gradient has a sum of its own. 1: all of it. n: n rows, which are its leading axes. -n:
-            n columns, which are its trailing axes.
+        parts: What of each gradient has a sum of its own. 1: all of it. n: n rows, which are its leading
+            axes. -n: n columns, which are its trailing axes.
         groups: One of ``GROUPS``.
         labels: The group of each gradient, for ``"labels"``.
+        are_coefficients: Whether what is given for each group is its coefficient, in place of a threshold.
         axis_names: The mapped axes over whose shards norms go.
     """
 
@@ -33,6 +34,7 @@ class Config:
     ord: float = 2.0
     nonfinite: str = "propagate"
     down: bool = False
+    are_coefficients: bool = False
     all_float64: bool = False
     axis_names: tuple[str, ...] = ()
 

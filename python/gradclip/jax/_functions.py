@@ -18,6 +18,7 @@ from gradclip.jax._tree import leaf_names, make_config, read, read_limits, read_
 
 if TYPE_CHECKING:
     from gradclip.jax._config import Config
+    from gradclip.jax._tree import Leaves
 
 __all__ = ["ClipResult", "Measured", "clip", "global_norm", "measure", "named_norms", "tree_norms"]
 
@@ -30,8 +31,8 @@ class ClipResult(NamedTuple):
         norms: The norm of each gradient, in the order of ``jax.tree.leaves``; of shape (leaves,).
             :func:`named_norms` gives them names.
         group_norms: The norm of each group, of shape (groups,).
-        coefficient: What was clipped has been multiplied by, exactly 1 where nothing was clipped: of shape (), or
-            with ``groups`` (groups,).
+        coefficient: What was clipped has been multiplied by, exactly 1 where nothing was clipped: of shape
+            (), or with ``groups`` (groups,).
         clipped: Whether any group was clipped; bool, of shape ().
         nonfinite: Which gradients hold a NaN or infinity; bool, of shape (leaves,).
     """
@@ -48,7 +49,8 @@ def named_norms(result: Any, grads: Any) -> dict[str, Any]:
     """The norm of each gradient by its path.
 
     Args:
-        result: A :class:`ClipResult`, a :class:`Measured` or the state of a transformation: what has ``norms``.
+        result: A :class:`ClipResult`, a :class:`Measured` or the state of a transformation: what has
+            ``norms``.
         grads: A pytree of the structure that was measured, of gradients or of parameters.
 
     Returns:
@@ -66,7 +68,9 @@ def named_norms(result: Any, grads: Any) -> dict[str, Any]:
     """
     names = leaf_names(grads)
     if len(names) != len(result.norms):
-        raise ValueError(f"grads: expected a pytree of {len(result.norms)} arrays, as was measured, got {len(names)}")
+        raise ValueError(
+            f"grads: expected a pytree of {len(result.norms)} arrays, as was measured, got {len(names)}"
+        )
     return dict(zip(names, result.norms, strict=True))
 
 
@@ -152,7 +156,9 @@ def _norm_tangents(config: Config, leaves: Sequence[Any], changes: Sequence[Any]
 
         def over_all(x: Any) -> Any:
             total = jnp.sum(x, axis=axes).astype(dtype).reshape(() if axes is None else (-1,))
-            mine = tuple(a for a in config.axis_names if a in _kernels.varying_axes(total) or not _types_tell(a))
+            mine = tuple(
+                a for a in config.axis_names if a in _kernels.varying_axes(total) or not _types_tell(a)
+            )
             return lax.psum(total, mine) if mine else total
 
         total = over_all(terms)
@@ -175,7 +181,9 @@ def _norm_tangents(config: Config, leaves: Sequence[Any], changes: Sequence[Any]
     if config.groups in ("row", "sample"):
         # Each part's share in the norm of its group.
         shares = [jnp.atleast_1d(of_leaf(i, _spread(config, i, norms.groups), False)) for i in range(count)]
-        of_groups = jax.ops.segment_sum(jnp.concatenate(shares), np.asarray(config.group_of_part), config.num_groups)
+        of_groups = jax.ops.segment_sum(
+            jnp.concatenate(shares), np.asarray(config.group_of_part), config.num_groups
+        )
     else:
         of_groups = chain(norms.tensors, of_tensors, config.group_of_part, norms.groups)
     return _Norms(total, of_tensors, of_groups)
@@ -279,6 +287,7 @@ def _result(config: Config, decided: _Decided) -> ClipResult:
 
 _jitted_norms = jax.jit(_norms, static_argnums=0)
 _jitted_clip = jax.jit(_clip, static_argnums=0)
+_jitted_clip_measured = jax.jit(_clip_measured, static_argnums=0)
 _donating_clip = jax.jit(_clip, static_argnums=0, donate_argnums=1)
 
 
@@ -291,8 +300,8 @@ def tree_norms(grads: Any, *, ord: float = 2, axis_name: Any = None) -> Any:
         axis_name: As of :func:`clip`.
 
     Returns:
-        A pytree of the same structure, of norms of shape (). Their derivative is that of the norm, 0 where that is
-        0.
+        A pytree of the same structure, of norms of shape (). Their derivative is that of the norm, 0 where
+        that is 0.
 
     Raises:
         TypeError: For a leaf that is no array of floats; it is named by its path.
@@ -348,29 +357,30 @@ def clip(
 ) -> tuple[Any, ClipResult]:
     """Clip a pytree of gradients by norm, inside of ``jax.jit`` or outside.
 
-    In a compiled program gradients are clipped where they lie, if nobody else needs them; what is not clipped is not
-    written. Outside, new arrays are returned, or with ``donate`` the memory of the old ones. Bits are those of
-    :func:`gradclip.clip_by_global_norm_`.
+    In a compiled program gradients are clipped where they lie, if nobody else needs them; what is not clipped
+    is not written. Outside, new arrays are returned, or with ``donate`` the memory of the old ones. Bits are
+    those of :func:`gradclip.clip_by_global_norm_`.
 
-    The derivative with respect to a gradient g of a group with norm n that is clipped to m is that of (m / n) g: the
-    part of the change along g is taken out. Elsewhere it is that of g.
+    The derivative with respect to a gradient g of a group with norm n that is clipped to m is that of (m / n)
+    g: the part of the change along g is taken out. Elsewhere it is that of g.
 
     Args:
         grads: A pytree of arrays of real or complex floats, mixed at will.
-        max_norm: Of each group: a number, an array of shape () or (groups,), traced or not, a sequence, or a mapping by
-            the names of groups. 0 makes everything 0, infinity (or None in a sequence or mapping) clips nothing.
+        max_norm: Of each group: a number, an array of shape () or (groups,), traced or not, a sequence, or a
+            mapping by the names of groups. 0 makes everything 0, infinity (or None in a sequence or mapping)
+            clips nothing.
         ord: 2, 1, infinity or any other p > 0.
-        groups: What shares a norm: None (all gradients), ``"tensor"``, ``"row"``, ``"sample"``, ``"unit"`` and
-            ``"unit_last"`` as of :func:`gradclip.clip_by_global_norm_`; labels (names or integers) in a prefix of the
-            pytree; or a callable from the path of a gradient, joined by dots, to its label.
-        grad_scale: The arrays hold so many times the gradients (loss scaling): norms are those of the gradients, and
-            what is written is divided by it. A number, or a float array of shape ().
-        nonfinite: Where a norm is not finite: ``"propagate"`` it, as optax does, make everything ``"zero"``, or
-            ``"skip"``: change nothing.
+        groups: What shares a norm: None (all gradients), ``"tensor"``, ``"row"``, ``"sample"``, ``"unit"``
+            and ``"unit_last"`` as of :func:`gradclip.clip_by_global_norm_`; labels (names or integers) in a
+            prefix of the pytree; or a callable from the path of a gradient, joined by dots, to its label.
+        grad_scale: The arrays hold so many times the gradients (loss scaling): norms are those of the
+            gradients, and what is written is divided by it. A number, or a float array of shape ().
+        nonfinite: Where a norm is not finite: ``"propagate"`` it, as optax does, make everything ``"zero"``,
+            or ``"skip"``: change nothing.
         rounding: ``"down"``: the exact norm of what is returned is at most ``max_norm``.
-        axis_name: A mapped axis (``jax.shard_map``, ``jax.pmap``), or a tuple of them, over which gradients are sharded:
-            norms are those over all shards, with the same bits on all. In ``jax.shard_map``, arrays whose type says
-            that all shards have the same count once.
+        axis_name: A mapped axis (``jax.shard_map``, ``jax.pmap``), or a tuple of them, over which gradients
+            are sharded: norms are those over all shards, with the same bits on all. In ``jax.shard_map``,
+            arrays whose type says that all shards have the same count once.
         donate: Outside of ``jax.jit``: return the memory of ``grads``, which are deleted.
 
     Returns:
@@ -378,9 +388,9 @@ def clip(
 
     Raises:
         TypeError: For a leaf that is no array of floats, named by its path; for arguments of a wrong kind.
-        ValueError: For a pytree without leaves, an array that was deleted, thresholds of another shape, or options that
-            do not exist. On the CPU also for a traced threshold that is negative or NaN, as a runtime error of JAX;
-            elsewhere that makes gradients NaN.
+        ValueError: For a pytree without leaves, an array that was deleted, thresholds of another shape, or
+            options that do not exist. On the CPU also for a traced threshold that is negative or NaN, as a
+            runtime error of JAX; elsewhere that makes gradients NaN.
 
     Example:
         >>> import jax.numpy as jnp, gradclip.jax
@@ -393,10 +403,18 @@ def clip(
     config, names = make_config(
         leaves, ord=ord, groups=groups, nonfinite=nonfinite, rounding=rounding, axis_name=axis_name
     )
+    clipped, result = clip_leaves(config, names, leaves, max_norm, grad_scale, donate)
+    return leaves.rebuilt(clipped), result
+
+
+def clip_leaves(
+    config: Config, names: Any, leaves: Leaves, max_norm: Any, grad_scale: Any = 1.0, donate: bool = False
+) -> tuple[Any, ClipResult]:
+    """Clip what has been read, for a call that is known."""
     limits = read_limits(max_norm, config, names)
     run = _donating_clip if donate else _jitted_clip
     clipped, decided = run(config, leaves.arrays, limits, read_scale(grad_scale))
-    return leaves.rebuilt(clipped), _result(config, decided)
+    return clipped, _result(config, decided)
 
 
 @jax.tree_util.register_dataclass
@@ -446,15 +464,27 @@ class Measured:
             Array([16.5, 22. ], dtype=float32)
         """
         leaves = read(grads)
-        config, _ = make_config(leaves, ord=self._config.ord, nonfinite=nonfinite, rounding=rounding)
         if len(leaves.arrays) != self._config.num_tensors:
             raise ValueError(
-                f"grads: expected the {self._config.num_tensors} arrays that were measured, got {len(leaves.arrays)}"
+                f"grads: expected the {self._config.num_tensors} arrays that were measured, got "
+                f"{len(leaves.arrays)}"
             )
-        config = dataclasses.replace(self._config, nonfinite=config.nonfinite, down=config.down)
-        limits = read_limits(max_norm, config, self._group_names)
-        clipped, decided = _clip_measured(config, self._sums, leaves.arrays, limits, self._grad_scale)
-        return leaves.rebuilt(clipped), _result(config, decided)
+        checked, _ = make_config(leaves, nonfinite=nonfinite, rounding=rounding)
+        config = dataclasses.replace(self._config, nonfinite=checked.nonfinite, down=checked.down)
+        clipped, result = clip_measured(self, leaves, max_norm, config)
+        return leaves.rebuilt(clipped), result
+
+
+def clip_measured(
+    measured: Measured, leaves: Leaves, max_norm: Any, config: Config | None = None
+) -> tuple[Any, ClipResult]:
+    """Clip what has been read and measured; ``config``, where it is not that of measuring."""
+    config = config or measured._config
+    limits = read_limits(max_norm, config, measured._group_names)
+    clipped, decided = _jitted_clip_measured(
+        config, measured._sums, leaves.arrays, limits, measured._grad_scale
+    )
+    return clipped, _result(config, decided)
 
 
 def measure(
@@ -478,6 +508,11 @@ def measure(
     """
     leaves = read(grads)
     config, names = make_config(leaves, ord=ord, groups=groups, axis_name=axis_name)
+    return measure_leaves(config, names, leaves, grad_scale)
+
+
+def measure_leaves(config: Config, names: Any, leaves: Leaves, grad_scale: Any) -> Measured:
+    """Measure what has been read."""
     scale = read_scale(grad_scale)
     sums, (total, norms, group_norms, nonfinite) = _measure(config, leaves.arrays, scale)
     return Measured(total, norms, group_norms, nonfinite, sums, scale, config, names)

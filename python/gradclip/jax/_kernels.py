@@ -1,10 +1,10 @@
 """Measure, combine, decide, scale: what XLA calls of gradclip's engines, and how vmap goes through them.
 
-Each is a function of arrays alone that XLA cannot look into: a native one where there are kernels (csrc/jax), a plain
-one of ``_plain`` elsewhere. They have no derivative: those of norms and clips are in ``_functions``.
+Each is a function of arrays alone that XLA cannot look into: a native one where there are kernels (csrc/jax),
+a plain one of ``_plain`` elsewhere. They have no derivative: those of norms and clips are in ``_functions``.
 
-Sums are arrays of uint32 of shape (parts, 6) and factors of shape (parts, 2), whose words are float64s, whatever
-JAX's own floats are.
+Sums are arrays of uint32 of shape (parts, 6) and factors of shape (parts, 2), whose words are float64s,
+whatever JAX's own floats are.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from gradclip.jax._config import GROUPS, NONFINITE, Config
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["combine", "decide", "measure", "scale", "varying_axes", "vary"]
+__all__ = ["combine", "decide", "measure", "scale", "vary", "varying_axes"]
 
 _NATIVE = ("cpu",)  # platforms with kernels
 
@@ -47,8 +47,8 @@ def combine(shards: Any, ord: float) -> Any:
 def decide(words: Any, limits: Any, grad_scale: Any, config: Config) -> tuple[Any, ...]:
     """Sums of shape (parts, 6) -> factors, total_norm, norms, group_norms, coefficients, clipped, nonfinite.
 
-    ``limits``, of shape (1,) or (groups,), and ``grad_scale``, of shape (), are float32 or float64, or uint32 with one
-    axis more: the words of float64s.
+    ``limits``, of shape (1,) or (groups,), and ``grad_scale``, of shape (), are float32 or float64, or uint32
+    with one axis more: the words of float64s.
     """
     result: tuple[Any, ...] = _decide(config)(*vary_together((words, limits, grad_scale)))
     return result
@@ -104,8 +104,8 @@ def _call(native: Callable[..., Any], plain: Callable[..., Any], *arrays: Any) -
 @functools.cache
 def _say_once(platform: str) -> None:
     warnings.warn(
-        f"gradclip.jax has no kernels for {platform}: norms and clips are computed by plain JAX there, equal to "
-        f"rounding",
+        f"gradclip.jax has no kernels for {platform}: norms and clips are computed by plain JAX there, equal "
+        f"to rounding",
         stacklevel=2,
     )
 
@@ -140,7 +140,8 @@ def _measure(ord: float, parts: tuple[int, ...]) -> Any:
 
 
 def _rows_of_batches(axis_size: int, parts: tuple[int, ...], in_batched: Sequence[bool]) -> tuple[Any, Any]:
-    """Parts of a batch are rows of it. The part of each row, in order, and the row of each part of each batch."""
+    """Parts of a batch are rows of it. The part of each row, in order, and the row of each part of each
+    batch."""
     part_of_row, row_of_part, first, part = [], [], 0, 0
     for count, is_batched in zip(parts, in_batched, strict=True):
         rows = np.arange(axis_size * count if is_batched else count).reshape(-1, count)
@@ -187,8 +188,8 @@ def _decide(config: Config) -> Any:
         lead = words.shape[:-2]
 
         def native(*arrays: Any) -> Any:
-            def like(*shape: int, dtype: Any = jnp.result_type(float)) -> Any:
-                return _like((*lead, *shape), dtype, arrays[0])
+            def like(*shape: int, dtype: Any = float) -> Any:
+                return _like((*lead, *shape), jnp.result_type(dtype), arrays[0])
 
             result = (
                 like(config.num_parts, 2, dtype=jnp.uint32),
@@ -208,6 +209,7 @@ def _decide(config: Config) -> Any:
                 groups_used=np.int64(groups),
                 nonfinite=np.int64(NONFINITE.index(config.nonfinite)),
                 down=np.bool_(config.down),
+                are_coefficients=np.bool_(config.are_coefficients),
                 all_float64=np.bool_(config.all_float64),
             )
 

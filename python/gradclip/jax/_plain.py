@@ -1,7 +1,7 @@
 """Measure, decide, apply in plain JAX, for platforms that gradclip has no kernels for: equal to rounding.
 
-Sums are handed on in the shape of the kernels' (``_kernels``), but hold what only this module reads: a float32
-``value`` and an int32 ``exponent``, the sum being value * 2 ** (exponent * ord).
+Sums are handed on in the shape of the kernels' (``_kernels``), but hold what only this module reads: a
+float32 ``value`` and an int32 ``exponent``, the sum being value * 2 ** (exponent * ord).
 """
 
 from __future__ import annotations
@@ -141,6 +141,8 @@ def _decide(words: Any, limits: Any, grad_scale: Any, config: Config) -> tuple[A
     coefficients = jnp.where(clips, limits / bound, 1.0)
     coefficients = jnp.where(clips & jnp.isnan(group_norms), jnp.nan, coefficients)
     coefficients = jnp.where(limits >= 0, coefficients, jnp.nan)  # a threshold that is none
+    if config.are_coefficients:
+        coefficients = jnp.broadcast_to(limits, group_norms.shape)
     is_zero = jnp.zeros((), bool)
     leaves_alone = jnp.zeros((), bool)
     if config.nonfinite == "zero":

@@ -34,6 +34,9 @@ class Leaves:
     def rebuilt(self, arrays: Sequence[Any]) -> Any:
         return jax.tree.unflatten(self.treedef, arrays)
 
+    def with_arrays(self, arrays: tuple[Any, ...]) -> Leaves:
+        return dataclasses.replace(self, arrays=arrays)
+
     def path(self, index: int) -> str:
         """As one would write it: ``grads['layer']['w']``."""
         path, _ = jax.tree_util.tree_flatten_with_path(self.tree)[0][index]
@@ -59,10 +62,15 @@ def read(tree: Any, argument: str = "grads") -> Leaves:
 def _array(leaves: Leaves, index: int, leaf: Any) -> Any:
     expected = ", ".join(_DTYPES[:-1]) + " or " + _DTYPES[-1]
     dtype = getattr(leaf, "dtype", None)
-    if dtype is None or not hasattr(leaf, "shape") or not isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
+    if (
+        dtype is None
+        or not hasattr(leaf, "shape")
+        or not isinstance(leaf, (jax.Array, np.ndarray, np.generic))
+    ):
         kind = type(leaf)
         raise TypeError(
-            f"{leaves.path(index)}: expected an array of {expected}, got {kind.__module__}.{kind.__qualname__}"
+            f"{leaves.path(index)}: expected an array of {expected}, got "
+            f"{kind.__module__}.{kind.__qualname__}"
         )
     if dtype.name not in _DTYPES:
         raise TypeError(f"{leaves.path(index)}: expected an array of {expected}, got one of {dtype.name}")
@@ -154,7 +162,8 @@ def _groups(leaves: Leaves, groups: Any) -> tuple[str, tuple[int, ...], tuple[in
             number = -1
         if not 0 <= number < len(labels):
             raise ValueError(
-                f"groups of {leaves.path(i)}: expected names, or labels from 0 to {len(labels) - 1}, got {label!r}"
+                f"groups of {leaves.path(i)}: expected names, or labels from 0 to {len(labels) - 1}, "
+                f"got {label!r}"
             )
         numbers.append(number)
     return "labels", whole, tuple(numbers), None
@@ -164,7 +173,9 @@ def _samples(leaves: Leaves) -> tuple[int, ...]:
     counts = []
     for i, array in enumerate(leaves.arrays):
         if array.ndim == 0:
-            raise ValueError(f"{leaves.path(i)}: expected samples along the first axis, got an array without axes")
+            raise ValueError(
+                f"{leaves.path(i)}: expected samples along the first axis, got an array without axes"
+            )
         if array.shape[0] != leaves.arrays[0].shape[0]:
             raise ValueError(
                 f"{leaves.path(i)}: expected {leaves.arrays[0].shape[0]} samples along the first axis, as "
@@ -196,41 +207,51 @@ def _labels(leaves: Leaves, groups: Any) -> list[Any]:
 # --- Numbers and arrays that are decided by ---------------------------------------------------------
 
 
-def read_limits(max_norm: Any, config: Config, names: tuple[Hashable, ...] | None, argument: str = "max_norm") -> Any:
+def read_limits(
+    max_norm: Any, config: Config, names: tuple[Hashable, ...] | None, argument: str = "max_norm"
+) -> Any:
     """One for all groups, or one for each; numbers as the words of float64s (see ``_kernels.decide``)."""
     count = config.num_groups
     if isinstance(max_norm, Mapping):
-        if names is None:
-            raise ValueError(f"{argument}: expected a number or one for each group, since groups have no names, got a mapping")
-        odd = [key for key in max_norm if key not in names]
-        missing = [name for name in names if name not in max_norm]
-        if odd or missing:
-            raise ValueError(f"{argument}: expected the names of groups, {list(names)}, got {list(max_norm)}")
-        max_norm = [max_norm[name] for name in names]
+        max_norm = _in_order(max_norm, names, argument)
     if isinstance(max_norm, (list, tuple)):
-        if any(isinstance(limit, jax.core.Tracer) for limit in max_norm):
-            max_norm = jnp.stack([jnp.asarray(math.inf if limit is None else limit) for limit in max_norm])
-        else:
-            max_norm = np.array([math.inf if limit is None else _number(argument, limit) for limit in max_norm])
-    if isinstance(max_norm, jax.Array):
-        if not jnp.issubdtype(max_norm.dtype, jnp.floating) and not jnp.issubdtype(max_norm.dtype, jnp.integer):
-            raise TypeError(f"{argument}: expected real numbers, got an array of {max_norm.dtype.name}")
-        limits = max_norm.astype(jnp.promote_types(max_norm.dtype, jnp.float32))
-    else:
-        try:
-            limits = np.asarray(max_norm)
-        except ValueError:
-            limits = np.asarray(None)
-        if limits.dtype.kind not in "fiu" and limits.dtype.name != "bfloat16":
-            raise TypeError(f"{argument}: expected a number or an array of them, got {max_norm!r}")
-        limits = limits.astype(np.float64)
-        if not np.all(limits >= 0):
-            raise ValueError(f"{argument}: expected numbers that are not negative, got {max_norm!r}")
+        max_norm = [math.inf if limit is None else limit for limit in max_norm]
+        if any(isinstance(limit, jax.Array) for limit in max_norm):
+            max_norm = jnp.stack([jnp.asarray(limit, jnp.result_type(float)) for limit in max_norm])
+    limits = max_norm if isinstance(max_norm, jax.Array) else _numbers(max_norm, argument)
+    if limits.dtype.kind not in "fiu" and limits.dtype.name != "bfloat16":
+        raise TypeError(f"{argument}: expected real numbers, got {limits.dtype.name}")
     if limits.shape not in ((), (1,), (count,)):
         more = "" if count == 1 else f", or of shape {(count,)}, one for each group"
-        raise ValueError(f"{argument}: expected a number or an array of shape (){more}, got one of shape {limits.shape}")
+        raise ValueError(
+            f"{argument}: expected a number or an array of shape (){more}, got one of shape {limits.shape}"
+        )
     limits = limits.reshape(-1)
-    return limits if isinstance(limits, jax.Array) else limits.view(np.uint32).reshape(-1, 2)
+    if isinstance(limits, jax.Array):
+        return limits.astype(jnp.promote_types(limits.dtype, jnp.float32))
+    if not np.all(limits >= 0):
+        raise ValueError(f"{argument}: expected numbers that are not negative, got {max_norm!r}")
+    return limits.astype(np.float64).view(np.uint32).reshape(-1, 2)
+
+
+def _in_order(max_norm: Mapping[Any, Any], names: tuple[Hashable, ...] | None, argument: str) -> list[Any]:
+    if names is None:
+        raise ValueError(
+            f"{argument}: expected numbers, since the groups of this call have no names, got a mapping"
+        )
+    if set(max_norm) != set(names):
+        raise ValueError(f"{argument}: expected the names of groups, {list(names)}, got {list(max_norm)}")
+    return [max_norm[name] for name in names]
+
+
+def _numbers(values: Any, argument: str) -> Any:
+    try:
+        numbers = np.asarray(values)
+    except ValueError:  # lists of several lengths
+        numbers = np.asarray(None)
+    if numbers.dtype.kind not in "fiu" and numbers.dtype.name != "bfloat16":
+        raise TypeError(f"{argument}: expected a number or an array of numbers, got {values!r}")
+    return numbers
 
 
 def read_scale(grad_scale: Any) -> Any:
@@ -238,11 +259,13 @@ def read_scale(grad_scale: Any) -> Any:
     if isinstance(grad_scale, jax.Array):
         if grad_scale.shape != () or not jnp.issubdtype(grad_scale.dtype, jnp.floating):
             raise ValueError(
-                f"grad_scale: expected a number or a float array of shape (), got one of {grad_scale.dtype.name} "
-                f"and shape {grad_scale.shape}"
+                f"grad_scale: expected a number or a float array of shape (), got one of "
+                f"{grad_scale.dtype.name} and shape {grad_scale.shape}"
             )
         return grad_scale.astype(jnp.promote_types(grad_scale.dtype, jnp.float32))
     number = _number("grad_scale", grad_scale)
     if not (number > 0 and math.isfinite(number) and math.isfinite(1 / number)):
-        raise ValueError(f"grad_scale: expected a positive finite number whose reciprocal is finite, got {grad_scale!r}")
+        raise ValueError(
+            f"grad_scale: expected a positive finite number whose reciprocal is finite, got {grad_scale!r}"
+        )
     return np.array([number]).view(np.uint32)

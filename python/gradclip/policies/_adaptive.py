@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,11 +15,13 @@ from gradclip.policies._base import (
     at_least,
     beside,
     clipped_norms,
+    either,
     full,
     in_range,
     operations_of,
     positive,
     tree_sum,
+    with_row,
 )
 
 __all__ = ["SPAM", "AdaGC", "AutoClip", "Percentile", "SkipStep", "ZClip"]
@@ -57,24 +60,30 @@ class Percentile(StatefulPolicy):
     def _limits(self, measured: MeasuredGroups) -> Any:
         seen = _largest_if_odd(measured.group_norms)[None]
         operations = operations_of(seen)
+        before = either(self._calls < self.window - 1, self._calls, self.window - 1)
         if self._history is not None:
             [history] = self._held(seen[0], "_history")
-            seen = operations.concatenate([history[: self._calls], seen])
+            # Rows to come are infinite, and the last in order: on the host it is a look at fewer.
+            history = history[:before] if isinstance(before, int) else history
+            seen = operations.concatenate([history, seen])
         ordered = operations.sort(seen, 0)
         ordered = ordered[0] if operations.__name__ == "torch" else ordered
-        place = (len(ordered) - 1) * self.percentile / 100
-        lower = ordered[math.floor(place)]
-        upper = ordered[math.ceil(place)]
-        between = lower + (place - math.floor(place)) * (upper - lower)
+        place = before * self.percentile / 100
+        floor, ceil = (f(place) for f in ((math.floor, math.ceil) if isinstance(place, float) else _rounds()))
+        lower, upper = ordered[floor], ordered[ceil]
+        between = lower + (place - floor) * (upper - lower)
         return operations.where(lower == upper, lower, between)  # also infinite ones
 
     def _learn(self, result: ClippedGroups) -> None:
         norms = result.group_norms
         if self._history is None:
-            self._history = full(norms, (self.window - 1, len(norms)), 0.0)
-        [self._history] = self._held(norms, "_history")
-        self._history[self._calls % (self.window - 1)] = _largest_if_odd(norms)
+            self._history = self._initial(norms)["_history"]
+        [history] = self._held(norms, "_history")
+        self._history = with_row(history, self._calls % (self.window - 1), _largest_if_odd(norms))
         self._calls += 1
+
+    def _initial(self, norms: Any) -> dict[str, Any]:
+        return {"_history": full(norms, (self.window - 1, len(norms)), math.inf), "_calls": 0}
 
 
 class AutoClip(Percentile):
@@ -199,22 +208,25 @@ class AdaGC(StatefulPolicy):
         norms = measured.group_norms
         operations = operations_of(norms)
         [average] = self._held(norms, "_average")
-        if self._calls < self.warmup:
-            limits = norms * self.warmup_norm / measured.total_norm
-            return operations.where(limits < norms, limits, math.inf)
-        return operations.where(average > 0, self.lam * average, math.inf)
+        together = norms * self.warmup_norm / measured.total_norm
+        return either(
+            self._calls < self.warmup,
+            operations.where(together < norms, together, math.inf),
+            operations.where(average > 0, self.lam * average, math.inf),
+        )
 
     def _learn(self, result: ClippedGroups) -> None:
         norms = clipped_norms(result)
         operations = operations_of(norms)
         [average] = self._held(norms, "_average")
-        if self._calls < self.warmup:
-            new = operations.where(norms < average, norms, average)
-        else:
-            new = average + (1 - self.beta) * (norms - average)
+        lowest = operations.where(norms < average, norms, average)
+        new = either(self._calls < self.warmup, lowest, average + (1 - self.beta) * (norms - average))
         new = operations.where(average > 0, new, norms)
         self._average = operations.where(norms > 0, new, average)
         self._calls += 1
+
+    def _initial(self, norms: Any) -> dict[str, Any]:
+        return super()._initial(norms) | {"_calls": 0}
 
 
 class SPAM(StatefulPolicy):
@@ -346,8 +358,17 @@ class SkipStep(StatefulPolicy):
             history = full(value, (self._rows, 1), math.nan)
         elif isinstance(history, np.ndarray) and not isinstance(value, np.ndarray):
             history = beside(history, value)
-        history[self._calls % self.window] = value
-        return history
+        return with_row(history, self._calls % self.window, value)
+
+    def _initial(self, norms: Any) -> dict[str, Any]:
+        empty = full(norms, (self._rows, 1), math.nan)
+        return {"_norms": empty, "_losses": empty, "_calls": 0}
+
+
+def _rounds() -> tuple[Any, Any]:
+    """Floor and ceiling of what JAX counts, as indices."""
+    jnp = sys.modules["jax.numpy"]
+    return (lambda x: jnp.floor(x).astype(int)), (lambda x: jnp.ceil(x).astype(int))
 
 
 def _one_of(value: Any, norms: Any) -> Any:

@@ -47,12 +47,13 @@ class ClippedGroups(Findings, Protocol):
 
 
 def operations_of(array: Any) -> Any:
-    """The module whose functions work on an array: NumPy, CuPy or torch.
+    """The module whose functions work on an array: NumPy, CuPy, torch, or JAX's NumPy.
 
     Only those are used that all have alike, work element by element and are IEEE's: so a policy has the same
     bits on the host and on a device, and nothing waits.
     """
-    return sys.modules[type(array).__module__.partition(".")[0]]
+    package = type(array).__module__.partition(".")[0]
+    return sys.modules["jax.numpy" if package in ("jax", "jaxlib") else package]
 
 
 def clipped_norms(result: ClippedGroups) -> Any:
@@ -77,11 +78,25 @@ def tree_sum(rows: Any) -> Any:
 
 
 def full(norms: Any, shape: tuple[int, ...], value: float) -> Any:
-    """A float64 array where these norms are."""
+    """An array where these norms are, of their dtype."""
     operations = operations_of(norms)
-    if operations.__name__ == "torch":
-        return operations.full(shape, value, dtype=operations.float64, device=norms.device)
-    return operations.full(shape, value, dtype=np.float64)
+    device = {"device": norms.device} if operations.__name__ == "torch" else {}
+    return operations.full(shape, value, dtype=norms.dtype, **device)
+
+
+def with_row(rows: Any, index: Any, value: Any) -> Any:
+    """The rows with another one in this place: the same memory, where that can be written."""
+    if operations_of(rows).__name__ == "jax.numpy":
+        return rows.at[index].set(value)
+    rows[index] = value
+    return rows
+
+
+def either(condition: Any, one: Any, other: Any) -> Any:
+    """One of two by a condition on calls: they are counted on the host, or by JAX in its program."""
+    if isinstance(condition, bool):
+        return one if condition else other
+    return sys.modules["jax.numpy"].where(condition, one, other)
 
 
 def beside(value: npt.NDArray[np.float64], norms: Any) -> Any:
@@ -156,6 +171,10 @@ class StatefulPolicy:
         for name in self._state:
             value = values[name]
             setattr(self, name, value.copy() if isinstance(value, np.ndarray) else value)
+
+    def _initial(self, norms: Any) -> dict[str, Any]:
+        """The state before the first call, as arrays where these norms are."""
+        return {name: full(norms, tuple(norms.shape), 0.0) for name in self._state}
 
     def _given(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self._options}

@@ -14,10 +14,12 @@ from gradclip.policies._base import (
     MeasuredGroups,
     StatefulPolicy,
     at_least,
+    either,
     full,
     in_range,
     operations_of,
     values_of,
+    with_row,
 )
 
 __all__ = ["FirstMatch", "Lowest", "WarmUp"]
@@ -51,6 +53,10 @@ class _Composed(StatefulPolicy):
             for name, part in parts.items():
                 part.load_state_dict(before[name])
             raise
+
+    def view_of(self, name: str, whole: Any) -> Any:
+        """What a part sees of what was measured, or done; None: nothing, it is left out."""
+        return whole
 
     def _policies(self) -> Iterator[tuple[str, Any]]:
         return ((name, part) for name, part in self._parts.items() if is_policy(part))
@@ -151,7 +157,10 @@ class WarmUp(_Composed):
         return f"WarmUp({self._parts['first']!r}, {self.calls}, {self._parts['then']!r})"
 
     def thresholds(self, measured: MeasuredGroups) -> Any:
-        return _limits_of(self._parts["first" if self._seen < self.calls else "then"], measured)
+        is_first = self._seen < self.calls
+        if isinstance(is_first, bool):  # the other one is not asked
+            return _limits_of(self._parts["first" if is_first else "then"], measured)
+        return either(is_first, *(_limits_of(part, measured) for part in self._parts.values()))
 
     def observe(self, result: ClippedGroups) -> None:
         super().observe(result)
@@ -222,14 +231,22 @@ class FirstMatch(_Composed):
             )
         limits = full(norms, tuple(norms.shape), np.inf)
         for pattern, place in labels.places.items():
-            limits[place] = _limits_of(self._parts[pattern], _Part(measured, place, pattern in labels.shared))
+            limits = with_row(
+                limits, place, _limits_of(self._parts[pattern], self.view_of(pattern, measured))
+            )
         return limits
 
     def observe(self, result: ClippedGroups) -> None:
-        labels = self.groups(result.names)
         for pattern, part in self._policies():
-            if pattern in labels.places and hasattr(part, "observe"):
-                part.observe(_Part(result, labels.places[pattern], pattern in labels.shared))
+            view = self.view_of(pattern, result)
+            if view is not None and hasattr(part, "observe"):
+                part.observe(view)
+
+    def view_of(self, name: str, whole: Any) -> Any:
+        labels = self.groups(whole.names)
+        if name not in labels.places:
+            return None
+        return _Part(whole, labels.places[name], name in labels.shared)
 
     def __repr__(self) -> str:
         return f"FirstMatch({self._parts!r})"
