@@ -14,6 +14,7 @@ from jax import lax
 
 from gradclip.jax import _kernels
 from gradclip.jax._plain import float_of
+from gradclip.jax._sharding import lay_out
 from gradclip.jax._tree import leaf_names, make_config, read, read_limits, read_scale
 
 if TYPE_CHECKING:
@@ -79,31 +80,25 @@ def named_norms(result: Any, grads: Any) -> dict[str, Any]:
 
 def _sums(config: Config, leaves: Sequence[Any]) -> Any:
     """The sums of parts, over the shards of all mapped axes."""
-    if not config.axis_names:
-        return _kernels.measure(leaves, config.ord, config.parts)
-    return over_shards(config, leaves, config.axis_names)
-
-
-def over_shards(config: Config, leaves: Sequence[Any], axes: tuple[str, ...]) -> Any:
-    """Local sums, laid side by side by an all-reduce of integers, and added in the same order everywhere."""
-    index = lax.axis_index(axes)
     words = _kernels.measure(leaves, config.ord, config.parts)
+    if not config.axis_names:
+        return words
+    index = lax.axis_index(config.axis_names)
     # Where types tell: what is the same on all shards of an axis counts once.
     tracked = _kernels.varying_axes(index)
-    counts = [
-        functools.reduce(
-            jnp.logical_and,
-            [lax.axis_index(axis) == 0 for axis in axes if axis in tracked - _kernels.varying_axes(leaf)],
-            jnp.ones((), bool),
-        )
-        for leaf in leaves
-    ]
+    places = []
+    for leaf in leaves:
+        same = tracked - _kernels.varying_axes(leaf)
+        is_first = [lax.axis_index(axis) == 0 for axis in config.axis_names if axis in same]
+        places.append(jnp.where(jnp.all(jnp.array(is_first)), index, -1) if is_first else index)
     of_part = np.repeat(np.arange(len(leaves)), np.abs(config.parts))
-    words = jnp.where(jnp.stack(counts)[of_part][:, None], words, jnp.uint32(0))
-    shards = lax.axis_size(axes)
-    here = (jnp.arange(shards) == index)[:, None, None]
-    words = _kernels.vary(jnp.where(here, words[None], jnp.uint32(0)), tracked)
-    return _kernels.combine(lax.psum(words, axes), config.ord)
+    shards = lay_out(
+        _kernels.vary(words, tracked),
+        jnp.stack([_kernels.vary(place, tracked) for place in places])[of_part],
+        lax.axis_size(config.axis_names),
+        config.axis_names,
+    )
+    return _kernels.combine(shards, config.ord)
 
 
 class _Norms(NamedTuple):

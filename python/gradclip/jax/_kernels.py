@@ -22,6 +22,7 @@ from jax.custom_batching import custom_vmap
 from gradclip import _core
 from gradclip.jax import _plain
 from gradclip.jax._config import GROUPS, NONFINITE, Config
+from gradclip.jax._sharding import by_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -110,6 +111,10 @@ def _say_once(platform: str) -> None:
     )
 
 
+def _are_whole(parts: tuple[int, ...]) -> bool:
+    return all(count == 1 for count in parts)
+
+
 def _int64(values: Sequence[int]) -> Any:
     return np.asarray(values, np.int64)
 
@@ -126,6 +131,8 @@ def _measure(ord: float, parts: tuple[int, ...]) -> Any:
                 *leaves, ord=np.float64(ord), parts=_int64(parts)
             )
 
+        if _are_whole(parts):
+            native = by_device(native, lambda shards: combine(shards, ord), 0)
         return _call(native, lambda *leaves: _plain.measure(leaves, ord, parts), *leaves)
 
     @call.def_vmap
@@ -235,6 +242,9 @@ def _scale(parts: tuple[int, ...], down: bool) -> Any:
             return jax.ffi.ffi_call(
                 "gradclip_scale", scaled, input_output_aliases={i + 1: i for i in range(len(leaves))}
             )(*vary_together((factors, *leaves)), parts=_int64(parts), down=np.bool_(down))
+
+        if _are_whole(parts):
+            native = by_device(native, None, 1)
 
         def plain(factors: Any, *leaves: Any) -> Any:
             return _plain.scale(factors, leaves, parts, down)

@@ -44,18 +44,18 @@ def measure(leaves: Sequence[Any], ord: float, parts: Sequence[int]) -> Any:
 def _measure(leaf: Any, ord: float, count: int) -> Any:
     if leaf.size == 0:
         return _pack(*_scaled(jnp.zeros(abs(count), jnp.float32), jnp.zeros(abs(count), jnp.int32)))
-    columns = leaf.reshape(-1, -count).T if count < 0 else leaf.reshape(count, -1)
-    is_complex = jnp.iscomplexobj(columns)
-    largest = jnp.abs(columns.real) if is_complex else jnp.abs(columns)
-    if is_complex:
-        largest = jnp.maximum(largest, jnp.abs(columns.imag))
-    top = jnp.max(largest, axis=1)
+    # Of one part no axis is moved: it may be sharded.
+    rows = leaf[None] if count == 1 else leaf.reshape(count, -1) if count > 0 else leaf.reshape(-1, -count).T
+    axes = tuple(range(1, rows.ndim))
+    largest = jnp.abs(rows)
+    if jnp.iscomplexobj(rows):  # whose magnitude could overflow
+        largest = jnp.maximum(jnp.abs(rows.real), jnp.abs(rows.imag))
+    top = jnp.max(largest, axis=axes)
     is_odd = ~jnp.isfinite(top)
     exponent = jnp.where(is_odd | (top == 0), 0, jnp.frexp(top)[1])
-    unit = _power_of_two(-exponent, columns.real.dtype)[:, None]
-    small = columns * unit  # at most 1; a second time where one factor would be beyond the type
-    terms = jnp.abs(small).astype(jnp.float32)
-    value = jnp.max(terms, axis=1) if np.isinf(ord) else jnp.sum(terms**ord, axis=1)
+    unit = jnp.expand_dims(_power_of_two(-exponent, rows.real.dtype), axes)
+    terms = jnp.abs(rows * unit).astype(jnp.float32)  # at most the root of 2
+    value = jnp.max(terms, axis=axes) if np.isinf(ord) else jnp.sum(terms**ord, axis=axes)
     value = jnp.where(is_odd, top.astype(jnp.float32), value)
     return _pack(*_scaled(value, exponent))
 
