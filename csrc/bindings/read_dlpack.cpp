@@ -176,7 +176,7 @@ bool is_jax_array(py::handle object) {
 std::string not_an_array(py::handle object) {
   std::string type = full_type_name(object);
   if (is_jax_array(object))
-    return "a " + type + " that is being traced (call it outside of jax.jit and jax.grad)";
+    return "a " + type + " that is being traced (inside of jax.jit and jax.grad use gradclip.jax)";
   if (PyDict_Check(object.ptr()) || PyList_Check(object.ptr()) || PyTuple_Check(object.ptr()))
     return type + " (of nested containers pass the leaves: jax.tree.leaves(grads))";
   return type;
@@ -224,7 +224,7 @@ void read_dlpack(py::handle object, const EntryName& name, const Place& place, E
   // Without a version there is no read-only flag: jax arrays must be known by their type.
   if (is_jax_array(object))
     entry.unwritable = name.problem(Problem::type_error, "an array that can be written",
-                                    "a jax.Array, which is immutable");
+                                    "a jax.Array, which is immutable (gradclip.jax.clip)");
 }
 
 }  // namespace gradclip::bindings

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from gradclip import _core
 from gradclip._dispatch import read, read_and_see
+from gradclip._jax_arrays import read_norms
 from gradclip._measured import Measured, Policy, clip, formula_of, with_params
 from gradclip._result import ClipResult, warn_of_nothing
 
@@ -64,7 +65,8 @@ def tensor_norms(grads: GradientArrays, ord: float = 2) -> npt.NDArray[np.float6
             ``cupy.ndarray`` or any object with ``__dlpack__`` (on a GPU also
             ``__cuda_array_interface__``), all on one device, of dtype float16, bfloat16, float32,
             float64, complex64 or complex128, of any shape and layout. ``None`` entries are skipped and
-            have norm 0.
+            have norm 0. Entries may be pytrees of JAX arrays, in the order of ``jax.tree.leaves``; of
+            arrays with several shards, each shard on this process's devices counts once.
         ord: Which norm: 2 (Euclidean), 1 (sum of magnitudes), ``inf`` (largest magnitude), or any
             p > 0 for ``sum(abs(g)**p)**(1/p)``. 2, 1 and ``inf`` are fast (of complex numbers: 2).
 
@@ -83,7 +85,8 @@ def tensor_norms(grads: GradientArrays, ord: float = 2) -> npt.NDArray[np.float6
         >>> gradclip.tensor_norms([np.array([3.0, 4.0]), None, np.full(4, 1e200)])
         array([5.e+000, 0.e+000, 2.e+200])
     """
-    return read(grads).tensor_norms(ord)
+    norms: npt.NDArray[np.float64] = read_norms(grads).tensor_norms(ord)
+    return norms
 
 
 def row_norms(grads: GradientArrays, ord: float = 2) -> list[npt.NDArray[np.float64]]:
@@ -136,7 +139,8 @@ def global_norm(grads: GradientArrays, ord: float = 2) -> float:
         >>> gradclip.global_norm({"w": np.array([3.0, 4.0]), "b": np.array([12.0])})
         13.0
     """
-    return read(grads).global_norm(ord)
+    norm: float = read_norms(grads).global_norm(ord)
+    return norm
 
 
 def measure(

@@ -220,7 +220,10 @@ def _decide(config: Config) -> Any:
                 all_float64=np.bool_(config.all_float64),
             )
 
-        return _call(native, lambda *a: _plain.decide(*a, config), words, limits, grad_scale)
+        def plain(words: Any, limits: Any, grad_scale: Any) -> Any:
+            return _plain.decide(words, limits, grad_scale, config)
+
+        return _call(native, plain, words, limits, grad_scale)
 
     @call.def_vmap
     def rule(axis_size: int, in_batched: Sequence[bool], *arrays: Any) -> Any:

@@ -98,7 +98,7 @@ def _total(value: Any, below: Any, ord: float, axis: int) -> Any:
     return jnp.max(terms, axis=axis) if np.isinf(ord) else jnp.sum(terms, axis=axis)
 
 
-def _group_norms(value: Any, exponent: Any, labels: Sequence[int], count: int, config: Config) -> Any:
+def _group_norms(value: Any, exponent: Any, labels: Any, count: int, config: Config) -> Any:
     """The norms of groups of parts, given by their labels, which are static."""
     label = np.asarray(labels)
     top = jax.ops.segment_max(exponent, label, count)
@@ -126,7 +126,7 @@ def _decide(words: Any, limits: Any, grad_scale: Any, config: Config) -> tuple[A
     of_part = np.repeat(np.arange(config.num_tensors), np.abs(config.parts))
     scale = grad_scale.astype(jnp.float32)
 
-    def norms_of(labels: Sequence[int], count: int) -> Any:
+    def norms_of(labels: Any, count: int) -> Any:
         return _group_norms(value, exponent, labels, count, config) / scale
 
     norms = norms_of(of_part, config.num_tensors)

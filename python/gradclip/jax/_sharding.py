@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING, Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -70,10 +69,7 @@ def by_device(call: Callable[..., Any], combine: Callable[[Any], Any] | None, re
 
     def infer(mesh: Any, arguments: Sequence[Any], result: Any) -> Any:
         shardings = [argument.sharding for argument in arguments]
-        return whole_like(shardings[0]) if combine is not None else type(result)(shardings[replicated:])
-
-    def whole_like(sharding: Any) -> Any:
-        return jax.sharding.GSPMDSharding.get_replicated(sharding._device_assignment)
+        return _whole(shardings[0]) if combine is not None else type(result)(shardings[replicated:])
 
     def rule(mesh: Any, values: Sequence[Any], results: Sequence[Any]) -> Any:
         return _sharding_rule([len(value.shape) for value in values], replicated, combine is not None)
@@ -88,8 +84,13 @@ def _even(argument: Any) -> Any:
     try:
         sharding.shard_shape(argument.shape)
     except ValueError:
-        return jax.sharding.GSPMDSharding.get_replicated(sharding._device_assignment)
+        return _whole(sharding)
     return sharding
+
+
+def _whole(sharding: Any) -> Any:
+    """All of an array on each device of a sharding."""
+    return NamedSharding(Mesh(np.array(sharding._device_assignment), ("devices",)), PartitionSpec())
 
 
 def _places(argument: Any, sharding: Any, devices: Sequence[Any]) -> Any:
