@@ -1,17 +1,20 @@
-// cpu/workers.hpp, team.hpp, thread_count.hpp: every task once, whoever calls, however often, also in the child of a fork.
+// cpu/workers.hpp, team.hpp, pool.hpp, thread_count.hpp: every task once, whoever calls, however often, also in the child of a fork.
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <functional>
 #include <numeric>
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "cpu/experience.hpp"
+#include "cpu/pool.hpp"
 #include "cpu/team.hpp"
 #include "cpu/thread_count.hpp"
 #include "cpu/workers.hpp"
@@ -40,6 +43,36 @@ std::vector<std::size_t> order_alone(std::size_t tasks, Pass pass) {
   return order;
 }
 
+// Threads of somebody else, that run what they are given in order.
+class Threads final : public cpu::Pool {
+ public:
+  explicit Threads(int threads) : threads_(threads) {}
+  int threads() const override { return threads_; }
+  void schedule(std::function<void()> task) override {
+    ++scheduled;
+    running_.emplace_back(std::move(task));
+  }
+  int scheduled = 0;
+
+ private:
+  int threads_;
+  std::vector<std::jthread> running_;
+};
+
+// A pool that is full: what it is given runs when everything is over.
+class Late final : public cpu::Pool {
+ public:
+  int threads() const override { return 4; }
+  void schedule(std::function<void()> task) override { tasks_.push_back(std::move(task)); }
+  std::size_t run_all() {
+    for (const auto& task : tasks_) task();
+    return tasks_.size();
+  }
+
+ private:
+  std::vector<std::function<void()>> tasks_;
+};
+
 }  // namespace
 
 // First, while no helper has been started.
@@ -51,6 +84,43 @@ TEST_CASE("small work starts no thread") {
   CHECK(each_ran_once(1, 8));
   CHECK(each_ran_once(100, 1));
   CHECK(cpu::team::num_started() == 0);
+}
+
+TEST_CASE("a pool helps in place of the team") {
+  for (int call = 0; call < (kSanitized ? 50 : 500); ++call) {
+    Threads pool(3);
+    const cpu::PoolScope scope(pool);
+    CHECK(each_ran_once(100, 8));
+    CHECK(pool.scheduled == 3);  // and the calling thread
+    CHECK(each_ran_once(1, 8));
+    CHECK(each_ran_once(100, 1));
+    CHECK(pool.scheduled == 3);
+  }
+  CHECK(cpu::team::num_started() == 0);
+}
+
+TEST_CASE("a pool that is full is not waited for, and comes too late") {
+  Late pool;
+  {
+    const cpu::PoolScope scope(pool);
+    CHECK(each_ran_once(100, 8));
+  }
+  CHECK(pool.run_all() == 4);
+}
+
+TEST_CASE("a pool's scope is that of its thread, and ends") {
+  Threads outer(1), inner(1);
+  CHECK(cpu::PoolScope::current() == nullptr);
+  {
+    const cpu::PoolScope first(outer);
+    {
+      const cpu::PoolScope second(inner);
+      CHECK(cpu::PoolScope::current() == &inner);
+      std::jthread([] { CHECK(cpu::PoolScope::current() == nullptr); });
+    }
+    CHECK(cpu::PoolScope::current() == &outer);
+  }
+  CHECK(cpu::PoolScope::current() == nullptr);
 }
 
 TEST_CASE("every task runs once, for any number of tasks and threads") {
