@@ -16,7 +16,7 @@ from bench.peers.ours import (
     GradclipUnbound,
 )
 from bench.peers.with_cupy import CupyNrm2, CupySquares
-from bench.peers.with_jax import Optax, OptaxCuda, OptaxDonated
+from bench.peers.with_jax import GradclipJax, Optax, OptaxCuda, OptaxDonated
 from bench.peers.with_numpy import Numba, NumpyDot, NumpySquares
 from bench.peers.with_torch import Apex, Torch, TorchCuda, TorchCudaLoop, TorchLoop, TransformerEngine
 from bench.timing import describe_error
@@ -26,8 +26,8 @@ __all__ = ["CPU", "GPU", "OURS", "PEERS", "Peer", "missing", "present"]
 PEERS: Mapping[str, type[Peer]] = {
     peer.key: peer
     for peer in (
-        Gradclip, GradclipPlan, GradclipMeasured, GradclipUnbound, GradclipTorch, NumpyDot, NumpySquares,
-        Numba, Torch, TorchLoop, OptaxDonated, Optax, GradclipGpu, GradclipGpuPlan, GradclipTorchCuda,
+        Gradclip, GradclipPlan, GradclipMeasured, GradclipUnbound, GradclipTorch, GradclipJax, NumpyDot,
+        NumpySquares, Numba, Torch, TorchLoop, OptaxDonated, Optax, GradclipGpu, GradclipGpuPlan, GradclipTorchCuda,
         CupyNrm2, CupySquares, TorchCuda, TorchCudaLoop, OptaxCuda, Apex, TransformerEngine,
     )
 }  # fmt: skip

@@ -14,7 +14,7 @@ from bench.jobs import LOG, NORMS, UNSCALE, Job, Traffic
 from bench.peers.base import GPU, Peer, traffic
 from gradclip._dispatch import why_no_gpu
 
-__all__ = ["Optax", "OptaxCuda", "OptaxDonated"]
+__all__ = ["GradclipJax", "Optax", "OptaxCuda", "OptaxDonated"]
 
 # Read when JAX first looks for a GPU, of whose memory it would take three quarters.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -34,7 +34,7 @@ class Optax(Peer):
         # By name: they come without types.
         self._jax: Any = importlib.import_module("jax")
         self._optax: Any = importlib.import_module("optax")
-        self._norm = self._jax.jit(self._optax.tree.norm)
+        self._norm = self._jax.jit(self._global_norm)
         self.copy_gradients()
 
     def copy_gradients(self) -> None:
@@ -49,25 +49,34 @@ class Optax(Peer):
     def _on_host(grad: Any) -> Array:
         return np.asarray(grad)
 
+    def _global_norm(self, grads: Any) -> Any:
+        return self._optax.tree.norm(grads)
+
+    def _transformation(self, max_norm: float, grad_scale: float) -> Any:
+        """What clips; it undoes the scale of the gradients."""
+        clip = self._optax.clip_by_global_norm(max_norm)
+        return clip if grad_scale == 1 else self._optax.chain(self._optax.scale(1 / grad_scale), clip)
+
+    def _layer_norms(self, grads: Any, state: Any) -> Any:
+        return self._jax.numpy.stack([self._jax.numpy.linalg.norm(g) for g in grads])
+
     def call(self, job: Job, max_norm: float, beside: Sequence[Any] = ()) -> Callable[[], Any]:
         """Compiled with the threshold in it, as one writes it into an optimizer."""
         if job.key == NORMS:
             return self.norms
-        jax, transform = self._jax, self._optax.clip_by_global_norm(max_norm)
+        transform = self._transformation(max_norm, job.scale if job.key == UNSCALE else 1.0)
         state = transform.init(self._jax_grads)
 
         def clip(grads: Any) -> Any:
             return transform.update(grads, state)[0]
 
-        def unscale_and_clip(grads: Any) -> Any:
-            return clip(jax.tree.map(lambda g: g / job.scale, grads))
-
         def norms_and_clip(grads: Any) -> Any:
-            return jax.numpy.stack([jax.numpy.linalg.norm(g) for g in grads]), clip(grads)
+            clipped, after = transform.update(grads, state)
+            return self._layer_norms(grads, after), clipped
 
-        function = {UNSCALE: unscale_and_clip, LOG: norms_and_clip}.get(job.key, clip)
-        compiled = jax.jit(function, donate_argnums=(0,) if self.donate else ())
-        return lambda: jax.block_until_ready(compiled(self._jax_grads))
+        donated = (0,) if self.donate else ()
+        compiled = self._jax.jit(norms_and_clip if job.key == LOG else clip, donate_argnums=donated)
+        return lambda: self._jax.block_until_ready(compiled(self._jax_grads))
 
     def norms(self) -> Any:
         return self._norm(self._jax_grads).block_until_ready()
@@ -109,6 +118,26 @@ class OptaxDonated(Optax):
     def undo(self, answer: Any, factor: float) -> None:
         scaled = self._scale(self._jax_grads, self._jax.numpy.asarray(factor))
         self._jax_grads = self._jax.block_until_ready(scaled)
+
+
+class GradclipJax(OptaxDonated):
+    """The same with gradclip's transformation, whose state holds the norms of layers."""
+
+    key, title = "gradclip-jax", "gradclip.jax, jit, donated"
+    traffic = traffic(Traffic(1), Traffic(1, 1), Traffic(1), Traffic(1, 1), Traffic(1, 1))
+
+    def __init__(self, grads: Sequence[Any]) -> None:
+        self._ours: Any = importlib.import_module("gradclip.jax")
+        super().__init__(grads)
+
+    def _global_norm(self, grads: Any) -> Any:
+        return self._ours.global_norm(grads)
+
+    def _transformation(self, max_norm: float, grad_scale: float) -> Any:
+        return self._ours.clip_by_global_norm(max_norm, grad_scale=grad_scale)
+
+    def _layer_norms(self, grads: Any, state: Any) -> Any:
+        return state.norms
 
 
 class OptaxCuda(OptaxDonated):

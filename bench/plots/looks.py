@@ -20,6 +20,7 @@ LOOKS: dict[str, tuple[str, str, str]] = {
     "gradclip-measured": (OURS, "d", ":"),
     "gradclip-unbound": (PLAN, "d", ":"),
     "gradclip-torch": (OURS, "X", "--"),
+    "gradclip-jax": (OURS, "P", "--"),
     "numpy-dot": ("#0072B2", "s", "-"),
     "numpy-sum": ("#0072B2", "D", "--"),
     "numba": ("#000000", "P", ":"),
