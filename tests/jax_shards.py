@@ -44,9 +44,7 @@ def _in_shards(mesh: Any, specs: Any, axes: Any, max_norm: Any, checks: bool = T
         return clipped, result, result.total_norm[None]
 
     out_specs = (specs, P(), P(mesh.axis_names))
-    return jax.jit(
-        jax.shard_map(clip, mesh=mesh, in_specs=(specs,), out_specs=out_specs, check_vma=checks)
-    )
+    return jax.jit(jax.shard_map(clip, mesh=mesh, in_specs=(specs,), out_specs=out_specs, check_vma=checks))
 
 
 def _compare(mesh: Any, specs: Any, grads: Any, max_norm: Any = LIMIT, **options: Any) -> dict[str, Any]:
@@ -74,9 +72,7 @@ def _compare_updates() -> dict[str, bool]:
     """As a transformation of optax, whose state is the same everywhere."""
     whole, across = (gradclip.jax.clip_by_global_norm(LIMIT, axis_name=axes) for axes in (None, "x"))
     state = whole.init(GRADS)
-    update = jax.shard_map(
-        across.update, mesh=LINE, in_specs=(LINE_SPECS, P()), out_specs=(LINE_SPECS, P())
-    )
+    update = jax.shard_map(across.update, mesh=LINE, in_specs=(LINE_SPECS, P()), out_specs=(LINE_SPECS, P()))
     return {"equal": _bits(jax.jit(update)(GRADS, state)) == _bits(whole.update(GRADS, state))}
 
 

@@ -27,8 +27,9 @@ PEERS: Mapping[str, type[Peer]] = {
     peer.key: peer
     for peer in (
         Gradclip, GradclipPlan, GradclipMeasured, GradclipUnbound, GradclipTorch, GradclipJax, NumpyDot,
-        NumpySquares, Numba, Torch, TorchLoop, OptaxDonated, Optax, GradclipGpu, GradclipGpuPlan, GradclipTorchCuda,
-        CupyNrm2, CupySquares, TorchCuda, TorchCudaLoop, OptaxCuda, Apex, TransformerEngine,
+        NumpySquares, Numba, Torch, TorchLoop, OptaxDonated, Optax, GradclipGpu, GradclipGpuPlan,
+        GradclipTorchCuda, CupyNrm2, CupySquares, TorchCuda, TorchCudaLoop, OptaxCuda, Apex,
+        TransformerEngine,
     )
 }  # fmt: skip
 # What the others are compared with, by place.

@@ -1,110 +1,163 @@
-"""A perceptron of 30 layers learns digits if its gradients are clipped, and breaks if they are not.
+"""A perceptron of 25 layers, with and without clipping: with it the digits are learnt, without it nothing is.
 
-    python docs/examples/jax_mlp.py [--steps 400] [--plot norms.png]
+    python docs/examples/jax_mlp.py [--steps 300] [--plot norms.png]
 
-JAX, Equinox and optax. The norm of every layer comes from the state of the clip: no second pass over gradients.
+JAX, optax and Equinox; the digits are scikit-learn's. The norm of every layer is in the state of the clip:
+logging reads no gradient a second time.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import matplotlib as mpl
 import numpy as np
 import optax
 from matplotlib.figure import Figure
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits  # type: ignore[import-untyped]
 
 import gradclip.jax
 
-WIDTH, DEPTH, BATCH = 64, 30, 64
+WIDTH, HIDDEN_LAYERS, BATCH, TRAINING_EXAMPLES = 64, 24, 64, 1400
+LEARNING_RATE, MOMENTUM, MAX_NORM = 0.05, 0.9, 0.5
+
+
+class Perceptron(eqx.Module):
+    """A chain of matrices, which at the beginning keep the size of what passes through them."""
+
+    layers: list[jax.Array]
+
+    def __init__(self, sizes: Sequence[int], key: jax.Array) -> None:
+        keys = jax.random.split(key, len(sizes) - 1)
+        self.layers = [
+            jax.random.normal(key, (size, before)) * math.sqrt(1.5 / before)
+            for key, before, size in zip(keys, sizes[:-1], sizes[1:], strict=True)
+        ]
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for layer in self.layers[:-1]:
+            x = jnp.tanh(layer @ x)
+        return self.layers[-1] @ x
 
 
 @dataclass
 class Training:
-    """What one training was like: a value for each step, and the names of the layers."""
+    """What there is to tell of one training."""
 
     max_norm: float
-    names: list[str]
-    losses: list[Any] = field(default_factory=list)
-    norms: list[Any] = field(default_factory=list)  # of every layer, before clipping
-    clipped_steps: int = 0
-    accuracy: float = 0.0
+    layers: list[str]  # names
+    losses: np.ndarray  # of each step
+    norms: np.ndarray  # of each step and layer, before clipping
+    clipped_steps: int
+    accuracy: float
 
 
-def make_model(key: jax.Array) -> eqx.nn.MLP:
-    """Weights that keep the size of what passes through them (He et al. 2015)."""
-    model = eqx.nn.MLP(64, 10, WIDTH, DEPTH, jax.nn.relu, use_bias=False, key=key)
-    init = jax.nn.initializers.he_normal(in_axis=-1, out_axis=-2)
-    keys = jax.random.split(key, len(model.layers))
-    weights = [init(k, layer.weight.shape) for k, layer in zip(keys, model.layers, strict=True)]
-    return eqx.tree_at(lambda m: [layer.weight for layer in m.layers], model, weights)
+def loss_of(model: Perceptron, x: jax.Array, y: jax.Array) -> jax.Array:
+    losses: jax.Array = optax.softmax_cross_entropy_with_integer_labels(jax.vmap(model)(x), y)
+    return losses.mean()
 
 
-def loss_of(model: eqx.nn.MLP, x: jax.Array, y: jax.Array) -> jax.Array:
-    return optax.softmax_cross_entropy_with_integer_labels(jax.vmap(model)(x), y).mean()
-
-
-def batches(x: np.ndarray, y: np.ndarray, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    rng = np.random.default_rng(seed)
-    while True:
-        chosen = rng.choice(len(x), BATCH, replace=False)
-        yield x[chosen], y[chosen]
-
-
-def train(max_norm: float, steps: int, seed: int = 0) -> Training:
+def load() -> tuple[jax.Array, jax.Array]:
     digits = load_digits()
-    x, y = (digits.data / 16 - 0.5).astype(np.float32), digits.target.astype(np.int32)
-    train_x, train_y, test_x, test_y = x[:1400], y[:1400], x[1400:], y[1400:]
+    return jnp.asarray(digits.data / 8 - 1), jnp.asarray(digits.target)
 
-    model = make_model(jax.random.key(seed))
-    optimizer = optax.chain(gradclip.jax.clip_by_global_norm(max_norm), optax.sgd(0.05, momentum=0.9))
-    state = optimizer.init(eqx.filter(model, eqx.is_array))
+
+def batches(examples: int, steps: int) -> Iterator[np.ndarray]:
+    """Which examples each step is made of."""
+    rng = np.random.default_rng(0)
+    for _ in range(steps):
+        yield rng.choice(examples, BATCH, replace=False)
+
+
+def train(max_norm: float, steps: int) -> Training:
+    x, y = load()
+    model = Perceptron([64, *[WIDTH] * HIDDEN_LAYERS, 10], jax.random.key(0))
+    params = eqx.filter(model, eqx.is_array)
+    optimizer = optax.chain(
+        gradclip.jax.clip_by_global_norm(max_norm),
+        optax.sgd(LEARNING_RATE, MOMENTUM),
+    )
+    state = optimizer.init(params)
 
     @eqx.filter_jit
-    def step(model: eqx.nn.MLP, state: Any, x: jax.Array, y: jax.Array) -> tuple[eqx.nn.MLP, Any, jax.Array]:
-        loss, grads = eqx.filter_value_and_grad(loss_of)(model, x, y)
+    def step(model: Perceptron, state: Any, batch: jax.Array) -> tuple[Perceptron, Any, jax.Array]:
+        loss, grads = eqx.filter_value_and_grad(loss_of)(model, x[batch], y[batch])
         updates, state = optimizer.update(grads, state)
         return eqx.apply_updates(model, updates), state, loss
 
-    training = Training(max_norm, list(gradclip.jax.named_norms(state[0], eqx.filter(model, eqx.is_array))))
-    for i, (xs, ys) in zip(range(steps), batches(train_x, train_y, seed), strict=False):
-        model, state, loss = step(model, state, xs, ys)
-        clip = state[0]  # the ClipState: arrays that nobody has waited for
-        training.losses.append(loss)
-        training.norms.append(clip.norms)
-        if i % max(steps // 10, 1) == 0:
+    losses, norms = [], []
+    for i, batch in enumerate(batches(TRAINING_EXAMPLES, steps), start=1):
+        model, state, loss = step(model, state, jnp.asarray(batch))
+        clip = state[0]  # the ClipState; nothing waits for these arrays until they are printed
+        losses.append(loss)
+        norms.append(clip.norms)
+        if i % max(steps // 6, 1) == 0:
             print(
-                f"step {i:4}  loss {loss:8.4f}  global norm {clip.total_norm:10.4g}  "
-                f"coefficient {clip.coefficient:8.2g}"
+                f"step {i:4}   loss {loss:6.3f}   global norm {clip.total_norm:9.3g}   "
+                f"first layer {clip.norms[0]:9.3g}   last layer {clip.norms[-1]:9.3g}   "
+                f"clipped so far {clip.clipped_steps:3}"
             )
-    training.clipped_steps = int(state[0].clipped_steps)
-    training.accuracy = float(jnp.mean(jnp.argmax(jax.vmap(model)(test_x), axis=-1) == test_y))
-    return training
+    predicted = jax.vmap(model)(x[TRAINING_EXAMPLES:]).argmax(axis=-1)
+    return Training(
+        max_norm=max_norm,
+        layers=list(gradclip.jax.named_norms(state[0], params)),
+        losses=np.stack(losses),
+        norms=np.stack(norms),
+        clipped_steps=int(state[0].clipped_steps),
+        accuracy=float(np.mean(predicted == y[TRAINING_EXAMPLES:])),
+    )
 
 
-def main(arguments: list[str] | None = None) -> list[Training]:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--plot", type=Path)
+def title(training: Training) -> str:
+    clipping = "no clipping" if math.isinf(training.max_norm) else f"clipped to {training.max_norm:g}"
+    return f"{clipping}: {training.accuracy:.0%} of new digits right"
+
+
+def plot(trainings: Sequence[Training], path: Path) -> None:
+    """The norm of every layer over steps, one panel for each training."""
+    logs = [np.log10(np.where(t.norms > 0, t.norms, np.nan)).T for t in trainings]
+    low, high = np.nanpercentile(np.concatenate(logs, axis=1), [1, 99.9])
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = figure.subplots(1, len(trainings), sharey=True)
+    for ax, training, log in zip(axes, trainings, logs, strict=True):
+        end = len(training.losses) + 0.5
+        image = ax.imshow(
+            log,
+            aspect="auto",
+            cmap="viridis",
+            vmin=low,
+            vmax=high,
+            interpolation="nearest",
+            extent=(0.5, end, log.shape[0] + 0.5, 0.5),
+        )
+        ax.set_title(title(training), loc="left", fontsize=10)
+        ax.set_xlabel("step")
+    axes[0].set_ylabel("layer")
+    figure.colorbar(image, ax=axes, label="log10 of the gradient's norm, before clipping", pad=0.01)
+    figure.savefig(path, dpi=100)
+
+
+def main(arguments: Sequence[str] | None = None) -> list[Training]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--steps", type=int, default=300, help="of each training")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the norm of every layer over steps")
     options = parser.parse_args(arguments)
-    r=[]
-    for m in (math.inf, 1.0):
-        t=train(m, options.steps)
-        r.append(t)
-        print(t.clipped_steps, t.accuracy)
-    return r
+    trainings = []
+    for max_norm in (math.inf, MAX_NORM):
+        training = train(max_norm, options.steps)
+        print(f"{title(training)}, {training.clipped_steps} of {options.steps} steps clipped\n")
+        trainings.append(training)
+    if options.plot:
+        plot(trainings, options.plot)
+    return trainings
+
 
 if __name__ == "__main__":
-    import time
-    t=time.time()
     main()
-    print(time.time()-t)
