@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 import gradclip
+import gradclip.jax
 import gradclip.monitor
 import gradclip.policies
 import gradclip.torch
 
-_PACKAGES = (gradclip, gradclip.monitor, gradclip.policies, gradclip.torch)
+_PACKAGES = (gradclip, gradclip.jax, gradclip.monitor, gradclip.policies, gradclip.torch)
 _FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 _DOCS = Path(__file__).resolve().parent.parent / "docs"
 # Where the code is; the compiled module and the command lines have no examples.
@@ -40,7 +41,7 @@ def test_examples(module: str) -> None:
     assert failed == 0
 
 
-@pytest.mark.parametrize("page", ["torch.md", "policies.md", "monitor.md"])
+@pytest.mark.parametrize("page", ["jax.md", "torch.md", "policies.md", "monitor.md"])
 def test_examples_of_the_documentation(page: str) -> None:
     failed, attempted = doctest.testfile(str(_DOCS / page), module_relative=False, optionflags=_FLAGS)
     assert failed == 0
