@@ -228,6 +228,7 @@ struct Decider {
   Parts parts;
   std::vector<std::size_t> first;
   ClipOptions options;
+  bool as_reported = false;  // thresholds were made of norms that had been rounded to float32
 
   struct Decided {
     Norms norms;
@@ -249,7 +250,15 @@ struct Decider {
       decided.norms = norms_of(order, tensors, groups, sums_of_groups(order, tensors, groups),
                                options.grad_scale);
     }
-    decided.decision = decide_clip(decided.norms, groups, limits, options);
+    Table<double> exact(limits.begin(), limits.end());
+    if (as_reported) {
+      exact.resize(decided.norms.groups.size(), limits.front());
+      for (std::size_t g = 0; g < exact.size(); ++g) {
+        const double norm = decided.norms.groups[g];
+        if (static_cast<double>(static_cast<float>(norm)) == exact[g]) exact[g] = norm;
+      }
+    }
+    decided.decision = decide_clip(decided.norms, groups, exact, options);
     const ClipDecision& decision = decided.decision;
     decided.factors.assign(first.back(), decision.action == Action::zero ? kSetToZero : 1.0);
     if (decision.action != Action::scale) return decided;
@@ -274,10 +283,10 @@ ffi::Error decide(ffi::AnyBuffer words, ffi::AnyBuffer limits, ffi::AnyBuffer gr
                   ffi::Result<ffi::AnyBuffer> coefficients, ffi::Result<ffi::AnyBuffer> clipped,
                   ffi::Result<ffi::AnyBuffer> nonfinite, double ord, Numbers counts, Numbers labels,
                   std::int64_t groups_kind, std::int64_t groups_used, std::int64_t nonfinite_policy,
-                  bool rounds_down, bool are_coefficients, bool all_float64) {
+                  bool rounds_down, bool are_coefficients, bool as_reported, bool all_float64) {
   return run([&] {
     const Parts parts{counts};
-    Decider decider{norm_order(ord), {}, parts, parts.first(), {}};
+    Decider decider{norm_order(ord), {}, parts, parts.first(), {}, as_reported};
     decider.groups.kind = static_cast<Groups::Kind>(groups_kind);
     decider.groups.used = static_cast<std::size_t>(groups_used);
     if (decider.groups.kind == Groups::labels)
@@ -398,6 +407,7 @@ XLA_FFI_DEFINE_HANDLER(decide_handler, decide,
                            .Attr<std::int64_t>("nonfinite")
                            .Attr<bool>("down")
                            .Attr<bool>("are_coefficients")
+                           .Attr<bool>("as_reported")
                            .Attr<bool>("all_float64"));
 XLA_FFI_DEFINE_HANDLER(scale_handler, scale,
                        ffi::Ffi::Bind()

@@ -25,6 +25,8 @@ class Config:
         groups: One of ``GROUPS``.
         labels: The group of each gradient, for ``"labels"``.
         are_coefficients: Whether what is given for each group is its coefficient, in place of a threshold.
+        as_reported: Whether thresholds were made of norms that had been rounded to float32: one that is the
+            rounded norm is the norm.
         axis_names: The mapped axes over whose shards norms go.
     """
 
@@ -35,6 +37,7 @@ class Config:
     nonfinite: str = "propagate"
     down: bool = False
     are_coefficients: bool = False
+    as_reported: bool = False
     all_float64: bool = False
     axis_names: tuple[str, ...] = ()
 

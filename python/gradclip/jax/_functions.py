@@ -475,6 +475,8 @@ def clip_measured(
 ) -> tuple[Any, ClipResult]:
     """Clip what has been read and measured; ``config``, where it is not that of measuring."""
     config = config or measured._config
+    is_rounded = jnp.result_type(float) == jnp.float32 and not config.are_coefficients
+    config = dataclasses.replace(config, as_reported=is_rounded)
     limits = read_limits(max_norm, config, measured._group_names)
     clipped, decided = _jitted_clip_measured(
         config, measured._sums, leaves.arrays, limits, measured._grad_scale

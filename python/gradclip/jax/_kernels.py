@@ -217,6 +217,7 @@ def _decide(config: Config) -> Any:
                 nonfinite=np.int64(NONFINITE.index(config.nonfinite)),
                 down=np.bool_(config.down),
                 are_coefficients=np.bool_(config.are_coefficients),
+                as_reported=np.bool_(config.as_reported),
                 all_float64=np.bool_(config.all_float64),
             )
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -331,11 +332,13 @@ def clip_by_value(limit: Any) -> Any:
 
 
 def _rounded_down(limit: Any, dtype: Any) -> Any:
-    exact = jnp.asarray(limit, jnp.promote_types(dtype, jnp.float32))
-    rounded = exact.astype(dtype)
-    return jnp.where(
-        rounded.astype(exact.dtype) > exact, jnp.nextafter(rounded, jnp.zeros_like(rounded)), rounded
-    )
+    if not isinstance(limit, jax.Array):
+        number = np.asarray(limit, np.float64)
+        rounded = number.astype(dtype)
+        return np.nextafter(rounded, rounded.dtype.type(0)) if rounded > number else rounded
+    exact = limit.astype(jnp.promote_types(dtype, jnp.float32))
+    near = exact.astype(dtype)
+    return jnp.where(near.astype(exact.dtype) > exact, jnp.nextafter(near, jnp.zeros_like(near)), near)
 
 
 def _clip_elements(array: Any, limit: Any) -> Any:
