@@ -246,18 +246,19 @@ def _clip_jvp(config: Config, primals: Any, tangents: Any) -> Any:
     leaves, limits, grad_scale = primals
     changes, limits_change, scale_change = tangents
     result, decided = _clip(config, leaves, limits, grad_scale)
-    norms, coefficients = decided.norms, decided.coefficients
-    dtype = coefficients.dtype
-    d_norms = _unscaled_tangents(config, leaves, changes, norms, grad_scale, scale_change)
+    dtype = decided.coefficients.dtype
     scale = jnp.asarray(float_of(jnp.asarray(grad_scale)), dtype)
+    norms, coefficients = decided.norms, decided.coefficients
+    if config.nonfinite != "propagate":
+        # Where gradients were left as they are, or set to 0, nothing depends on norms.
+        is_left = jnp.any(decided.nonfinite) | ~jnp.all(jnp.isfinite(norms.groups))
+        norms, leaves = jax.tree.map(lambda x: jnp.where(is_left, jnp.zeros_like(x), x), (norms, leaves))
+        coefficients = jnp.where(is_left, 0.0 if config.nonfinite == "zero" else scale, coefficients)
+    d_norms = _unscaled_tangents(config, leaves, changes, norms, grad_scale, scale_change)
     d_scale = _tangent(scale_change, dtype)
-
-    is_odd = jnp.any(decided.nonfinite) | ~jnp.all(jnp.isfinite(norms.groups))
-    is_left = is_odd & (config.nonfinite != "propagate")
-    clips = (coefficients != 1) & ~is_left
     size = jnp.where(norms.groups == 0, 1, norms.groups)
     d_coefficients = (_tangent(limits_change, dtype) - coefficients * d_norms.groups) / size
-    d_coefficients = jnp.where(clips, d_coefficients, 0)
+    d_coefficients = jnp.where((coefficients != 1) & (norms.groups != 0), d_coefficients, 0)
 
     d_result = []
     for i, (leaf, change) in enumerate(zip(leaves, changes, strict=True)):
@@ -265,8 +266,6 @@ def _clip_jvp(config: Config, primals: Any, tangents: Any) -> Any:
         c, dc = (_spread(config, i, a) for a in (coefficients, d_coefficients))
         wide = jnp.promote_types(leaf.dtype, dtype)
         moved = c / scale * dx.astype(wide) + (dc / scale - c * (d_scale / scale**2)) * x.astype(wide)
-        if config.nonfinite != "propagate":
-            moved = jnp.where(is_left, 0 if config.nonfinite == "zero" else dx.astype(wide), moved)
         d_result.append(moved.astype(leaf.dtype).reshape(leaf.shape))
     none = (np.zeros(x.shape, jax.dtypes.float0) for x in (decided.clipped, decided.nonfinite))
     return (result, decided), (tuple(d_result), _Decided(d_norms, d_coefficients, *none))
@@ -432,6 +431,7 @@ class Measured:
     _grad_scale: Any
     _config: Config = dataclasses.field(metadata={"static": True})
     _group_names: Any = dataclasses.field(metadata={"static": True})
+    _shapes: tuple[tuple[int, ...], ...] = dataclasses.field(metadata={"static": True})
 
     def clip(
         self, grads: Any, max_norm: Any, *, nonfinite: str = "propagate", rounding: str = "nearest"
@@ -464,6 +464,11 @@ class Measured:
                 f"grads: expected the {self._config.num_tensors} arrays that were measured, got "
                 f"{len(leaves.arrays)}"
             )
+        for i, (array, shape) in enumerate(zip(leaves.arrays, self._shapes, strict=True)):
+            if array.shape != shape:
+                raise ValueError(
+                    f"{leaves.path(i)}: expected the shape that was measured, {shape}, got {array.shape}"
+                )
         checked, _ = make_config(leaves, nonfinite=nonfinite, rounding=rounding)
         config = dataclasses.replace(self._config, nonfinite=checked.nonfinite, down=checked.down)
         clipped, result = clip_measured(self, leaves, max_norm, config)
@@ -512,7 +517,8 @@ def measure_leaves(config: Config, names: Any, leaves: Leaves, grad_scale: Any) 
     """Measure what has been read."""
     scale = read_scale(grad_scale)
     sums, (total, norms, group_norms, nonfinite) = _measure(config, leaves.arrays, scale)
-    return Measured(total, norms, group_norms, nonfinite, sums, scale, config, names)
+    shapes = tuple(array.shape for array in leaves.arrays)
+    return Measured(total, norms, group_norms, nonfinite, sums, scale, config, names, shapes)
 
 
 @functools.partial(jax.jit, static_argnums=0)

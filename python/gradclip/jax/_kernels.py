@@ -151,8 +151,9 @@ def _rows_of_batches(axis_size: int, parts: tuple[int, ...], in_batched: Sequenc
     batch."""
     part_of_row, row_of_part, first, part = [], [], 0, 0
     for count, is_batched in zip(parts, in_batched, strict=True):
-        rows = np.arange(axis_size * count if is_batched else count).reshape(-1, count)
-        part_of_row.append(part + rows.ravel() % count)
+        batches = axis_size if is_batched else 1
+        rows = np.arange(batches * count).reshape(batches, count)
+        part_of_row.append(np.tile(np.arange(part, part + count), batches))
         row_of_part.append(first + np.broadcast_to(rows, (axis_size, count)))
         first, part = first + rows.size, part + count
     return np.concatenate(part_of_row), np.concatenate(row_of_part, axis=1)

@@ -46,24 +46,21 @@ def _measure(leaf: Any, ord: float, count: int) -> Any:
         return _pack(*_scaled(jnp.zeros(abs(count), jnp.float32), jnp.zeros(abs(count), jnp.int32)))
     # Of one part no axis is moved: it may be sharded.
     rows = leaf[None] if count == 1 else leaf.reshape(count, -1) if count > 0 else leaf.reshape(-1, -count).T
+    rows = rows.astype(jnp.promote_types(leaf.dtype, jnp.float32))
     axes = tuple(range(1, rows.ndim))
     largest = jnp.abs(rows)
     if jnp.iscomplexobj(rows):  # whose magnitude could overflow
         largest = jnp.maximum(jnp.abs(rows.real), jnp.abs(rows.imag))
     top = jnp.max(largest, axis=axes)
     is_odd = ~jnp.isfinite(top)
-    exponent = jnp.where(is_odd | (top == 0), 0, jnp.frexp(top)[1])
-    unit = jnp.expand_dims(_power_of_two(-exponent, rows.real.dtype), axes)
-    terms = jnp.abs(rows * unit).astype(jnp.float32)  # at most the root of 2
+    # The power of two and its inverse are normal numbers.
+    most = -int(jnp.finfo(largest.dtype).minexp)
+    exponent = jnp.where(is_odd | (top == 0), 0, jnp.clip(jnp.frexp(top)[1], -most, most))
+    unit = jnp.expand_dims(jnp.ldexp(jnp.ones_like(top), -exponent), axes)
+    terms = jnp.abs(rows * unit).astype(jnp.float32)  # at most 4 times the root of 2
     value = jnp.max(terms, axis=axes) if np.isinf(ord) else jnp.sum(terms**ord, axis=axes)
     value = jnp.where(is_odd, top.astype(jnp.float32), value)
     return _pack(*_scaled(value, exponent))
-
-
-def _power_of_two(exponent: Any, dtype: Any) -> Any:
-    """2 ** exponent, as far as the type reaches: beyond, elements are subnormal and lost to rounding."""
-    info = jnp.finfo(dtype)
-    return jnp.ldexp(jnp.ones(exponent.shape, dtype), jnp.clip(exponent, info.minexp, info.maxexp - 1))
 
 
 def _scaled(value: Any, exponent: Any) -> tuple[Any, Any]:
@@ -110,7 +107,9 @@ def _group_norms(value: Any, exponent: Any, labels: Any, count: int, config: Con
         root = jnp.where(jax.ops.segment_max(jnp.isnan(terms) * 1, label, count) > 0, jnp.nan, root)
     else:
         root = jax.ops.segment_sum(terms, label, count) ** (1 / config.ord)
-    return jnp.where(root == 0, 0.0, jnp.ldexp(root, top))
+    # In two steps: the power itself may be beyond float32.
+    half = top // 2
+    return jnp.where(root == 0, 0.0, jnp.ldexp(jnp.ldexp(root, half), top - half))
 
 
 def decide(words: Any, limits: Any, grad_scale: Any, config: Config) -> tuple[Any, ...]:
@@ -170,6 +169,8 @@ def scale(factors: Any, leaves: Sequence[Any], parts: Sequence[int], down: bool)
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _scale(factors: Any, leaf: Any, count: int, down: bool) -> Any:
+    if leaf.size == 0:
+        return leaf
     factor = lax.bitcast_convert_type(factors[:, 0], jnp.float32)
     is_zero = factors[:, 1] == 1
     if count != 1:
