@@ -324,7 +324,9 @@ def test_jax_arrays_that_are_no_arrays_now() -> None:
             ValueError, match=r"expected an array with memory, got a jax.Array that was deleted"
         ):
             gradclip.global_norm(grads)
-    with pytest.raises(TypeError, match=r"grads\[0\]: .*being traced \(inside of jax.jit and jax.grad use gradclip.jax"):
+    with pytest.raises(
+        TypeError, match=r"grads\[0\]: .*traced \(inside of jax.jit and jax.grad use gradclip.jax"
+    ):
         jax.jit(lambda x: gradclip.global_norm([x]))(jnp.ones(3))
     with pytest.raises(TypeError, match=r"being traced"):
         jax.grad(lambda x: gradclip.global_norm([x]))(jnp.ones(3))
