@@ -11,12 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, PartitionSpec
 
 import gradclip.jax
 from matrices import values
 
+P: Any = PartitionSpec
 LINE = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
 GRID = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
 
@@ -66,6 +66,19 @@ def _with_nan() -> dict[str, Any]:
     rows = GRADS["rows"].copy()
     rows[9, 2] = np.nan  # on the third of four devices
     return GRADS | {"rows": rows}
+
+
+def _compare_pmap() -> dict[str, bool]:
+    """What has no types counts once a shard."""
+    parts = {"rows": GRADS["rows"].reshape(4, 4, 5), "same": np.stack([GRADS["same"]] * 4)}
+    clipped, result = jax.pmap(lambda grads: gradclip.jax.clip(grads, LIMIT, axis_name="x"), axis_name="x")(
+        parts
+    )
+    whole, of_whole = gradclip.jax.clip(parts, LIMIT)
+    return {
+        "equal values": _bits(clipped) == _bits(whole),
+        "equal norms": _bits(result.norms) == [np.stack([of_whole.norms] * 4).tobytes()],
+    }
 
 
 def _compare_updates() -> dict[str, bool]:
@@ -120,6 +133,7 @@ def main() -> None:
             "skip": _compare(LINE, LINE_SPECS, _with_nan(), nonfinite="skip"),
             "zero": _compare(GRID, GRID_SPECS, _with_nan(), nonfinite="zero", ord=1),
         },
+        "pmap": _compare_pmap(),
         "updates": _compare_updates(),
         "derivatives": _compare_derivatives(),
     }

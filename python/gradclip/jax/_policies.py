@@ -20,8 +20,13 @@ if TYPE_CHECKING:
 __all__ = ["check", "initial_state", "is_policy", "learn", "with_state"]
 
 
-def check(policy: Any) -> None:
-    """TypeError for one whose state nobody sees, or that has its parameters elsewhere."""
+def check(policy: Any, rounding: str) -> None:
+    """Refuse one whose state nobody sees, with parameters elsewhere, or that cannot be rounded down."""
+    if hasattr(policy, "coefficients") and rounding == "down":
+        raise ValueError(
+            f"rounding: expected 'nearest' with a {type(policy).__name__}, which gives coefficients, got "
+            f"'down'"
+        )
     for _, part in _parts(policy):
         if isinstance(part, AGC):
             raise TypeError(

@@ -108,6 +108,14 @@ def _check_state(state: Any, config: Config) -> None:
         )
 
 
+def _check_policy_state(state: ClipState, expected: Any, max_norm: Any) -> None:
+    def kinds(state: Any) -> Any:
+        return jax.tree.structure(state), [(np.shape(leaf), leaf.dtype) for leaf in jax.tree.leaves(state)]
+
+    if kinds(state.policy) != kinds(expected):
+        raise ValueError(f"state: expected that of max_norm={max_norm!r}, got that of another policy or none")
+
+
 def clip_by_global_norm(
     max_norm: Any,
     *,
@@ -154,7 +162,7 @@ def clip_by_global_norm(
     """
     is_policy = _policies.is_policy(max_norm)
     if is_policy:
-        _policies.check(max_norm)
+        _policies.check(max_norm, rounding)
 
     def configured(leaves: Leaves) -> tuple[Config, Any]:
         chosen = groups
@@ -172,18 +180,21 @@ def clip_by_global_norm(
             axis_name=axis_name,
         )
 
+    def initial_policy_state(config: Config, leaves: Leaves) -> Any:
+        if not is_policy:
+            return ()
+        return _policies.initial_state(max_norm, _view(_empty_state(config), config, leaves))
+
     def init(params: Any) -> ClipState:
         leaves = read(params, "params")
         config, _ = configured(leaves)
-        state = _empty_state(config)
-        if not is_policy:
-            return state
-        return state._replace(policy=_policies.initial_state(max_norm, _view(state, config, leaves)))
+        return _empty_state(config, initial_policy_state(config, leaves))
 
     def update(updates: Any, state: ClipState, params: Any = None, **extra: Any) -> tuple[Any, ClipState]:
         leaves = read(updates, "updates")
         config, names = configured(leaves)
         _check_state(state, config)
+        _check_policy_state(state, initial_policy_state(config, leaves), max_norm)
         if not is_policy:
             limits = max_norm(state.steps) if callable(max_norm) else max_norm
             clipped, result = clip_leaves(config, names, leaves, limits, grad_scale)
@@ -314,15 +325,16 @@ def clip_by_value(limit: Any) -> Any:
         config, _ = make_config(leaves, ord=math.inf)
         _check_state(state, config)
         read_limits(limit, config, None, "limit")
+        bound = limit.reshape(()) if isinstance(limit, (jax.Array, np.ndarray)) else limit
         measured = measure_leaves(config, None, leaves, 1.0)
-        clipped = [_clip_elements(array, limit) for array in leaves.arrays]
+        clipped = [_clip_elements(array, bound) for array in leaves.arrays]
         result = ClipResult(
             total_norm=measured.total_norm,
             norms=measured.norms,
             group_norms=measured.group_norms,
             coefficient=jnp.ones((), measured.total_norm.dtype),
             clipped=jnp.any(
-                jnp.stack([jnp.any(jnp.abs(a) > _rounded_down(limit, a.dtype)) for a in leaves.arrays])
+                jnp.stack([jnp.any(jnp.abs(a) > _rounded_down(bound, a.dtype)) for a in leaves.arrays])
             ),
             nonfinite=measured.nonfinite,
         )
