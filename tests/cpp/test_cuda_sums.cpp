@@ -378,6 +378,17 @@ TEST_CASE("limits and scales that cannot be used make NaN") {
   }
 }
 
+TEST_CASE("a threshold that is a norm as float32 has reported it is that norm") {
+  set(kSettings[0]);
+  Case c;
+  c.parts = {1};
+  const WordsOfSums words = words_of({{2.0, 0, 0.0}});
+  const auto reported = static_cast<float>(std::sqrt(2.0));  // which is less
+  CHECK(decided<float>(c, words, {reported}, {1.0f}).factors[0] < 1.0);
+  c.options.as_reported = true;
+  CHECK(decided<float>(c, words, {reported}, {1.0f}).factors[0] == 1.0);
+}
+
 TEST_CASE("parts are multiplied by their factors: 1 writes nothing, kSetToZero zeros") {
   set(kSettings[2]);
   const double some[] = {0.3, 1.0, kSetToZero, 1.0 / 3.0, 0.0, 1e-300, 1.0};
