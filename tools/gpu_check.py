@@ -26,6 +26,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ TESTS = tuple(
         "device_api",
         "rounding_down",
         "bench_gpu",
+        *(["jax_cuda"] if find_spec("jax") else []),
     )
 )
 TORCH_TESTS = tuple(f"tests/test_torch_{name}.py" for name in ("gpu", "published"))

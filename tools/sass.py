@@ -30,7 +30,7 @@ BLOCKS_OF_LARGE_KERNELS = 2
 LARGE_KERNELS = ("measure_kernelILNS0_7MeasureE3", "clip_by_value_kernel", "_pairs_kernel")
 WRITING_KERNELS = ("change_kernel", "clip_by_value_kernel", "change_pairs_kernel")
 PAIR_KERNELS = ("_pairs_kernel", "OfPairs")
-KERNELS = 17
+KERNELS = 19
 # Kernel, how many hot loops it has at least, and what each of them holds at least. nvcc unrolls loops over
 # what is left of a tile into such loops too: fewer than today mean that some dtype has lost its own.
 HOT_LOOPS = (

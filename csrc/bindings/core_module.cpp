@@ -10,6 +10,7 @@
 #include "bindings/calls.hpp"
 #include "bindings/closed_class.hpp"
 #include "bindings/convert.hpp"
+#include "bindings/jax_capsules.hpp"
 #include "bindings/measured.hpp"
 #include "cpu/environment.hpp"
 #include "cpu/float_environment.hpp"
@@ -17,7 +18,6 @@
 #include "cpu/team.hpp"
 #include "cpu/thread_count.hpp"
 #include "cpu/workers.hpp"
-#include "jax/handlers.hpp"
 
 namespace py = pybind11;
 namespace gb = gradclip::bindings;
@@ -183,12 +183,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.def("get_isa", &gradclip::cpu::isa_name);
   m.def("supported_isas", &gradclip::cpu::supported_isas);
   // What jax.ffi.register_ffi_target takes, by name.
-  m.def("jax_handlers", [] {
-    py::dict targets;
-    for (const gradclip::jax::Handler& handler : gradclip::jax::handlers())
-      targets[handler.name] = py::capsule(handler.function, "xla._CUSTOM_CALL_TARGET");
-    return targets;
-  });
+  m.def("jax_handlers", [] { return gb::to_capsules(gradclip::jax::handlers()); });
   m.def("read_environment", [] {
     gradclip::cpu::init_num_threads();
     if (const auto isa = gradclip::cpu::from_environment("GRADCLIP_ISA"))

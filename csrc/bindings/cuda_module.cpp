@@ -7,6 +7,7 @@
 #include "bindings/closed_class.hpp"
 #include "bindings/device_measured.hpp"
 #include "bindings/gil.hpp"
+#include "bindings/jax_capsules.hpp"
 
 #if defined(GRADCLIP_EMULATED)
 #include "emulated_module.hpp"
@@ -162,6 +163,9 @@ PYBIND11_MODULE(GRADCLIP_MODULE, m, py::mod_gil_not_used()) {
         return cuda::pointer_info(gb::pointer_at<void>(pointer)).device;
       },
       py::arg("pointer"));
+
+  // What jax.ffi.register_ffi_target takes, by name.
+  m.def("jax_handlers", [] { return gb::to_capsules(gradclip::jax::cuda_handlers()); });
 
   m.def("missing", &cuda::missing);
   m.def("device_count", &cuda::device_count);

@@ -72,4 +72,36 @@ ClipDecision decide_clip(const Norms& norms, const Groups& groups, std::span<con
   return decision;
 }
 
+PartsDecision decide_parts(const NormOrder& order, Table<NormSum>&& sums,
+                           std::span<const std::size_t> first_part, const Groups& groups,
+                           std::span<const double> limits, const ClipOptions& options) {
+  PartsDecision result;
+  const std::size_t tensors = first_part.size() - 1, parts = first_part.back();
+  bool are_whole = parts == tensors;
+  for (std::size_t i = 0; i < tensors; ++i) are_whole = are_whole && first_part[i] == i;
+  if (groups.are_of_rows()) {
+    const RowSums of_rows = sums_of_rows(order, std::move(sums), first_part, groups);
+    result.norms = norms_of(order, of_rows.tensors, groups, of_rows.groups, options.grad_scale);
+  } else {
+    Table<NormSum> of_tensors = std::move(sums);
+    if (!are_whole)
+      of_tensors = sums_of_rows(order, std::move(of_tensors), first_part, {Groups::row}).tensors;
+    result.norms = norms_of(order, of_tensors, groups, sums_of_groups(order, of_tensors, groups),
+                            options.grad_scale);
+  }
+  result.clip = decide_clip(result.norms, groups, limits, options);
+  const bool scales = result.clip.action == Action::scale;
+  result.factors.assign(parts, result.clip.action == Action::zero ? kSetToZero : 1.0);
+  for (std::size_t i = 0; i < tensors && scales; ++i) {
+    for (std::size_t part = first_part[i]; part < first_part[i + 1]; ++part) {
+      const std::size_t group = groups.kind == Groups::row      ? part
+                                : groups.kind == Groups::sample ? part - first_part[i]
+                                                                : groups.of(i);
+      // + 0: a threshold of -0 is one of 0.
+      result.factors[part] = result.clip.coefficients[group] / options.grad_scale + 0.0;
+    }
+  }
+  return result;
+}
+
 }  // namespace gradclip

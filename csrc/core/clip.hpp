@@ -66,4 +66,15 @@ struct ClipDecision {
 ClipDecision decide_clip(const Norms& norms, const Groups& groups, std::span<const double> limits,
                          const ClipOptions& options);
 
+// Measured parts that are multiplied one by one: gradients, or their rows.
+struct PartsDecision {
+  Norms norms;
+  ClipDecision clip;
+  Table<double> factors;  // of every part; kSetToZero among them
+};
+// Part r of gradient i is number first_part[i] + r.
+PartsDecision decide_parts(const NormOrder& order, Table<NormSum>&& sums,
+                           std::span<const std::size_t> first_part, const Groups& groups,
+                           std::span<const double> limits, const ClipOptions& options);
+
 }  // namespace gradclip

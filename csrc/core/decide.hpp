@@ -24,6 +24,8 @@ struct ClipOptions {
   bool always_changes = false;
   // Of rounding down: how far below the true norm a norm may lie, relative; 0 of rounding to nearest.
   double norm_error = 0.0;
+  // Thresholds were made of norms that had been rounded to float32: one that is the rounded norm is the norm.
+  bool as_reported = false;
 
   GRADCLIP_INLINE bool rounds_down() const { return norm_error != 0.0; }
 };
@@ -31,6 +33,12 @@ struct ClipOptions {
 // Whether a threshold, or a coefficient, can be used. A threshold of 0 makes everything 0.
 GRADCLIP_INLINE bool is_usable(const ClipOptions& options, double limit) {
   return options.are_coefficients ? is_finite(limit) : limit >= 0.0;
+}
+
+// A factor that multiplies nothing: every element is set to +0, also where it was not finite.
+inline constexpr double kSetToZero = -0.0;
+GRADCLIP_INLINE bool sets_to_zero(double factor) {
+  return bit_copy<std::uint64_t>(factor) == FloatBits<double>::sign;
 }
 
 // What a group of this norm is multiplied by: exactly 1 when nothing is to be clipped.
@@ -73,6 +81,7 @@ GRADCLIP_INLINE GroupDecision decide_group(double norm, double limit, const Clip
       return {1.0, false, false};
     if (options.nonfinite == NonFinite::zero) return {0.0, true, true};
   }
+  if (options.as_reported && static_cast<double>(static_cast<float>(norm)) == limit) limit = norm;
   const double coefficient = options.are_coefficients ? limit
                              : options.rounds_down()
                                  ? clip_coefficient_down(norm, limit, options.norm_error)

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "core/clip.hpp"
+#include "core/sum_words.hpp"
 #include "cuda/engine.hpp"
 #include "cuda/plan.hpp"
 
@@ -67,6 +68,7 @@ struct MeasureArguments {
   TableView table;
   Scratch scratch;
   ResultPointers result;
+  std::uint32_t* words;  // of the sum of every part, in place of a result; else null
   NormOrder order;
   double grad_scale;
   Groups::Kind grouping;
@@ -80,15 +82,34 @@ struct DecideArguments {
   const double* sums;  // of groups over all processes; null: their norms are in the result
 };
 
+// Sums of shards, (count, shards, parts) -> (count, parts).
+struct CombineSumsArguments {
+  NormOrder order;
+  const std::uint32_t* words;
+  std::size_t count;
+  std::uint32_t shards, parts;
+  std::uint32_t* combined;
+};
+
+struct DecideSumsArguments {
+  TableView table;  // but for entries
+  Groups::Kind grouping;
+  std::uint32_t parts;
+  SumDecisions decisions;
+  NormSum* sums_of_tensors;            // those of each block
+  double *group_norms, *coefficients;  // the same, of groups
+};
+
 struct ChangeArguments {
   TableView table;
-  // Either what a clip decided, or one factor for all.
+  // Either what a clip decided, or one factor for all, or one for every part.
   const ResultFlags* flags;
   const double* coefficients;
   double grad_scale;
   double factor;
   bool are_samples;  // the groups
   bool rounds_down;
+  const double* factors = nullptr;  // kSetToZero among them
 };
 
 struct ValueClipArguments {

@@ -145,16 +145,20 @@ __device__ __forceinline__ void change(const ChangeArguments& arguments, Entries
   Ways& ways = shared_memory<Ways>();
   const auto visit = [&](std::uint32_t, std::uint32_t part, const TensorEntry& entry,
                          const TileRange& tiles) {
-    if (action == Action::zero) {
+    double factor = arguments.factor;
+    if (arguments.factors) {
+      factor = arguments.factors[part];
+    } else if (arguments.flags) {
+      const std::uint32_t group = arguments.are_samples ? ways.cursor().row : table.group_of(part);
+      factor = arguments.coefficients[group] / arguments.grad_scale;
+    }
+    if (action == Action::zero || (arguments.factors && sets_to_zero(factor))) {
       visit_real_type(entry.dtype, [&](auto type) {
         using T = decltype(type);
         change_tiles<T>(entry, table, tiles, [](T) { return T{}; });
       });
       return;
     }
-    const std::uint32_t group = arguments.are_samples ? ways.cursor().row : table.group_of(part);
-    const double factor =
-        arguments.flags ? arguments.coefficients[group] / arguments.grad_scale : arguments.factor;
     if (factor == 1.0) return;
     if (arguments.rounds_down)
       scale_tiles_down(entry, table, tiles, factor);

@@ -79,16 +79,10 @@ struct List::State {
   State(const State&) = delete;
   State& operator=(const State&) = delete;
   ~State() {
-    if (is_kept) {
+    if (is_kept)
       delete workspace;
-    } else if (workspace) {
-      try {
-        workspace->mark_end(stream);
-        give_back(workspace);
-      } catch (...) {
-        delete workspace;  // the device is lost: whatever was on it is gone
-      }
-    }
+    else if (workspace)
+      give_back(workspace, stream);
   }
 
   void read(std::span<const Span> spans, const Groups& groups_wanted, const RowTable* row_table,
@@ -145,6 +139,7 @@ struct List::State {
     return {table,
             scratch,
             ResultPointers({tensors, groups}, result),
+            nullptr,
             order,
             grad_scale,
             grouping,
@@ -169,6 +164,25 @@ struct List::State {
       launch_in_memory(measure_kernel<kMeasure, InMemory<MeasureArguments>>,
                        kMeasure == Measure::powers ? blocks_of_large_kernels : blocks, kShared,
                        arguments, on);
+  }
+  void measure(MeasureArguments arguments, Stream on) {
+    const NormOrder& order = arguments.order;
+    in_turn(on, [&] {
+      if (needs_unit(order, any_complex)) {
+        arguments.units_pass = true;
+        launch_measure<Measure::largest>(arguments, on);
+        arguments.units_pass = false;
+        launch_measure<Measure::powers>(arguments, on);
+      } else if (order.kind == NormOrder::two) {
+        launch_measure<Measure::squares>(arguments, on);
+      } else if (order.kind == NormOrder::one && pairs.empty()) {
+        launch_measure<Measure::magnitudes>(arguments, on);
+      } else if (order.kind == NormOrder::one) {  // of pairs, which have no kernel of their own
+        launch_measure<Measure::powers>(arguments, on);
+      } else {
+        launch_measure<Measure::largest>(arguments, on);
+      }
+    });
   }
   void launch_change(const ChangeArguments& arguments, Stream on) {
     if (!pairs.empty())
@@ -350,25 +364,50 @@ ResultLayout List::layout() const { return {state_->tensors, state_->groups}; }
 
 void List::measure(const NormOrder& order, double grad_scale, std::byte* result, Stream stream,
                    const Decision* decision) {
-  State& s = *state_;
-  MeasureArguments arguments = s.measure_arguments(order, grad_scale, result, decision);
-  s.in_turn(stream, [&] {
-    if (needs_unit(order, s.any_complex)) {
-      arguments.units_pass = true;
-      s.launch_measure<Measure::largest>(arguments, stream);
-      arguments.units_pass = false;
-      s.launch_measure<Measure::powers>(arguments, stream);
-    } else if (order.kind == NormOrder::two) {
-      s.launch_measure<Measure::squares>(arguments, stream);
-    } else if (order.kind == NormOrder::one && s.pairs.empty()) {
-      s.launch_measure<Measure::magnitudes>(arguments, stream);
-    } else if (order.kind ==
-               NormOrder::one) {  // of pairs, which have no kernel of their own for it
-      s.launch_measure<Measure::powers>(arguments, stream);
-    } else {
-      s.launch_measure<Measure::largest>(arguments, stream);
-    }
-  });
+  state_->measure(state_->measure_arguments(order, grad_scale, result, decision), stream);
+}
+
+void List::measure_sums(const NormOrder& order, std::uint32_t* words, Stream stream) {
+  if (state_->parts == 0) return;
+  // Where a result would be is never looked at.
+  MeasureArguments arguments =
+      state_->measure_arguments(order, 1.0, reinterpret_cast<std::byte*>(words), nullptr);
+  arguments.words = words;
+  state_->measure(arguments, stream);
+}
+
+void List::decide_sums(const SumDecisions& decisions, Stream stream) {
+  const State& s = *state_;
+  if (decisions.count == 0) return;
+  const std::size_t blocks = std::min(decisions.count, kMostBlocksOfSums);
+  Parts all;
+  const std::size_t at_sums = all.add(blocks * s.tensors * sizeof(NormSum));
+  const std::size_t at_norms = all.add(blocks * s.groups * sizeof(double));
+  const std::size_t at_coefficients = all.add(blocks * s.groups * sizeof(double));
+  const BorrowedWorkspace workspace(s.device, stream);
+  workspace->reserve(0, all.end(), stream);
+  std::byte* const memory = workspace->memory();
+  const DecideSumsArguments arguments{s.table,
+                                      s.grouping,
+                                      static_cast<std::uint32_t>(s.parts),
+                                      decisions,
+                                      reinterpret_cast<NormSum*>(memory + at_sums),
+                                      reinterpret_cast<double*>(memory + at_norms),
+                                      reinterpret_cast<double*>(memory + at_coefficients)};
+  launch(decide_sums_kernel, static_cast<unsigned>(blocks), kThreads, kThreads * sizeof(ExactSum),
+         stream, arguments);
+}
+
+void combine_sums(const NormOrder& order, const std::uint32_t* words, std::size_t count,
+                  std::size_t shards, std::size_t parts, std::uint32_t* combined, Stream stream) {
+  if (count == 0 || parts == 0) return;
+  const std::size_t blocks =
+      std::min((count * parts + kWarps - 1) / std::size_t{kWarps}, kMostBlocksOfSums);
+  const CombineSumsArguments arguments{
+      order,   words, count, static_cast<std::uint32_t>(shards), static_cast<std::uint32_t>(parts),
+      combined};
+  launch(combine_sums_kernel, static_cast<unsigned>(blocks), kThreads, kThreads * sizeof(ExactSum),
+         stream, arguments);
 }
 
 void List::take_sums(const NormOrder& order, double grad_scale, const double* sums,
@@ -391,6 +430,10 @@ void List::change(const ClipOptions& options, const std::byte* result, Stream st
 
 void List::scale(double factor, Stream stream) {
   state_->launch_change({state_->table, nullptr, nullptr, 1.0, factor, false, false}, stream);
+}
+
+void List::scale_by(const double* factors, bool down, Stream stream) {
+  state_->launch_change({state_->table, nullptr, nullptr, 1.0, 1.0, false, down, factors}, stream);
 }
 
 void List::clip_by_value(const ValueLimit& limit, std::byte* result, Stream stream) {

@@ -62,6 +62,27 @@ struct ResultFlags {
 
 class Workspace;
 
+// Floats of device memory: of float64, or of float32.
+struct Floats {
+  void* data = nullptr;
+  bool are_float32 = false;
+};
+
+// Decisions from sums of parts that lie in device memory as words (core/sum_words.hpp), `count` of them one after the
+// other in each array. What is given and cannot be used makes what comes of it NaN.
+struct SumDecisions {
+  std::size_t count;
+  NormOrder order;
+  ClipOptions options;         // grad_scale aside
+  const std::uint32_t* words;  // of every part
+  Floats limits;               // one, or one for each group
+  bool per_group;              // the limits
+  Floats grad_scale;
+  double* factors;  // of every part, for scale_by()
+  Floats total_norm, norms, group_norms, coefficients;
+  bool *clipped, *nonfinite;  // the latter of every tensor
+};
+
 // The gradients of a call, ready for kernels: where they lie and how they are grouped.
 class List {
  public:
@@ -87,6 +108,10 @@ class List {
   // tensors. One launch.
   void take_sums(const NormOrder& order, double grad_scale, const double* sums, std::byte* result,
                  Stream stream, const Decision* decision = nullptr);
+  // The sum of every part, which is a tensor or a row, as words into device memory. Launches as of measure().
+  void measure_sums(const NormOrder& order, std::uint32_t* words, Stream stream);
+  // From sums of the parts of a list that need not have memory. One launch, in which one block takes a decision.
+  void decide_sums(const SumDecisions& decisions, Stream stream);
   // From the norms of groups in `result` to coefficients and flags. One launch.
   void decide(const Decision& decision, std::byte* result, Stream stream);
   // Multiply or set to zero as the flags and coefficients in `result` say. One launch, which
@@ -94,6 +119,8 @@ class List {
   void change(const ClipOptions& options, const std::byte* result, Stream stream);
 
   void scale(double factor, Stream stream);
+  // Each part by a number of device memory: where that is 1, its memory is not touched; kSetToZero is obeyed.
+  void scale_by(const double* factors, bool down, Stream stream);
   // Real tensors alone. norms, total_norm and flags.clipped and nonfinite of `result` are set.
   void clip_by_value(const ValueLimit& limit, std::byte* result, Stream stream);
   // NaN and infinity counts of every tensor: counts[2 i], counts[2 i + 1] in device memory.
@@ -103,6 +130,11 @@ class List {
   struct State;
   std::unique_ptr<State> state_;
 };
+
+// Sums of shards as words, of shape (count, shards, parts) -> those of all shards together, of shape (count, parts).
+// One launch.
+void combine_sums(const NormOrder& order, const std::uint32_t* words, std::size_t count,
+                  std::size_t shards, std::size_t parts, std::uint32_t* combined, Stream stream);
 
 // --- The device -------------------------------------------------------------------------------------
 

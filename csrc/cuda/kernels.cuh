@@ -4,6 +4,7 @@
 
 #include "cuda/change.cuh"
 #include "cuda/measure.cuh"
+#include "cuda/sums.cuh"
 
 namespace gradclip::cuda {
 

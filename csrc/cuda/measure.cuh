@@ -111,10 +111,15 @@ __device__ __noinline__ void add_powers_of_tile(const TensorEntry& entry, const 
   });
 }
 
-// Write one tensor's norm and flag, or the norm of a row that is a group, and add its sum to the total; one thread.
+// Write one tensor's norm and flag, or the norm of a row that is a group, and add its sum to the total; or nothing
+// but its sum. One thread.
 template <Measure kMeasure, class Accumulator>
 __device__ __noinline__ void finish_tensor(const MeasureArguments& arguments, std::uint32_t tensor,
                                            NormSum sum, bool nonfinite, Accumulator& total) {
+  if (arguments.words) {
+    store_sum(sum, arguments.words + tensor * kSumWords);
+    return;
+  }
   arguments.scratch.sums[tensor] = sum;
   if (arguments.table.rows) {
     if (arguments.grouping == Groups::row) write_group(arguments, tensor, sum);
@@ -312,7 +317,7 @@ __device__ __forceinline__ void measure(const MeasureArguments& arguments, Entri
       [&] {
         if constexpr (kPairs) leave_second(all_shared.sums, arguments.scratch);
       });
-  if (!last) return;
+  if (!last || arguments.words) return;
   NormSum total;
   if constexpr (kMeasure == Measure::largest) {
     if (arguments.units_pass) return;

@@ -40,6 +40,10 @@ inline constexpr std::int64_t kTileCost =
 // third of a large GPU's multiprocessors busy. At least kTileCost, so that no block has nothing.
 inline constexpr std::int64_t kLeastCostPerBlock = 2 * kTileCost;
 
+// Of kernels over sums alone, at most: with more decisions or sums a block takes several. Work memory of decisions
+// grows with it.
+inline constexpr std::size_t kMostBlocksOfSums = 512;
+
 // Whether the pass that changes memory begins where the norms ended, of which the cache may hold something.
 inline constexpr bool kChangesBackward = true;
 

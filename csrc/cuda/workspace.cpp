@@ -109,10 +109,15 @@ Workspace* take_workspace(int device, cudaStream_t stream) {
   return workspace;
 }
 
-void give_back(Workspace* workspace) {
-  Pool& all = pool();
-  const std::scoped_lock lock(all.mutex);
-  all.free.push_back(workspace);
+void give_back(Workspace* workspace, cudaStream_t stream) noexcept {
+  try {
+    workspace->mark_end(stream);
+    Pool& all = pool();
+    const std::scoped_lock lock(all.mutex);
+    all.free.push_back(workspace);
+  } catch (...) {
+    delete workspace;  // the device is lost: whatever was on it is gone
+  }
 }
 
 }  // namespace gradclip::cuda

@@ -46,6 +46,21 @@ class Workspace {
 
 // One that no call of this process uses. The caller gives it back when its work is enqueued.
 Workspace* take_workspace(int device, cudaStream_t stream);
-void give_back(Workspace* workspace);
+void give_back(Workspace* workspace, cudaStream_t stream) noexcept;
+
+// One for what a function enqueues.
+class BorrowedWorkspace {
+ public:
+  BorrowedWorkspace(int device, cudaStream_t stream)
+      : workspace_(take_workspace(device, stream)), stream_(stream) {}
+  BorrowedWorkspace(const BorrowedWorkspace&) = delete;
+  BorrowedWorkspace& operator=(const BorrowedWorkspace&) = delete;
+  ~BorrowedWorkspace() { give_back(workspace_, stream_); }
+  Workspace* operator->() const { return workspace_; }
+
+ private:
+  Workspace* workspace_;
+  cudaStream_t stream_;
+};
 
 }  // namespace gradclip::cuda

@@ -20,6 +20,7 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 
 from gradclip import _core
+from gradclip._dispatch import cuda_module
 from gradclip.jax import _plain
 from gradclip.jax._config import GROUPS, NONFINITE, Config
 from gradclip.jax._sharding import by_device
@@ -29,10 +30,26 @@ if TYPE_CHECKING:
 
 __all__ = ["combine", "decide", "measure", "scale", "vary", "varying_axes"]
 
-_NATIVE = ("cpu",)  # platforms with kernels
 
-for _name, _handler in _core.jax_handlers().items():
-    jax.ffi.register_ffi_target(_name, _handler, platform="cpu")
+def _register(module: Any, platform: str) -> None:
+    for name, handler in module.jax_handlers().items():
+        jax.ffi.register_ffi_target(name, handler, platform=platform)
+
+
+def _register_all() -> tuple[str, ...]:
+    """The platforms with kernels, as lowering calls them."""
+    _register(_core, "cpu")
+    try:
+        cuda = cuda_module()
+    except ImportError:  # it is there and does not load: show_config() says why
+        cuda = None
+    if cuda is None:
+        return ("cpu",)
+    _register(cuda, "CUDA")
+    return ("cpu", "cuda")
+
+
+_NATIVE = _register_all()
 
 
 def measure(leaves: Sequence[Any], ord: float, parts: tuple[int, ...]) -> Any:
@@ -97,9 +114,18 @@ def _like(shape: tuple[int, ...], dtype: Any, array: Any) -> Any:
 
 
 def _call(native: Callable[..., Any], plain: Callable[..., Any], *arrays: Any) -> Any:
-    if jax.default_backend() not in _NATIVE:
-        _say_once(jax.default_backend())
+    platform = _default_platform()
+    if platform not in _NATIVE:
+        _say_once(platform)
     return lax.platform_dependent(*arrays, default=plain, **dict.fromkeys(_NATIVE, native))
+
+
+def _default_platform() -> str:
+    """Where arrays are by default; JAX itself says gpu of both kinds."""
+    name = jax.default_backend()
+    if name != "gpu":
+        return name
+    return "rocm" if "rocm" in jax.local_devices()[0].client.platform_version else "cuda"
 
 
 @functools.cache
