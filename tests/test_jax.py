@@ -94,12 +94,11 @@ def _check(tree: Any, max_norm: Any, **options: Any) -> Any:
     return result
 
 
-def _tree(names: tuple[str, ...], seed: int = 1) -> dict[str, Any]:
-    """Gradients with four samples, of each dtype, and a large one."""
-    tree: dict[str, Any] = {
-        name: {"b": values(name, (4,), seed), "w": values(name, (4, 3, 5), seed + 1)} for name in names
-    }
-    return tree | {"large": values("float32", (4, 9001), seed + 2), "none": np.zeros((4, 0), np.float32)}
+def _tree(names: tuple[str, ...]) -> dict[str, Any]:
+    """Gradients with four samples: of each dtype, a vector, a large and an empty one."""
+    tree: dict[str, Any] = {name: values(name, (4, 3, 5), seed) for seed, name in enumerate(names)}
+    tree["bias"] = [values("bfloat16", (4,), seed=7)]
+    return tree | {"large": values("float32", (4, 9001), seed=8), "none": np.zeros((4, 0), np.float32)}
 
 
 def _without_axes(tree: dict[str, Any]) -> dict[str, Any]:
@@ -124,8 +123,11 @@ def _median_limit(tree: Any, **options: Any) -> float:
 # --- Bits ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ord", ORDS)
-@pytest.mark.parametrize("groups", KINDS)
+_ALL: list[tuple[Any, float]] = [(groups, ord) for groups in KINDS for ord in (2, 3)]
+_ALL += [(groups, ord) for groups in (None, "row", "unit_last") for ord in (1, inf)]
+
+
+@pytest.mark.parametrize(("groups", "ord"), _ALL)
 @pytest.mark.usefixtures("x64")
 def test_every_dtype_in_one_tree(groups: Any, ord: float) -> None:
     tree = _tree_of(groups, NAMES)
@@ -134,7 +136,7 @@ def test_every_dtype_in_one_tree(groups: Any, ord: float) -> None:
     assert result.clipped
 
 
-@pytest.mark.parametrize(("groups", "ord"), [(None, 2), ("tensor", inf), ("sample", 3), ("unit_last", 1)])
+@pytest.mark.parametrize(("groups", "ord"), [(None, 2), ("sample", inf), ("unit_last", 1)])
 @pytest.mark.usefixtures("x64")
 def test_measuring_and_clipping_in_two_calls(groups: Any, ord: float) -> None:
     tree = _tree_of(groups, NAMES)
@@ -149,7 +151,7 @@ def test_measuring_and_clipping_in_two_calls(groups: Any, ord: float) -> None:
         assert _bits(getattr(measured, field)) == _bits(getattr(result, field))
 
 
-@pytest.mark.parametrize("groups", KINDS)
+@pytest.mark.parametrize("groups", [None, "row", "sample"])
 def test_without_the_64_bit_types_results_are_rounded(groups: Any) -> None:
     tree = _tree_of(groups, NARROW)
     result = _check(tree, _median_limit(tree, groups=groups), groups=groups)
@@ -197,7 +199,8 @@ _LABELS: list[Any] = [
 
 @pytest.mark.parametrize("groups", _LABELS)
 def test_labels(groups: Any) -> None:
-    tree = {name: _tree(NARROW)[name] for name in NARROW[:3]}
+    shapes = {"b": (4,), "w": (4, 3, 5)}
+    tree = {name: {key: values(name, shapes[key], seed=1) for key in shapes} for name in NARROW[:3]}
     assert _check(tree, _median_limit(tree, groups=groups), groups=groups).clipped
 
 
@@ -456,7 +459,7 @@ def _example(batch: Any, i: Any) -> Any:
     return jax.tree.map(lambda leaf: np.asarray(leaf)[i], batch)
 
 
-@pytest.mark.parametrize("groups", [None, "tensor", "row", "unit_last"])
+@pytest.mark.parametrize("groups", [None, "row", "unit_last"])
 def test_vmap_is_a_loop(groups: Any) -> None:
     """With a threshold for each example."""
     batch, limits = _batch(), jnp.array([0.1, 0.5, 2.0, 8.0, inf])
@@ -611,7 +614,7 @@ def _check_derivatives(function: Callable[..., Any], *arguments: Any) -> None:
     np.testing.assert_allclose(one, other, rtol=1e-10)
 
 
-_DERIVED = [(None, 2), (None, inf), ("tensor", 1), ("row", 3), ("sample", inf), ("unit_last", 3)]
+_DERIVED = [(None, 2), ("tensor", 1), ("row", 3), ("sample", inf), ("unit_last", 3)]
 
 
 @pytest.mark.parametrize(("groups", "ord"), _DERIVED)
@@ -650,7 +653,7 @@ def test_second_derivatives() -> None:
     np.testing.assert_allclose(found, np.array([[16.0, -12.0], [-12.0, 9.0]]) / 125, rtol=1e-12)
 
 
-@pytest.mark.parametrize("ord", ORDS)
+@pytest.mark.parametrize("ord", [3, inf])
 def test_the_derivative_at_a_norm_of_0_is_0(ord: float) -> None:
     """And nothing is NaN; a clip is the identity there, whatever else is clipped."""
 
@@ -665,19 +668,19 @@ def test_the_derivative_at_a_norm_of_0_is_0(ord: float) -> None:
     assert np.isfinite(found["b"]).all()
 
 
-@pytest.mark.parametrize("size", [1e-30, 1e30])
-def test_derivatives_of_norms_whose_squares_float32_has_not(size: float) -> None:
+def test_derivatives_of_norms_whose_squares_float32_has_not() -> None:
     @jax.jit
     def run(grads: Any, size: Any) -> Any:
         norm = jax.grad(gradclip.jax.global_norm)(grads)
         ones = jax.tree.map(jnp.ones_like, grads)
         return norm, jax.jvp(lambda grads: gradclip.jax.clip(grads, size)[0], (grads,), (ones,))[1]
 
-    norm, changes = run({"a": jnp.full(3, size), "b": jnp.full(1, -size)}, size)
-    assert (norm["a"].tolist(), norm["b"].tolist()) == ([0.5] * 3, [-0.5])
-    # (dg - u (u, dg)) / 2 with u = g / norm
-    np.testing.assert_allclose(changes["a"], 0.25, rtol=1e-5)
-    np.testing.assert_allclose(changes["b"], 0.75, rtol=1e-5)
+    for size in (1e-30, 1e30):
+        norm, changes = run({"a": jnp.full(3, size), "b": jnp.full(1, -size)}, size)
+        assert (norm["a"].tolist(), norm["b"].tolist()) == ([0.5] * 3, [-0.5])
+        # (dg - u (u, dg)) / 2 with u = g / norm
+        np.testing.assert_allclose(changes["a"], 0.25, rtol=1e-5)
+        np.testing.assert_allclose(changes["b"], 0.75, rtol=1e-5)
 
 
 def test_derivatives_of_half_floats() -> None:
@@ -857,7 +860,6 @@ def _check_plain(tree: Any, max_norm: Any, grad_scale: Any = 1.0, **options: Any
 
 _PLAIN = [
     (None, 2, "float16 complex64"),
-    (None, inf, "complex64 bfloat16"),
     ("tensor", 3, "bfloat16 complex64"),
     ("row", 3, "float16 float32"),
     ("row", inf, "float32 bfloat16"),
@@ -921,18 +923,17 @@ def test_plain_jax_of_what_is_not_finite(nonfinite: str) -> None:
         _check_plain(tree, 0.5, nonfinite=nonfinite, groups=groups)
 
 
-@pytest.mark.parametrize("ord", [3, inf])
-def test_plain_jax_adds_shards_up(ord: float) -> None:
-    whole = values("float32", (4, 6), seed=1, low=-40, high=40)
-    config, _ = make_config(read([whole]), ord=ord)
+def test_plain_jax_adds_shards_up() -> None:
+    whole = values("float32", (3, 6), seed=1, low=-40, high=40)
+    config, _ = make_config(read([whole]), ord=3)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICKLY)
     def run(rows: Any) -> Any:
-        each = jnp.stack([_plain.measure([row], ord, (1,)) for row in rows])
+        each = jnp.stack([_plain.measure([row], 3, (1,)) for row in rows])
         limits, scale = (jnp.asarray(x) for x in (read_limits(inf, config, None), read_scale(1.0)))
-        return _plain.decide(_plain.combine(each, ord), limits, scale, config)[1]
+        return _plain.decide(_plain.combine(each, 3), limits, scale, config)[1]
 
-    np.testing.assert_allclose(run(jnp.asarray(whole)), gradclip.global_norm([whole], ord), rtol=1e-5)
+    np.testing.assert_allclose(run(jnp.asarray(whole)), gradclip.global_norm([whole], 3), rtol=1e-5)
 
 
 def test_the_words_of_float64() -> None:

@@ -162,7 +162,9 @@ def _norm_tangents(config: Config, leaves: Sequence[Any], changes: Sequence[Any]
     def chain(of: Any, changes: Any, labels: Sequence[int], whole: Any) -> Any:
         """From the parts of groups to groups."""
         label = np.asarray(labels)
-        ratio = of / jnp.where(whole == 0, 1, whole)[label]
+        # Of one beyond the dtype nothing is known; where an element is infinite, changes are NaN already.
+        is_known = (whole > 0) & (whole < jnp.inf)
+        ratio = jnp.where(is_known[label], of / jnp.where(is_known, whole, 1)[label], 0)
         if config.is_max:
             is_largest = ((ratio >= 1) & (of > 0)).astype(dtype)
             count = jax.ops.segment_sum(is_largest, label, len(whole))
@@ -212,8 +214,12 @@ def _unscaled_tangents(
     scale = jnp.asarray(float_of(jnp.asarray(grad_scale)), norms.total.dtype)
     scaled = _Norms(*(norm * scale for norm in norms))
     of_scaled = _norm_tangents(config, leaves, changes, scaled)
-    d_scale = _tangent(scale_change, norms.total.dtype)
-    return _Norms(*(d / scale - norm * (d_scale / scale) for d, norm in zip(of_scaled, norms, strict=True)))
+    d_scale = _tangent(scale_change, norms.total.dtype) / scale
+
+    def unscaled(change: Any, norm: Any) -> Any:
+        return change / scale - jnp.where(jnp.isinf(norm), 0, norm) * d_scale
+
+    return _Norms(*map(unscaled, of_scaled, norms))
 
 
 def _tangent(change: Any, dtype: Any) -> Any:
@@ -251,7 +257,7 @@ def _clip_jvp(config: Config, primals: Any, tangents: Any) -> Any:
     norms, coefficients = decided.norms, decided.coefficients
     if config.nonfinite != "propagate":
         # Where gradients were left as they are, or set to 0, nothing depends on norms.
-        is_left = jnp.any(decided.nonfinite) | ~jnp.all(jnp.isfinite(norms.groups))
+        is_left = jnp.any(decided.nonfinite)
         norms, leaves = jax.tree.map(lambda x: jnp.where(is_left, jnp.zeros_like(x), x), (norms, leaves))
         coefficients = jnp.where(is_left, 0.0 if config.nonfinite == "zero" else scale, coefficients)
     d_norms = _unscaled_tangents(config, leaves, changes, norms, grad_scale, scale_change)

@@ -283,7 +283,7 @@ def clip_by_block_rms(threshold: Any) -> Any:
         roots = np.sqrt([array.size for array in leaves.arrays])
         config, _ = make_config(leaves, groups="tensor")
         _check_state(state, config)
-        clipped, result = clip_leaves(config, None, leaves, roots * threshold)
+        clipped, result = clip_leaves(config, None, leaves, roots * _number(threshold, "threshold"))
         return leaves.rebuilt(clipped), _next_state(state, result)
 
     return _transformation(init, update)
@@ -324,8 +324,7 @@ def clip_by_value(limit: Any) -> Any:
                 )
         config, _ = make_config(leaves, ord=math.inf)
         _check_state(state, config)
-        read_limits(limit, config, None, "limit")
-        bound = limit.reshape(()) if isinstance(limit, (jax.Array, np.ndarray)) else limit
+        bound = _number(limit, "limit")
         measured = measure_leaves(config, None, leaves, 1.0)
         clipped = [_clip_elements(array, bound) for array in leaves.arrays]
         result = ClipResult(
@@ -341,6 +340,12 @@ def clip_by_value(limit: Any) -> Any:
         return leaves.rebuilt(clipped), _next_state(state, result)
 
     return _transformation(init, update)
+
+
+def _number(value: Any, argument: str) -> Any:
+    """One that is not negative, or an array of it, which may be traced."""
+    read_limits(value, Config(parts=(1,)), None, argument)
+    return value.reshape(()) if isinstance(value, (jax.Array, np.ndarray)) else value
 
 
 def _rounded_down(limit: Any, dtype: Any) -> Any:
@@ -416,8 +421,8 @@ def adaptive_grad_clip(clipping: Any, eps: Any = 1e-3, axis: Any = None) -> Any:
                 for array, order in zip(arrays, orders, strict=True)
             )
 
-        norms = clip_leaves(config, None, beside.with_arrays(turned(beside.arrays)), math.inf)[1].group_norms
-        limits = clipping * jnp.maximum(norms, eps)
+        norms = measure_leaves(config, None, beside.with_arrays(turned(beside.arrays)), 1.0).group_norms
+        limits = _number(clipping, "clipping") * jnp.maximum(norms, _number(eps, "eps"))
         clipped, result = clip_leaves(config, None, leaves.with_arrays(turned(leaves.arrays)), limits)
         back = [
             array if order is None else array.transpose(np.argsort(order))
@@ -443,7 +448,7 @@ def _units(leaves: Leaves, index: int, axis: Any) -> tuple[int, tuple[int, ...] 
             )
         along = tuple(range({2: 1, 3: 1, 4: 3, 5: 4}[ndim]))
     else:
-        axes = (axis,) if isinstance(axis, int) else tuple(axis)
+        axes = (int(axis),) if np.ndim(axis) == 0 else tuple(map(int, axis))
         if any(not -ndim <= a < ndim for a in axes):
             raise ValueError(f"{leaves.path(index)}: expected to have axis {axis}, got shape {shape}")
         along = tuple(sorted({a % ndim for a in axes}))
