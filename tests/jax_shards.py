@@ -13,12 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 
+import gradclip
 import gradclip.jax
 from matrices import values
 
 P: Any = PartitionSpec
 LINE = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
 GRID = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+
+EXPLICIT = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
 
 GRADS = {
     "columns": values("float32", (3, 512), seed=1),
@@ -60,6 +63,33 @@ def _compare(mesh: Any, specs: Any, grads: Any, max_norm: Any = LIMIT, **options
         "equal on all devices": _bits(totals) == [np.full(4, of_whole.total_norm).tobytes()],
         "moved": _bytes_moved(sharded.as_text()),
     }
+
+
+def _compare_placed(mesh: Any, specs: Any, **options: Any) -> dict[str, Any]:
+    """The same of arrays that lie in shards, without axis_name."""
+    placed = {key: jax.device_put(GRADS[key], jax.NamedSharding(mesh, specs[key])) for key in GRADS}
+    clip = jax.jit(lambda grads: gradclip.jax.clip(grads, LIMIT, **options), donate_argnums=0)
+    compiled = clip.lower(placed).compile()
+    kept = {key: array.sharding for key, array in placed.items()}
+    clipped, result = compiled(placed)
+    whole, of_whole = gradclip.jax.clip(GRADS, LIMIT, **options)
+    totals = [shard.data for shard in result.total_norm.addressable_shards]
+    return {
+        "clipped": bool(of_whole.clipped),
+        "equal values": _bits(clipped) == _bits(whole),
+        "equal results": _bits(result) == _bits(of_whole),
+        "equal on all devices": _bits(totals) == [of_whole.total_norm.tobytes()] * 4,
+        "kept": all(clipped[key].sharding.is_equivalent_to(kept[key], clipped[key].ndim) for key in kept),
+        "moved": _bytes_moved(compiled.as_text()),
+    }
+
+
+def _compare_norms() -> float:
+    """Outside of compiled programs: how far those of shards are from those of whole arrays, whose tiles are
+    others."""
+    placed = [jax.device_put(GRADS[key], jax.NamedSharding(GRID, GRID_SPECS[key])) for key in GRADS]
+    whole = gradclip.tensor_norms(list(GRADS.values()))
+    return float(np.max(np.abs(gradclip.tensor_norms(placed) / whole - 1)))
 
 
 def _with_nan() -> dict[str, Any]:
@@ -133,6 +163,12 @@ def main() -> None:
             "skip": _compare(LINE, LINE_SPECS, _with_nan(), nonfinite="skip"),
             "zero": _compare(GRID, GRID_SPECS, _with_nan(), nonfinite="zero", ord=1),
         },
+        "placed": {
+            "one axis": _compare_placed(LINE, LINE_SPECS),
+            "two axes": _compare_placed(GRID, GRID_SPECS, groups="tensor", ord=3),
+            "explicit axes": _compare_placed(EXPLICIT, GRID_SPECS, ord=math.inf),
+        },
+        "norms": _compare_norms(),
         "pmap": _compare_pmap(),
         "updates": _compare_updates(),
         "derivatives": _compare_derivatives(),

@@ -805,6 +805,21 @@ def test_shards_have_the_bits_of_one_device(shards: Any, case: str, parts: int) 
     assert 24 * parts <= found["moved"]["all-reduce"] <= 24 * parts * shards["devices"]
 
 
+@pytest.mark.parametrize("case", ["one axis", "two axes", "explicit axes"])
+def test_arrays_in_shards_are_not_gathered(shards: Any, case: str) -> None:
+    """Under jit alone: they stay where they are, and keep the bits of one device."""
+    found = shards["placed"][case]
+    assert all(
+        found[what] for what in ("clipped", "equal values", "equal results", "equal on all devices", "kept")
+    )
+    assert set(found["moved"]) == {"all-reduce"}
+    assert found["moved"]["all-reduce"] <= 24 * 4 * shards["devices"]
+
+
+def test_norms_of_arrays_in_shards(shards: Any) -> None:
+    assert shards["norms"] < 1e-15
+
+
 def test_shards_of_pmap(shards: Any) -> None:
     assert shards["pmap"] == {"equal values": True, "equal norms": True}
 
