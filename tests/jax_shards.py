@@ -80,7 +80,7 @@ def _compare_placed(mesh: Any, specs: Any, **options: Any) -> dict[str, Any]:
         "equal results": _bits(result) == _bits(of_whole),
         "equal on all devices": _bits(totals) == [of_whole.total_norm.tobytes()] * 4,
         "kept": all(clipped[key].sharding.is_equivalent_to(kept[key], clipped[key].ndim) for key in kept),
-        "moved": _bytes_moved(compiled.as_text()),
+        "moved": _bytes_moved(compiled.as_text() or ""),
     }
 
 
