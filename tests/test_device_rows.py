@@ -49,7 +49,8 @@ def test_mixed_lists(device: Device, groups: str, ord: float) -> None:
     """Rows of many tiles, of none, of one element; gradients that are missing or have no rows."""
     shapes: list[Any] = [(9, 5000), None, (9,), (9, 0), (9, 3, 11)]
     if groups != "sample":
-        shapes += [(0, 7), (1, 40_001), (500,)]
+        # Of the last axis each column is a unit: the emulator takes a minute for what a GPU does at once.
+        shapes += [(0, 7), (1, 4_001 if groups == "unit_last" else 40_001), (500,)]
     arrays = [
         None if shape is None else values(name, shape, seed=3)
         for shape, name in zip(shapes, itertools.cycle(NAMES), strict=False)
