@@ -16,15 +16,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from bench.jobs import JOBS, key
 from bench.peers import PEERS
 from bench.results import Results
 from bench.rows import roofline_seconds
-from bench.tables import headline, number
+from bench.tables import headline
 from bench.timing import Spread, spread, turns
+from gradclip._report.tables import ReportTable, number, print_table
 
 __all__ = ["SAME", "Change", "compare", "gone", "show_changes"]
 
@@ -115,20 +114,22 @@ def show_changes(changes: Sequence[Change], old: Results, new: Results, console:
     if not changes:
         console.print("the two runs have no row in common")
         return
-    view = Table(title="Times in units of each run's roofline: medians (quartiles)", title_justify="left")
-    for i, column in enumerate(("gradients", "job", "contender", "old", "new", "new / old", "longer in", "")):
-        view.add_column(column, justify="left" if i < 3 else "right")
     styles = {"slower": "red", "faster": "green"}
-    for c in changes:
-        if c.verdict in styles:
-            view.add_row(
-                escape(c.load), JOBS[c.job].title, escape(PEERS[c.peer].title), _text(c.old), _text(c.new),
-                f"{c.ratio:.2f} x", f"{100 * c.certainty:.0f} %", c.verdict, style=styles[c.verdict],
-            )  # fmt: skip
+    changed = [change for change in changes if change.verdict in styles]
+    if changed:
+        what = "Times in units of each run's roofline: medians (quartiles)"
+        header = ("gradients", "job", "contender", "old", "new", "new / old", "longer in", "")
+        marks = [change.verdict for change in changed]
+        print_table(ReportTable(what, header, list(map(_cells, changed)), marks), console, styles, left=3)
     counts = {verdict: sum(c.verdict == verdict for c in changes) for verdict in ("slower", "faster", SAME)}
-    if view.rows:
-        console.print(view)
     console.print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()), highlight=False)
+
+
+def _cells(change: Change) -> tuple[str, ...]:
+    return (
+        change.load, JOBS[change.job].title, PEERS[change.peer].title, _text(change.old), _text(change.new),
+        f"{change.ratio:.2f} x", f"{100 * change.certainty:.0f} %", change.verdict,
+    )  # fmt: skip
 
 
 def _text(value: Spread) -> str:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
-
-import jinja2
 
 from bench import tables
 from bench.jobs import CLIP, JOBS, NO_CLIP, NORMS
@@ -14,10 +11,11 @@ from bench.peers import CPU, OURS
 from bench.plots import plots
 from bench.results import Results
 from bench.rows import rows
+from gradclip._report.html import render, save_png, svg_of
+from gradclip._report.tables import number
 
-__all__ = ["DPI", "write_report"]
+__all__ = ["write_report"]
 
-DPI = 150
 _TEMPLATE = Path(__file__).resolve().parent / "report.html.j2"
 
 
@@ -28,15 +26,10 @@ def write_report(results: Results, path: Path) -> list[Path]:
     written, drawn = [path], []
     for name, what, figure in plots(results):
         png = directory / f"{name}.png"
-        figure.savefig(png, dpi=DPI, metadata={"Software": None})
+        save_png(figure, png)
         written.append(png)
-        text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None})
-        svg = text.getvalue()
-        drawn.append({"name": name, "what": what, "svg": svg[svg.index("<svg") :]})
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    path.write_text(template.render(**_content(results), plots=drawn), encoding="utf-8")
+        drawn.append({"name": name, "what": what, "label": figure.get_label(), "svg": svg_of(figure)})
+    path.write_text(render(_TEMPLATE, **_content(results), plots=drawn), encoding="utf-8")
     return written
 
 
@@ -77,7 +70,7 @@ def _facts(results: Results) -> list[tuple[str, str]]:
             row = everything.get((load, job, "torch"))
             if row and row.ratio:
                 what = f"PyTorch's time over gradclip's: {JOBS[job].title}, {results.loads[load].title}"
-                found.append((f"{tables.number(row.ratio.median)} x", what))
+                found.append((f"{number(row.ratio.median)} x", what))
     met = sum(verdict.met is True for verdict in results.verdicts)
     if results.verdicts:
         found.append((f"{met} of {len(results.verdicts)}", "promised speeds were reached"))

@@ -1,14 +1,11 @@
-"""The tables of a run, for the terminal and for Markdown."""
+"""The tables of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from bench.cases import readable_bytes
 from bench.jobs import JOBS
@@ -17,18 +14,14 @@ from bench.results import Results
 from bench.rows import Row, moved, rows
 from bench.timing import Spread
 from bench.training import MODELS, shares
+from gradclip._report.tables import MARKS, ReportTable, number, print_table, readable_time
 
 __all__ = [
     "NOTE",
-    "ReportTable",
     "headline",
     "losses",
-    "markdown",
-    "markdown_table",
-    "number",
     "of_load",
     "promises",
-    "readable_time",
     "show",
     "summary",
     "tables",
@@ -49,29 +42,6 @@ _TRAFFIC_OF = ("gpt2/float32", "llama-3.2-1b/bfloat16")  # a table of all would 
 
 
 _MANY_LOADS = 12
-
-
-@dataclass(frozen=True)
-class ReportTable:
-    """Cells as text. ``marks`` says of a row that it is "ours", "good" or "bad"."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
-    marks: list[str]
-
-
-def number(value: float) -> str:
-    """Three significant digits at most."""
-    return f"{value:.0f}" if value >= 100 or value == 0 else f"{value:.2g}" if value < 0.1 else f"{value:.2f}"
-
-
-def readable_time(seconds: float) -> str:
-    """Such as "16.9 ms"."""
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}" if seconds < 999 * size else f"{seconds / size:.0f} {unit}"
-    return f"{seconds * 1e9:.0f} ns"
 
 
 def _with_quartiles(value: Spread, text: Any) -> str:
@@ -229,7 +199,7 @@ def tables(results: Results) -> list[ReportTable]:
     return [table for table in (*found, *of_loads) if table and table.rows]
 
 
-_STYLES = {"ours": "bold cyan", "good": "green", "bad": "red", "loss": "yellow"}
+_STYLES = MARKS | {"loss": "yellow"}
 
 
 def show(results: Results, console: Console) -> None:
@@ -240,23 +210,7 @@ def show(results: Results, console: Console) -> None:
         first = [promises(results), training(results), losses(results)]
         chosen = [t for t in (*first, *(summary(results, load) for load in results.loads)) if t and t.rows]
     for table in chosen:
-        view = Table(title=escape(table.title), title_justify="left")
-        for i, column in enumerate(table.header):
-            view.add_column(column, justify="left" if i == 0 else "right")
-        for cells, mark in zip(table.rows, table.marks, strict=True):
-            view.add_row(*map(escape, cells), style=_STYLES.get(mark))
-        console.print(view)
+        print_table(table, console, _STYLES)
     for line in results.left_out:
         console.print(f"left out: {line}", highlight=False, markup=False)
     console.print(NOTE, highlight=False)
-
-
-def markdown(table: ReportTable, titled: bool = True) -> str:
-    """A table for the documentation."""
-    text = markdown_table(table.header, table.rows)
-    return f"**{table.title}**\n\n{text}" if titled else text
-
-
-def markdown_table(header: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
-    """Cells of text, with a line between the header and the rows."""
-    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows))

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.tables import markdown_table
+from gradclip._report.tables import markdown_table
 from tools import sass
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -13,12 +13,13 @@ from pathlib import Path
 
 from bench import tables
 from bench.errors import BenchError
-from bench.html import DPI
 from bench.jobs import CLIP, JOBS, NO_CLIP, NORMS
 from bench.peers import CPU, OURS, PEERS
 from bench.plots import plots
 from bench.results import Results, load
 from bench.rows import Row, rows
+from gradclip._report.html import save_png
+from gradclip._report.tables import markdown, markdown_table, number, readable_time
 
 __all__ = ["MARKS", "ROOT", "main", "replaced", "results_section", "speed_section"]
 
@@ -58,7 +59,7 @@ def speed_section(results: Results, path: Path) -> str:
             if row and row.seconds:
                 first = _describe(results, name) if job == _SPEED_JOBS[0] else ""
                 others = (_times(found.get((name, job, peer))) for peer in _SPEED_PEERS)
-                time = tables.readable_time(row.seconds.median)
+                time = readable_time(row.seconds.median)
                 lines.append([first, JOBS[job].title, time, *others])
     machine = results.machine
     return f"""
@@ -67,7 +68,7 @@ with {machine["threads"]} threads on {machine["cpu"]}, {machine["isa"]}, every a
 (optax's `jit` knows its arrays beforehand; gradclip's `Plan` does too and takes about half the time of the
 list where there are many small arrays.)
 
-{tables.markdown_table(header, lines)}
+{markdown_table(header, lines)}
 
 {_of_roofline(found)}
 
@@ -88,7 +89,7 @@ def _describe(results: Results, name: str) -> str:
 
 
 def _times(row: Row | None) -> str:
-    return f"{tables.number(row.ratio.median)} x" if row and row.ratio else ""
+    return f"{number(row.ratio.median)} x" if row and row.ratio else ""
 
 
 def _of_roofline(found: Mapping[tuple[str, str, str], Row]) -> str:
@@ -112,16 +113,16 @@ def results_section(results: Results, path: Path) -> str:
     traffic = tables.traffic(results)
     parts = [
         f"The run in {link}, {results.machine['seconds']} s:\n\n{tables.headline(results.machine)}",
-        *map(tables.markdown, first),
+        *map(markdown, first),
         "### Where gradclip is not first",
-        tables.markdown(tables.losses(results), titled=False),
+        markdown(tables.losses(results), titled=False),
         "### The rule of traffic, measured",
-        tables.markdown(traffic, titled=False) if traffic else "This run had no load from memory.",
+        markdown(traffic, titled=False) if traffic else "This run had no load from memory.",
         "### Plots",
         *(f"![{what}]({_IMAGES.relative_to('docs') / name}.png)" for name, what in _captions(results)),
         "### All times",
         "Median time, and over gradclip's with a list.",
-        *(tables.markdown(tables.summary(results, name)) for name in results.loads),
+        *(markdown(tables.summary(results, name)) for name in results.loads),
         tables.NOTE,
     ]
     if results.left_out:
@@ -166,7 +167,7 @@ def main() -> int:
     (ROOT / _IMAGES).mkdir(parents=True, exist_ok=True)
     for name, _, figure in plots(results):
         if name in _SHOWN:
-            figure.savefig(ROOT / _IMAGES / f"{name}.png", dpi=DPI, metadata={"Software": None})
+            save_png(figure, ROOT / _IMAGES / f"{name}.png")
     return 0
 
 

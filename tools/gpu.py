@@ -30,10 +30,10 @@ from bench.errors import BenchError
 from bench.jobs import CLIP, NO_CLIP, NORMS, key
 from bench.peers import GPU, PEERS, present
 from bench.results import check_writable
-from bench.tables import markdown_table
 from bench.timing import Protocol, Rounds, measure
 from bench.workload import READ, READ_WRITE, Workload, roofline_of
 from gradclip._dispatch import why_no_gpu
+from gradclip._report.tables import markdown_table
 
 ROUNDS = 30
 SECONDS = 400.0  # after which no case and no round begins

@@ -12,16 +12,14 @@ import math
 import sys
 from pathlib import Path
 from statistics import median
-from typing import Any, cast
 
 import matplotlib as mpl
-
-from bench.plots.looks import STYLE
-from bench.tables import markdown_table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from blow_ups import BLOW_UPS, QUIET, judge, transformer
+from gradclip._report.style import STYLE
+from gradclip._report.tables import markdown_table
 from gradclip.monitor import GradientMonitor
 
 __all__ = ["PICTURE", "main", "tables"]
@@ -62,7 +60,7 @@ def save_picture(path: Path) -> None:
         monitor.update(result, loss)
         if not math.isfinite(loss):
             break
-    with mpl.rc_context(cast(Any, STYLE)):
+    with mpl.rc_context(STYLE):
         monitor.plot().savefig(path, dpi=110)
 
 

@@ -12,17 +12,17 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
 import gradclip
-from bench.plots.looks import GREY, INK, OURS, STYLE
-from bench.tables import markdown_table
 from gradclip._demo.network import Momentum, Network
 from gradclip._demo.training import Digits, batches, split_digits
+from gradclip._report.style import GREY, INK, OURS, STYLE
+from gradclip._report.tables import markdown_table
 from gradclip.policies import AGC, SPAM, AdaGC, AutoClip, Lowest, Percentile, SkipStep, WarmUp, ZClip
 
 __all__ = ["PICTURE", "Training", "main", "train"]
@@ -113,7 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
     page: Path = parser.parse_args(arguments).page
     digits = split_digits(seed=0)
     trainings = [train(name, make, digits) for name, make in _POLICIES.items()]
-    with mpl.rc_context(cast(Any, STYLE)):
+    with mpl.rc_context(STYLE):
         picture(trainings).savefig(page.parent / PICTURE, dpi=110)
     before, rest = page.read_text().split(_BEGIN)
     page.write_text(before + _BEGIN + table(trainings) + "\n" + _END + rest.split(_END)[1])

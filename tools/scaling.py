@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from bench.tables import markdown_table
+from gradclip._report.tables import markdown_table
 
 __all__ = ["ALPHA", "BETA", "doubling", "fill", "model", "ring", "tables", "tree"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, cast
 
 import matplotlib as mpl
 
@@ -12,11 +11,11 @@ from bench.peers import CPU, GPU, OURS, PEERS
 from bench.plots.bars import against_peers, training
 from bench.plots.curves import over_axis
 from bench.plots.heat import ratios
-from bench.plots.looks import STYLE, Plot
 from bench.results import Results
 from bench.rows import rows
+from gradclip._report.style import STYLE, Plot
 
-__all__ = ["Plot", "plots"]
+__all__ = ["plots"]
 
 _AXES = {"count": "number of tensors (8 MB in all)", "bytes": "bytes in 16 tensors"}
 
@@ -24,7 +23,7 @@ _AXES = {"count": "number of tensors (8 MB in all)", "bytes": "bytes in 16 tenso
 def plots(results: Results) -> Iterator[Plot]:
     """Every plot for which the run has data."""
     everything = list(rows(results))
-    with mpl.rc_context(cast(Any, STYLE)):
+    with mpl.rc_context(STYLE):
         if results.training:
             yield training(results)
         for place in (CPU, GPU):

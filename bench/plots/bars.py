@@ -10,11 +10,12 @@ from matplotlib.ticker import FuncFormatter, MultipleLocator
 
 from bench.jobs import JOBS
 from bench.peers import PEERS
-from bench.plots.looks import DASHED, GREY, INK, LOOKS, OTHERS, OURS, Plot, title
+from bench.plots.looks import LOOKS
 from bench.results import Results
 from bench.rows import Row
-from bench.tables import readable_time
 from bench.training import shares
+from gradclip._report.style import DASHED, GREY, INK, OTHERS, OURS, Plot, title
+from gradclip._report.tables import readable_time
 
 __all__ = ["against_peers", "training"]
 

@@ -10,10 +10,11 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from bench.cases import readable_count, readable_power
 from bench.jobs import JOBS
 from bench.peers import PEERS
-from bench.plots.looks import DASHED, FAINT, LOOKS, MACHINE, Plot, title
+from bench.plots.looks import LOOKS, MACHINE
 from bench.results import Results
 from bench.rows import Row, roofline_seconds
-from bench.tables import readable_time
+from gradclip._report.style import DASHED, FAINT, Plot, title
+from gradclip._report.tables import readable_time
 
 __all__ = ["over_axis"]
 

@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 from bench.cases import readable_bytes
 from bench.jobs import JOBS
 from bench.peers import PEERS
-from bench.plots.looks import GREY, INK, Plot, title
 from bench.results import Results
 from bench.rows import Row
-from bench.tables import number
+from gradclip._report.style import GREY, INK, Plot, title
+from gradclip._report.tables import number
 
 __all__ = ["ratios"]
 
