@@ -40,6 +40,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=f"no GPU: {missing}"))
 
 
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """JAX with its 64-bit types."""
+    import jax  # noqa: PLC0415 (only here)
+
+    with jax.enable_x64(True):
+        yield
+
+
 @pytest.fixture(params=["emulated", pytest.param("real", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> Iterator[Device]:
     """A GPU: the emulator, and the machine's own where it has one."""

@@ -15,6 +15,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 import gradclip
 import gradclip.jax
+from jax_trees import bits
 from matrices import values
 
 P: Any = PartitionSpec
@@ -33,10 +34,6 @@ LINE_SPECS = {"columns": P(None, "x"), "narrow": P("x"), "rows": P("x"), "same":
 GRID_SPECS = {"columns": P(None, ("x", "y")), "narrow": P("y"), "rows": P("x"), "same": P()}
 OVER_ROWS = {"columns": GRADS["columns"], "same": GRADS["same"]}
 LIMIT = 0.25
-
-
-def _bits(tree: Any) -> list[bytes]:
-    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
 
 
 def _in_shards(mesh: Any, specs: Any, axes: Any, max_norm: Any, checks: bool = True, **options: Any) -> Any:
@@ -58,9 +55,9 @@ def _compare(mesh: Any, specs: Any, grads: Any, max_norm: Any = LIMIT, **options
     whole, of_whole = gradclip.jax.clip(grads, max_norm, **options)
     return {
         "clipped": bool(of_whole.clipped),
-        "equal values": _bits(clipped) == _bits(whole),
-        "equal results": _bits(result) == _bits(of_whole),
-        "equal on all devices": _bits(totals) == [np.full(4, of_whole.total_norm).tobytes()],
+        "equal values": bits(clipped) == bits(whole),
+        "equal results": bits(result) == bits(of_whole),
+        "equal on all devices": bits(totals) == [np.full(4, of_whole.total_norm).tobytes()],
         "moved": _bytes_moved(sharded.as_text()),
     }
 
@@ -76,9 +73,9 @@ def _compare_placed(mesh: Any, specs: Any, **options: Any) -> dict[str, Any]:
     totals = [shard.data for shard in result.total_norm.addressable_shards]
     return {
         "clipped": bool(of_whole.clipped),
-        "equal values": _bits(clipped) == _bits(whole),
-        "equal results": _bits(result) == _bits(of_whole),
-        "equal on all devices": _bits(totals) == [of_whole.total_norm.tobytes()] * 4,
+        "equal values": bits(clipped) == bits(whole),
+        "equal results": bits(result) == bits(of_whole),
+        "equal on all devices": bits(totals) == [of_whole.total_norm.tobytes()] * 4,
         "kept": all(clipped[key].sharding.is_equivalent_to(kept[key], clipped[key].ndim) for key in kept),
         "moved": _bytes_moved(compiled.as_text() or ""),
     }
@@ -106,8 +103,8 @@ def _compare_pmap() -> dict[str, bool]:
     )
     whole, of_whole = gradclip.jax.clip(parts, LIMIT)
     return {
-        "equal values": _bits(clipped) == _bits(whole),
-        "equal norms": _bits(result.norms) == [np.stack([of_whole.norms] * 4).tobytes()],
+        "equal values": bits(clipped) == bits(whole),
+        "equal norms": bits(result.norms) == [np.stack([of_whole.norms] * 4).tobytes()],
     }
 
 
@@ -116,7 +113,7 @@ def _compare_updates() -> dict[str, bool]:
     whole, across = (gradclip.jax.clip_by_global_norm(LIMIT, axis_name=axes) for axes in (None, "x"))
     state = whole.init(GRADS)
     update = jax.shard_map(across.update, mesh=LINE, in_specs=(LINE_SPECS, P()), out_specs=(LINE_SPECS, P()))
-    return {"equal": _bits(jax.jit(update)(GRADS, state)) == _bits(whole.update(GRADS, state))}
+    return {"equal": bits(jax.jit(update)(GRADS, state)) == bits(whole.update(GRADS, state))}
 
 
 def _compare_derivatives() -> float:
@@ -142,8 +139,8 @@ def _bytes_moved(text: str) -> dict[str, int]:
     moved: dict[str, int] = {}
     kinds = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast"
     for shapes, kind in re.findall(rf"= (\S.*?) ({kinds})(?:-start)?\(", text):
-        for bits, dims in re.findall(r"[a-z]+(\d*)\w*\[([\d,]*)\]", shapes):
-            size = math.prod(int(n) for n in dims.split(",") if n) * max(int(bits or 8) // 8, 1)
+        for width, dims in re.findall(r"[a-z]+(\d*)\w*\[([\d,]*)\]", shapes):
+            size = math.prod(int(n) for n in dims.split(",") if n) * max(int(width or 8) // 8, 1)
             moved[kind] = moved.get(kind, 0) + size
     return moved
 

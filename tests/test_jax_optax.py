@@ -7,7 +7,7 @@ import math
 import re
 import sys
 import unittest
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,21 +19,12 @@ import pytest
 import gradclip
 import gradclip.jax
 from gradclip.jax import ClipState
+from jax_trees import bits, layer, pointers, to_jax
 from matrices import REAL_NAMES, Array, values
 
 inf, nan = math.inf, math.nan
 _clipping: Any = importlib.import_module("optax.transforms._clipping")
 _their_tests: Any = importlib.import_module("optax.transforms._clipping_test")
-
-
-@pytest.fixture
-def x64() -> Iterator[None]:
-    with jax.enable_x64(True):
-        yield
-
-
-def _bits(tree: Any) -> list[bytes]:
-    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
 
 
 def _close(found: Any, expected: Any, rtol: float = 1e-5, atol: float = 1e-30) -> None:
@@ -43,10 +34,7 @@ def _close(found: Any, expected: Any, rtol: float = 1e-5, atol: float = 1e-30) -
 
 
 def _grads(seed: int, size: float = 1.0) -> dict[str, Array]:
-    return {
-        "b": (size * values("float32", (3,), seed)).astype(np.float32),
-        "w": (size * values("float32", (3, 4), seed + 1)).astype(np.float32),
-    }
+    return {name: size * grad for name, grad in layer("float32", "float32", (3, 4), seed).items()}
 
 
 # --- The tests that optax publishes -------------------------------------------------------------------
@@ -163,11 +151,11 @@ def test_block_rms_is_clipped_as_by_optax() -> None:
     }
     with np.errstate(all="ignore"):
         theirs = optax.clip_by_block_rms(0.5)
-        expected, _ = theirs.update({key: jnp.asarray(u) for key, u in updates.items()}, theirs.init(updates))
+        expected, _ = theirs.update(to_jax(updates), theirs.init(updates))
     ours = gradclip.jax.clip_by_block_rms(0.5)
     found, state = ours.update(updates, ours.init(updates))
     _close(found, expected)
-    assert _bits(found["h"]) == _bits(updates["h"])
+    assert bits(found["h"]) == bits(updates["h"])
     assert state.coefficient.shape == (6,)
     np.testing.assert_allclose(state.norms[sorted(updates).index("s")], 3.0)
     traced = jax.jit(lambda u, d: gradclip.jax.clip_by_block_rms(d).update(u, ours.init(u))[0])(updates, 0.5)
@@ -233,7 +221,7 @@ def test_units_are_clipped_as_by_optax(axis: Any) -> None:
     assert state.norms.shape == (len(updates),)
     for clipped, update in zip(found, updates, strict=True):
         if update.ndim > 1 and axis is None and update.size > 5:
-            assert _bits(clipped[..., -1]) == _bits(update[..., -1])
+            assert bits(clipped[..., -1]) == bits(update[..., -1])
 
 
 def test_an_axis_of_numpy() -> None:
@@ -242,7 +230,7 @@ def test_an_axis_of_numpy() -> None:
         found = []
         for given in (axis, np.int64(axis) if axis == 0 else np.array(axis)):
             ours = gradclip.jax.adaptive_grad_clip(0.3, axis=given)
-            found.append(_bits(ours.update(update, ours.init(update), update)))
+            found.append(bits(ours.update(update, ours.init(update), update)))
         assert found[0] == found[1]
 
 
@@ -270,7 +258,7 @@ def test_values_are_clipped_as_by_the_core(name: str, limit: Any) -> None:
     ours = gradclip.jax.clip_by_value(limit)
     [found], state = ours.update([update], ours.init([update]))
     assert np.isnan(found[0])
-    assert _bits(found[1:]) == _bits(copy[1:])
+    assert bits(found[1:]) == bits(copy[1:])
     beyond = np.abs(np.asarray(found[1:], np.float64)) > float(limit)
     assert not beyond.any()
     np.testing.assert_array_equal(state.norms, result.norms)
@@ -290,7 +278,7 @@ def test_traced_limits_of_values(name: str) -> None:
         return gradclip.jax.clip_by_value(limit).update(updates, ours.init(updates))
 
     [found], state = update_by([update], limit)
-    assert _bits(found) == _bits(copy)
+    assert bits(found) == bits(copy)
     assert state.clipped_steps == 1
     assert update_by([update], np.float32(1e3))[1].clipped_steps == 0
 
@@ -312,7 +300,7 @@ def test_clip_by_norm_is_by_tensor() -> None:
         found, state = ours.update(grads, ours.init(grads))
         copies = {key: g.copy() for key, g in grads.items()}
         gradclip.clip_by_norm_(copies, limits, ord=3, rounding="down")
-        assert _bits(found) == _bits(copies)
+        assert bits(found) == bits(copies)
         assert (state.coefficient < 1).tolist() == [True, False]
 
 
@@ -326,15 +314,15 @@ def test_the_state_is_that_of_the_last_update() -> None:
     assert isinstance(state, ClipState)
     assert (state.steps.dtype, state.clipped_steps.dtype) == (np.int32, np.int32)
     zeros, counts = np.zeros(2, np.float32), np.zeros(2, np.int32)
-    assert _bits(state) == _bits((*counts, zeros[0], zeros, zeros, zeros + 1, zeros.astype(bool)))
+    assert bits(state) == bits((*counts, zeros[0], zeros, zeros, zeros + 1, zeros.astype(bool)))
     update = jax.jit(transformation.update)
     clipped = 0
     for step, size in enumerate((0.01, 5.0, 3.0, 0.02), 1):
         grads = _grads(step, size)
         updates, state = update(grads, state)
         expected, result = gradclip.jax.clip(grads, [1.0, inf], groups={"b": "bias", "w": "weight"})
-        assert _bits(updates) == _bits(expected)
-        assert _bits(state[2:7]) == _bits((*result[:4], result.nonfinite))
+        assert bits(updates) == bits(expected)
+        assert bits(state[2:7]) == bits((*result[:4], result.nonfinite))
         clipped += int(result.clipped)
         assert (state.steps, state.clipped_steps) == (step, clipped)
     assert clipped == 2
@@ -361,16 +349,16 @@ def test_the_state_has_one_type_all_along() -> None:
     assert state.steps == 6
     assert 0 < state.clipped_steps < 6
     last = jax.tree.map(lambda g: g[5], grads)
-    assert _bits(jax.tree.map(lambda u: u[5], updates)) == _bits(gradclip.jax.clip(last, 1.0)[0])
+    assert bits(jax.tree.map(lambda u: u[5], updates)) == bits(gradclip.jax.clip(last, 1.0)[0])
 
 
 def test_updates_and_state_are_donated() -> None:
     transformation = gradclip.jax.clip_by_global_norm(1.0)
-    grads = jax.tree.map(jnp.asarray, _grads(1))
+    grads = to_jax(_grads(1))
     state = transformation.init(grads)
-    before = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(grads)]
+    before = pointers(grads)
     updates, state = jax.jit(transformation.update, donate_argnums=(0, 1))(grads, state)
-    assert [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(updates)] == before
+    assert pointers(updates) == before
     assert state.clipped_steps == 1
 
 
@@ -458,7 +446,7 @@ def test_injected_hyperparameters_change_without_another_program() -> None:
         state.hyperparams["grad_scale"] = jnp.asarray(grad_scale)
         updates, state = update(grads, state)
         expected, _ = gradclip.jax.clip(grads, max_norm, ord=3, grad_scale=grad_scale)
-        assert _bits(updates) == _bits(expected)
+        assert bits(updates) == bits(expected)
     assert traces == 1
     assert state.inner_state.steps == 4
     assert state.inner_state.clipped_steps == 3
@@ -481,8 +469,8 @@ def test_masked_updates_pass() -> None:
     transformation = optax.masked(gradclip.jax.clip_by_global_norm(0.5), {"b": False, "w": True})
     grads = _grads(1)
     updates, state = transformation.update(grads, transformation.init(grads))
-    assert _bits(updates["b"]) == _bits(grads["b"])
-    assert _bits(updates["w"]) == _bits(gradclip.jax.clip(grads["w"], 0.5)[0])
+    assert bits(updates["b"]) == bits(grads["b"])
+    assert bits(updates["w"]) == bits(gradclip.jax.clip(grads["w"], 0.5)[0])
     assert state.inner_state.norms.shape == (1,)
 
 
@@ -495,7 +483,7 @@ def test_multi_transform_clips_each_label() -> None:
     updates, _ = jax.jit(transformation.update)(grads, transformation.init(grads))
     expected, _ = gradclip.jax.clip({"a": grads["a"], "b": grads["b"]}, 0.5)
     expected["w"] = gradclip.jax.clip(grads["w"], 0.25)[0]
-    assert _bits(updates) == _bits(expected)
+    assert bits(updates) == bits(expected)
 
 
 def test_apply_if_finite() -> None:
@@ -508,7 +496,7 @@ def test_apply_if_finite() -> None:
         updates, state = update(grads, state)
         assert state.inner_state.steps == steps
         expected = gradclip.jax.clip(grads, 1.0)[0] if grads is good else jax.tree.map(np.zeros_like, grads)
-        assert _bits(updates) == _bits(expected)
+        assert bits(updates) == bits(expected)
     assert state.total_notfinite == 1
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -27,23 +26,14 @@ from gradclip.policies import (
     WarmUp,
     ZClip,
 )
+from jax_trees import QUICKLY, bits
 from matrices import Array
 from policy_makers import MAKE
 
 inf, nan = math.inf, math.nan
 STEPS = 12
-# Programs that are run for a moment: to compile them takes longer.
-QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
-
-@pytest.fixture(autouse=True)
-def _x64() -> Iterator[None]:
-    with jax.enable_x64(True):
-        yield
-
-
-def _bits(tree: Any) -> list[bytes]:
-    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def _history(steps: int = STEPS) -> list[dict[str, Array]]:
@@ -268,7 +258,7 @@ def test_the_object_itself_learns_nothing() -> None:
     transformation = gradclip.jax.clip_by_global_norm(policy)
     first, again = (_play(transformation, _history()) for _ in range(2))
     assert repr(policy.state_dict()) == before
-    assert _bits([state for _, state in first]) == _bits([state for _, state in again])
+    assert bits([state for _, state in first]) == bits([state for _, state in again])
     initial = transformation.init(_history()[0])
     assert jax.tree.map(lambda a: (a.shape, a.dtype), initial) == jax.tree.map(
         lambda a: (a.shape, a.dtype), first[-1][1]
