@@ -20,8 +20,9 @@ from torch import Tensor, nn
 import gradclip
 import gradclip.monitor
 import gradclip.torch
-from gradclip._demo.network import Momentum
-from gradclip._demo.training import Run, Settings, batches, split_digits
+from gradclip._lab.data import batches, split_digits
+from gradclip._lab.demo.training import DemoSettings, network_of
+from gradclip._lab.training import Momentum
 
 __all__ = ["BLOW_UPS", "QUIET", "Steps", "Verdict", "judge"]
 
@@ -128,8 +129,8 @@ def half(seed: int, rate: float, max_norm: float, scale: float = 1.0) -> Steps:
 
 def demo(seed: int, max_norm: float, layers: int = 40) -> Steps:
     """The network of ``python -m gradclip demo``."""
-    digits, settings = split_digits(seed), Settings(seed=seed, layers=layers)
-    network = Run("", settings, max_norm).network
+    digits, settings = split_digits(seed), DemoSettings(seed=seed, layers=layers)
+    network = network_of(settings)
     optimizer = Momentum(network.parameters)
     for batch in batches(len(digits.train_y), settings.batch, np.random.default_rng(seed)):
         loss, gradients = network.loss_and_gradients(digits.train_x[batch], digits.train_y[batch])

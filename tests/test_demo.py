@@ -6,9 +6,13 @@ import io
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import pytest
@@ -22,15 +26,33 @@ matplotlib_image = pytest.importorskip("matplotlib.image")
 
 from rich.console import Console  # noqa: E402
 
-from gradclip._demo import Settings, train  # noqa: E402
-from gradclip._demo.network import Network  # noqa: E402
-from gradclip._demo.training import BlowUp, History, Run, batches, numpy_clip_, split_digits  # noqa: E402
+from gradclip.__main__ import PICTURES  # noqa: E402
+from gradclip._lab.data import batches, split_digits  # noqa: E402
+from gradclip._lab.demo import DemoSettings, run_demo, train  # noqa: E402
+from gradclip._lab.demo.plot import save_plot  # noqa: E402
+from gradclip._lab.demo.training import Run, numpy_clip_  # noqa: E402
+from gradclip._lab.networks import Network, multilayer  # noqa: E402
+from gradclip._lab.training import BlowUp, find_blow_up, one_thread  # noqa: E402
+from gradclip._report.console import console_of_user  # noqa: E402
+
+# Both runs, how the first one blew up, and what was printed.
+Trained: TypeAlias = tuple[tuple[Run, Run], BlowUp | None, str]
+
+COMMAND = [sys.executable, "-W", "error", "-m", "gradclip"]
 
 
-def gradclip_command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def environment(columns: int | None = None) -> dict[str, str]:
+    """Of a command whose output goes to a pipe."""
+    inherited = {key: value for key, value in os.environ.items() if key != "COLUMNS"}
+    return inherited | {"PYTHONIOENCODING": "utf-8"} | ({"COLUMNS": str(columns)} if columns else {})
+
+
+def gradclip_command(
+    *arguments: str, cwd: Path | None = None, columns: int | None = None
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-W", "error", "-m", "gradclip", *arguments],
-        env=os.environ | {"PYTHONIOENCODING": "utf-8"},
+        [*COMMAND, *arguments],
+        env=environment(columns),
         encoding="utf-8",
         capture_output=True,
         cwd=cwd,
@@ -39,14 +61,29 @@ def gradclip_command(*arguments: str, cwd: Path | None = None) -> subprocess.Com
     )
 
 
+def sine_network(sizes: list[int], gain: float, seed: int, dtype: type = np.float32) -> Network:
+    return multilayer(sizes, "sine", "orthogonal", np.random.default_rng(seed), gain=gain, dtype=dtype)
+
+
+def trained(settings: DemoSettings, width: int, terminal: bool = False) -> Trained:
+    pair = (Run("without clipping", settings, math.inf), Run("with gradclip", settings, settings.max_norm))
+    console = Console(
+        file=io.StringIO(), width=width, height=50, force_terminal=terminal, color_system=None, _environ={}
+    )
+    with one_thread():
+        blow_up = train(pair, console)
+    assert isinstance(console.file, io.StringIO)
+    return pair, blow_up, console.file.getvalue()
+
+
 # The parts.
 
 
 def test_backward_is_the_derivative_of_forward() -> None:
     rng = np.random.default_rng(1)
-    network = Network([5, 7, 7, 6, 4], gain=1.4, rng=rng, dtype=np.float64)
+    network = sine_network([5, 7, 7, 6, 4], 1.4, 1, np.float64)
     x, labels = rng.standard_normal((9, 5)), rng.integers(0, 4, 9)
-    gradients = {name: g.copy() for name, g in network.loss_and_gradients(x, labels)[1].items()}
+    gradients = network.loss_and_gradients(x, labels)[1]
     assert list(gradients) == list(network.parameters)
     for name, parameter in network.parameters.items():
         for index in np.ndindex(parameter.shape):
@@ -61,7 +98,7 @@ def test_backward_is_the_derivative_of_forward() -> None:
 
 def test_training_and_testing_use_the_same_network() -> None:
     rng = np.random.default_rng(2)
-    network = Network([5, 7, 4], gain=1.0, rng=rng)
+    network = sine_network([5, 7, 4], 1.0, 2)
     x, labels = rng.standard_normal((9, 5)).astype(np.float32), rng.integers(0, 4, 9)
     loss, gradients = network.loss_and_gradients(x, labels)
     assert network.evaluate(x, labels)[0] == pytest.approx(loss, rel=1e-6)
@@ -69,7 +106,7 @@ def test_training_and_testing_use_the_same_network() -> None:
 
 
 def test_outputs_that_are_not_finite_are_not_right() -> None:
-    network = Network([5, 7, 4], gain=1.0, rng=np.random.default_rng(3))
+    network = sine_network([5, 7, 4], 1.0, 3)
     network.parameters["layer02.bias"][:] = np.nan
     loss, accuracy = network.evaluate(np.ones((3, 5), np.float32), np.zeros(3, np.int64))
     assert math.isnan(loss)
@@ -104,80 +141,151 @@ def test_every_digit_comes_once_per_epoch() -> None:
         assert sorted(epoch.tolist()) == list(range(100))
 
 
-def history_of(*layer_norms: list[float]) -> History:
-    return History(layer_norms=[np.array(norms) for norms in layer_norms])
-
-
 def test_the_layer_that_went_first_is_the_first_far_above_its_own_norm() -> None:
     calm = [[50.0, 1.0, 2.0]] * 10
-    assert history_of(*calm, [900.0, 5.0, 1900.0]).find_blow_up() is None
-    # Layer 2 is 1100 times its usual norm; layer 1 is larger, but usually so.
-    found = history_of(*calm, [900.0, 1100.0, 2.0], [1e9, 1e9, 1e9]).find_blow_up()
+    assert find_blow_up(np.array([*calm, [900.0, 5.0, 1900.0]])) is None
+    # The second layer is 1100 times its usual norm; the first is larger, but usually so.
+    found = find_blow_up(np.array([*calm, [900.0, 1100.0, 2.0], [1e9, 1e9, 1e9]]))
     assert found is not None
-    assert (found.step, found.layer) == (10, 2)
+    assert (found.step, found.layer) == (10, 1)
     assert found.usual.tolist() == calm[0]
 
 
 def test_of_layers_that_are_not_finite_the_one_nearest_to_the_output_went_first() -> None:
-    found = history_of(*[[1.0] * 4] * 10, [math.nan, math.inf, math.nan, 1e30]).find_blow_up()
+    found = find_blow_up(np.array([*[[1.0] * 4] * 10, [math.nan, math.inf, math.nan, 1e30]]))
     assert found is not None
-    assert (found.step, found.layer) == (10, 3)
+    assert (found.step, found.layer) == (10, 2)
+
+
+@pytest.mark.parametrize("explosion", [3, 10, 25])
+def test_a_run_finds_its_blow_up_in_the_step_in_which_it_happens(explosion: int) -> None:
+    run = Run("", DemoSettings(layers=3), math.inf)
+    for step in range(30):
+        run.history.layer_norms.append([1.0, 1e6 if step == explosion else 2.0, 3.0])
+        found = run.find_blow_up()
+        assert (found is not None) == (step == explosion)
+        if found is not None:
+            assert (found.step, found.layer) == (explosion, 1)
+            break
 
 
 # Both runs, as far as the first one gets.
 
 
 @pytest.fixture(scope="module")
-def runs() -> tuple[tuple[Run, Run], BlowUp | None, str]:
-    settings = Settings(steps=100, seed=3)
-    pair = (Run("without", settings, math.inf), Run("with", settings, settings.max_norm))
-    console = Console(file=io.StringIO(), width=100)
-    blow_up = train(pair, split_digits(settings.seed), console)
-    assert isinstance(console.file, io.StringIO)
-    return pair, blow_up, console.file.getvalue()
+def runs() -> Trained:
+    return trained(DemoSettings(steps=100, seed=3), width=100)
 
 
-def test_both_runs_start_equal(runs: tuple[tuple[Run, Run], BlowUp | None, str]) -> None:
+def test_both_runs_start_equal(runs: Trained) -> None:
     (without, clipped), _, _ = runs
     assert without.history.loss[0] == clipped.history.loss[0]
     assert without.history.total_norm[0] == clipped.history.total_norm[0]
 
 
-def test_the_run_without_clipping_blows_up(runs: tuple[tuple[Run, Run], BlowUp | None, str]) -> None:
+def test_the_run_without_clipping_blows_up(runs: Trained) -> None:
     (without, _), blow_up, _ = runs
     history = without.history
     assert without.stopped
-    assert len(history.loss) < 100
-    assert not any(history.clipped)
+    assert without.steps_done < 100
+    assert not without.clipped().any()
     assert history.nonfinite[-1]
     assert not any(history.nonfinite[:-1])
     assert not all(np.isfinite(p).all() for p in without.network.parameters.values())
     assert blow_up is not None
-    assert history.layer_norms[blow_up.step][blow_up.layer - 1] > 1000 * blow_up.usual[blow_up.layer - 1]
+    assert history.layer_norms[blow_up.step][blow_up.layer] > 1000 * blow_up.usual[blow_up.layer]
 
 
-def test_the_clipped_run_goes_on(runs: tuple[tuple[Run, Run], BlowUp | None, str]) -> None:
+def test_the_clipped_run_goes_on(runs: Trained) -> None:
     (_, clipped), _, _ = runs
     history = clipped.history
-    assert len(history.loss) == 100
+    assert clipped.steps_done == 100
     assert not clipped.stopped
-    assert history.find_blow_up() is None
+    assert find_blow_up(np.array(history.layer_norms)) is None
     assert history.loss[-1] < 0.5 * history.loss[0]
-    for norm, was_clipped in zip(history.total_norm, history.clipped, strict=True):
-        assert was_clipped == (norm > clipped.max_norm)
+    assert clipped.clipped().tolist() == [norm > clipped.max_norm for norm in history.total_norm]
 
 
-def test_the_layers_make_up_the_global_norm(runs: tuple[tuple[Run, Run], BlowUp | None, str]) -> None:
+def test_gradclip_and_the_loop_saw_the_same_gradients(runs: Trained) -> None:
     for run in runs[0]:
-        layers = np.array(run.history.layer_norms)
-        np.testing.assert_allclose(np.linalg.norm(layers, axis=1), run.history.total_norm, rtol=1e-12)
+        assert len(run.clip.seconds) == len(run.clip.loop_norm) == run.steps_done
+        both = np.column_stack([run.clip.loop_norm, run.history.total_norm])
+        both = both[np.isfinite(both).all(axis=1)]
+        assert len(both) > 20
+        np.testing.assert_allclose(both[:, 0], both[:, 1], rtol=1e-4)
+        assert min(run.milliseconds()) > 0
 
 
-def test_the_report_has_every_layer(runs: tuple[tuple[Run, Run], BlowUp | None, str]) -> None:
+def test_the_layers_make_up_the_global_norm(runs: Trained) -> None:
+    for run in runs[0]:
+        finite = np.isfinite(run.history.total_norm)
+        layers = np.array(run.history.layer_norms)[finite]
+        total = np.array(run.history.total_norm)[finite]
+        np.testing.assert_allclose(np.linalg.norm(layers, axis=1), total, rtol=1e-12)
+
+
+def test_the_report_has_every_layer(runs: Trained) -> None:
     _, blow_up, text = runs
     assert blow_up is not None
-    assert f"layer {blow_up.layer} blew up first, in step {blow_up.step + 1}" in text
+    assert f"layer {blow_up.layer + 1} blew up first, in step {blow_up.step + 1}" in text
     assert re.findall(r"^ +(\d+) +[\d.e+]+ +[\d.e+]+ ", text, re.MULTILINE) == [str(i) for i in range(1, 41)]
+
+
+@pytest.mark.parametrize("suffix", PICTURES)
+def test_the_picture_has_the_format_of_its_suffix(suffix: str, runs: Trained, tmp_path: Path) -> None:
+    pair, blow_up, _ = runs
+    out = tmp_path / f"picture.{suffix.upper()}"
+    save_plot(pair, blow_up, out)
+    begins = {"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml", "eps": b"%!PS", "webp": b"RIFF"}
+    begins |= dict.fromkeys(("jpg", "jpeg"), b"\xff\xd8") | dict.fromkeys(("tif", "tiff"), b"II*\0")
+    assert out.read_bytes().startswith(begins[suffix])
+
+
+# Narrow consoles.
+
+
+@pytest.fixture(scope="module")
+def narrow() -> Trained:
+    return trained(DemoSettings(layers=25, steps=40, gain=1.8), width=60, terminal=True)
+
+
+def test_on_a_narrow_terminal_nothing_is_cut_off(narrow: Trained) -> None:
+    (without, clipped), blow_up, text = narrow
+    assert blow_up is not None
+    assert without.stopped
+    assert "…" not in text
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).replace("\r", "\n")
+    assert max(map(len, text.splitlines())) <= 60
+    assert f"stopped in step {without.steps_done}: gradients not finite" in text
+    assert f"clipped {clipped.clipped().sum()} of 40 steps" in text
+    layers = text[text.index(" usual ") : text.rindex("╭")]
+    assert re.findall(r"^ +(\d+) +\S+ +\S+ +\S+ +█+", layers, re.MULTILINE)[-1] == "25"
+
+
+@pytest.mark.parametrize("columns", [20, 45, 60])
+def test_piped_output_is_wrapped_to_columns(columns: int, tmp_path: Path) -> None:
+    done = gradclip_command(
+        "demo", "--layers", "60", "--steps", "3", "--out", "a.svg", cwd=tmp_path, columns=columns
+    )
+    assert done.returncode == 0, done.stderr
+    loading, *lines = done.stdout.splitlines()
+    assert loading.startswith("Loading")  # before the library that wraps
+    assert max(map(len, lines)) <= columns
+    assert "…" not in done.stdout
+    # In narrow columns, words are folded.
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│")]
+    assert "accuracy" in "".join(row[0] for row in rows)
+    assert "(100%,tonorm0.5)" in "".join(row[2] for row in rows).replace(" ", "")
+    assert "a.svg" in "".join(lines[-2:])
+
+
+def test_piped_output_without_columns_is_not_wrapped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for columns, lines in (("40", 8), ("", 1), ("0", 1), ("many", 1)):
+        monkeypatch.setenv("COLUMNS", columns)
+        console_of_user().print("a word " * 40)
+        assert capsys.readouterr().out.count("\n") == lines, columns
 
 
 # The command.
@@ -189,6 +297,7 @@ def test_the_whole_demo(tmp_path: Path) -> None:
     assert done.stderr == ""
     assert "\x1b" not in done.stdout
     assert "blew up first" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) > 100
     accuracy = re.search(r"test accuracy +│ +([\d.]+)[^│]*│ +([\d.]+)", done.stdout)
     assert accuracy is not None, done.stdout
     assert float(accuracy[1]) < 0.2
@@ -221,13 +330,161 @@ def test_info_names_the_version() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--layers", "1"), ("--steps", "0"), ("--steps", "x"), ("--out", "no/folder/x.png")]
+    ("option", "value", "message"),
+    [
+        ("--layers", "1", "expected an integer of at least 2, got '1'"),
+        ("--steps", "0", "expected an integer of at least 1, got '0'"),
+        ("--steps", "x", "expected an integer of at least 1, got 'x'"),
+        ("--seed", "-1", "expected an integer of at least 0, got '-1'"),
+        ("--out", "no/folder/x.png", "expected a file in a folder that exists, got no/folder/x.png"),
+        ("--out", "folder.png", "expected a file in a folder that exists, got folder.png"),
+        ("--out", "x.txt", "expected a name with one of the suffixes png, pdf, svg, "),
+        ("--out", "picture", "got picture"),
+        ("--out", ".png", "got .png"),
+        ("--out", "/proc/x.png", "expected a file that can be written, got /proc/x.png (No such file"),
+        ("--out", f"{'x' * 300}.png", "expected a file that can be written, got xxx"),
+    ],
 )
-def test_wrong_options_end_with_status_2_and_no_traceback(arguments: tuple[str, str], tmp_path: Path) -> None:
-    done = gradclip_command("demo", *arguments, cwd=tmp_path)
+def test_wrong_options_end_with_status_2_before_anything_is_done(
+    option: str, value: str, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "folder.png").mkdir()
+    done = gradclip_command("demo", option, value, cwd=tmp_path)
     assert done.returncode == 2
-    assert arguments[0] in done.stderr
+    assert option in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]
+
+
+def test_a_wrong_command_is_named_in_the_error() -> None:
+    done = gradclip_command("dmeo")
+    assert done.returncode == 2
+    assert "argument command: invalid choice: 'dmeo'" in done.stderr
+
+
+def test_no_permission_to_write_is_said_before_the_training(tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    taken = tmp_path / "taken.png"
+    taken.write_bytes(b"a picture")
+    taken.chmod(0o400)
+    if os.access(taken, os.W_OK):
+        pytest.skip("root may write everywhere")
+    for out in ("locked/x.png", "taken.png"):
+        done = gradclip_command("demo", "--out", out, cwd=tmp_path)
+        assert done.returncode == 2
+        assert done.stderr == (
+            f"gradclip demo --out: expected a file that can be written, got {out} (Permission denied)\n"
+        )
+    assert taken.read_bytes() == b"a picture"
+
+
+def test_what_is_loaded_is_said_before_it_is_loaded() -> None:
+    """The process ends where the import begins, and leaves what it has not flushed."""
+    text = output_of(
+        """
+        import os, sys
+        from gradclip.__main__ import main
+
+        class End:
+            def find_spec(self, name, path=None, target=None):
+                if name == "gradclip._lab":
+                    assert not {"sklearn", "matplotlib", "rich"} & set(sys.modules)
+                    os._exit(0)
+
+        sys.meta_path.insert(0, End())
+        main(["demo"])
+        """
+    )
+    assert text == "Loading scikit-learn, matplotlib, rich ..."
+
+
+def test_the_demo_loads_no_packages_but_its_own() -> None:
+    output_of(
+        """
+        import sys
+        for other in ("pandas", "jinja2", "markupsafe"):
+            sys.modules[other] = None  # as if it were not installed
+        import gradclip._lab.demo
+        """
+    )
+
+
+# Ctrl-C.
+
+
+@contextmanager
+def demo_process(*arguments: str, cwd: Path) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [*COMMAND, "demo", *arguments],
+        env=environment(),
+        encoding="utf-8",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=cwd,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_an_interrupted_demo_reports_on_the_steps_that_were_done(tmp_path: Path) -> None:
+    with demo_process("--steps", "100000", "--layers", "12", cwd=tmp_path) as process:
+        assert process.stdout is not None
+        while not process.stdout.readline().startswith("step "):
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        text, errors = process.communicate(timeout=60)
+    assert errors == ""
+    assert process.returncode == 130
+    interrupted = re.search(r"Interrupted after step (\d+) of 100000", text)
+    assert interrupted is not None, text
+    assert re.search(rf"│ +{interrupted[1]} of 100000 │", text)
+    assert "No layer blew up" not in text
+    assert "test accuracy" in text
+    assert (tmp_path / "gradclip-demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_interrupt_before_the_first_step_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("gradclip._lab.demo.Run", interrupting_run)
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(DemoSettings(layers=3), tmp_path / "x.png")
+    assert "Interrupted after step 0 of 600" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def interrupting_run(title: str, settings: DemoSettings, max_norm: float) -> Run:
+    if math.isinf(max_norm):  # once: the second time is for good
+        signal.raise_signal(signal.SIGINT)
+    return Run(title, settings, max_norm)
+
+
+def test_a_second_interrupt_is_obeyed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Impatient(Run):
+        def evaluate(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("gradclip._lab.demo.Run", Impatient)
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(DemoSettings(layers=3), tmp_path / "x.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_step_is_enough_for_a_report_and_a_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_demo(DemoSettings(layers=2, steps=1), tmp_path / "x.png")
+    assert "1 of 1" in capsys.readouterr().out
+    assert (tmp_path / "x.png").stat().st_size > 10_000
+
+
+# What is missing, and what is not loaded.
 
 
 def test_a_missing_package_gives_one_line_with_the_command_that_installs_it() -> None:
@@ -247,4 +504,4 @@ def test_a_missing_package_gives_one_line_with_the_command_that_installs_it() ->
 def test_importing_gradclip_imports_nothing_of_the_demo() -> None:
     loaded = output_of("import gradclip, sys; print({'rich', 'matplotlib', 'sklearn'} & set(sys.modules))")
     assert loaded == "set()"
-    assert output_of("import gradclip, sys; print('gradclip._demo' in sys.modules)") == "False"
+    assert output_of("import gradclip, sys; print('gradclip._lab' in sys.modules)") == "False"

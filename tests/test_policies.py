@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import gradclip
 import gradclip.torch
 from device import emulated_device
-from gradclip._demo.training import split_digits
+from gradclip._lab.data import split_digits
 from gradclip.policies import (
     AGC,
     SPAM,

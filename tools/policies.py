@@ -19,8 +19,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import gradclip
-from gradclip._demo.network import Momentum, Network
-from gradclip._demo.training import Digits, batches, split_digits
+from gradclip._lab.data import Data, batches, split_digits
+from gradclip._lab.networks import multilayer
+from gradclip._lab.training import Momentum
 from gradclip._report.style import GREY, INK, OURS, STYLE
 from gradclip._report.tables import markdown_table
 from gradclip.policies import AGC, SPAM, AdaGC, AutoClip, Lowest, Percentile, SkipStep, WarmUp, ZClip
@@ -57,10 +58,10 @@ class Training:
     accuracy: float = 0.0
 
 
-def train(name: str, make: Callable[[Any], Any], digits: Digits, steps: int = STEPS) -> Training:
+def train(name: str, make: Callable[[Any], Any], digits: Data, steps: int = STEPS) -> Training:
     """Train a network with its gradients clipped by a policy."""
     training, rng = Training(name), np.random.default_rng(0)
-    network = Network([64] + [64] * 7 + [10], 1.0, rng)
+    network = multilayer([64] + [64] * 7 + [10], "sine", "orthogonal", rng)
     optimizer, policy = Momentum(network.parameters), make(network.parameters)
     for step, batch in zip(range(steps), batches(len(digits.train_y), 64, rng), strict=False):
         x, labels = digits.train_x[batch], digits.train_y[batch]

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from gradclip._demo.training import Run
+    from gradclip._lab.demo.training import Run
 
 __all__ = ["COLOUR_MAP", "LOG_NORM_RANGE", "NOT_FINITE_COLOUR", "Display", "norm_style"]
 
@@ -29,6 +29,9 @@ NOT_FINITE_COLOUR = "#00e5ff"
 
 REDRAWS_PER_SECOND = 10
 LINES_WITHOUT_TERMINAL = 10
+WIDEST_PANEL = 60
+# What a panel needs beside its chart, and the narrowest chart that shows anything.
+PANEL_TEXT, CHART = 26, 8
 
 
 def norm_style(norm: float) -> str:
@@ -47,8 +50,9 @@ class Display:
     def __init__(self, console: Console, runs: tuple[Run, Run]) -> None:
         self._console = console
         self._runs = runs
+        live = console.is_terminal and not console.is_dumb_terminal and not console.options.ascii_only
         # Redrawn by the training loop between two steps: a thread that draws would steal time from a step.
-        self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
+        self._live = Live(console=console, auto_refresh=False) if live else None
         self._last_drawn = -math.inf
 
     def __enter__(self) -> Display:
@@ -63,56 +67,69 @@ class Display:
         traceback: TracebackType | None,
     ) -> None:
         if self._live:
-            self._draw()
+            if self._runs[0].steps_done:
+                self._draw()
             self._live.stop()
 
-    def update(self, step: int) -> None:
+    def update(self, step: int, last: bool) -> None:
         """Show the state after this many steps, unless the last drawing is too recent."""
         if self._live:
             if monotonic() - self._last_drawn >= 1 / REDRAWS_PER_SECOND:
                 self._draw()
         else:
             steps = self._runs[0].settings.steps
-            if step == steps or step % math.ceil(steps / LINES_WITHOUT_TERMINAL) == 0:
-                states = "   ".join(f"{run.title}: {_state(run)}" for run in self._runs)
-                self._console.print(f"step {step:{len(str(steps))}d}/{steps}   {states}", soft_wrap=True)
+            if step == 1 or last or step % math.ceil(steps / LINES_WITHOUT_TERMINAL) == 0:
+                parts = [f"step {step:{len(str(steps))}d}/{steps}"]
+                parts += [f"{run.title}: {_state(run)}" for run in self._runs]
+                line = "   ".join(parts)
+                self._console.print(line if len(line) <= self._console.width else "\n  ".join(parts))
 
     def _draw(self) -> None:
         assert self._live is not None
-        grid = Table.grid(expand=True, padding=(0, 1))
-        for _ in self._runs:
-            grid.add_column(ratio=1)
-        width = min(self._console.width, 120) // 2
-        grid.add_row(*(_panel(run, width) for run in self._runs))
-        self._live.update(grid, refresh=True)
+        width = self._console.width
+        if width >= 2 * (PANEL_TEXT + CHART):
+            grid = Table.grid(expand=True, padding=(0, 1))
+            for _ in self._runs:
+                grid.add_column(ratio=1)
+            grid.add_row(*(_panel(run, min(width // 2, WIDEST_PANEL)) for run in self._runs))
+            self._live.update(grid, refresh=True)
+        else:
+            panels = (_panel(run, min(width, WIDEST_PANEL)) for run in self._runs)
+            self._live.update(Group(*panels), refresh=True)
         self._last_drawn = monotonic()
 
 
 def _state(run: Run) -> str:
     if run.stopped:
-        return f"stopped in step {len(run.history.loss)}, not finite"
+        return f"stopped in step {run.steps_done}, not finite"
     return f"loss {run.history.loss[-1]:.3f}, test accuracy {run.test_accuracy:.3f}"
 
 
 def _panel(run: Run, width: int) -> Panel:
-    history = run.history
-    chart = max(width - 26, 8)
+    """What is known of a run; without charts where there is no room for them."""
+    history, done = run.history, run.steps_done
+    room = width - PANEL_TEXT
+    chart = max(room, CHART)
     rows = Table.grid(padding=(0, 1))
-    rows.add_column(style="dim")
-    rows.add_column(width=9, justify="right")
-    rows.add_column(width=chart)
-    done = len(history.loss)
-    rows.add_row("step", str(done), ProgressBar(total=run.settings.steps, completed=done, width=chart))
-    rows.add_row("loss", f"{history.loss[-1]:.3f}", _sparkline(history.loss, chart, (-4.0, 1.0)))
+    rows.add_column(style="dim", overflow="fold")
+    rows.add_column(min_width=9, justify="right", overflow="fold")
+    if room >= CHART:
+        rows.add_column(width=chart)
+
+    def row(label: str, value: str, drawn: ProgressBar | Text) -> None:
+        rows.add_row(*(label, value, drawn)[: len(rows.columns)])
+
+    row("step", str(done), ProgressBar(total=run.settings.steps, completed=done, width=chart))
+    row("loss", f"{history.loss[-1]:.3f}", _sparkline(history.loss, chart, (-4.0, 1.0)))
     norms = history.total_norm
-    rows.add_row("norm", f"{norms[-1]:.3g}", _sparkline(norms, chart, LOG_NORM_RANGE))
-    rows.add_row("layers", f"1 to {run.settings.layers}", _strip(history.layer_norms[-1], chart))
+    row("norm", f"{norms[-1]:.3g}", _sparkline(norms, chart, LOG_NORM_RANGE))
+    row("layers", f"1 to {run.settings.layers}", _strip(np.array(history.layer_norms[-1]), chart))
     accuracy = "" if math.isnan(run.test_accuracy) else f"{run.test_accuracy:.3f}"
-    rows.add_row("accuracy", accuracy, "[dim]on test digits[/]")
+    row("accuracy", accuracy, Text("on test digits", "dim"))
     if run.stopped:
         state, colour = f"stopped in step {done}: gradients not finite", "bold red"
     else:
-        clipped = sum(history.clipped)
+        clipped = int(run.clipped().sum())
         state, colour = f"clipped {clipped} of {done} steps" if clipped else "training", "green"
     return Panel(Group(rows, Text(state, colour)), title=f"[bold]{run.title}", border_style=colour)
 

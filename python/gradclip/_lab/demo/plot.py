@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +16,11 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
-from gradclip._demo.display import COLOUR_MAP, LOG_NORM_RANGE, NOT_FINITE_COLOUR
+from gradclip._lab.demo.display import COLOUR_MAP, LOG_NORM_RANGE, NOT_FINITE_COLOUR
 
 if TYPE_CHECKING:
-    from gradclip._demo.training import BlowUp, Run
+    from gradclip._lab.demo.training import Run
+    from gradclip._lab.training import BlowUp
 
 __all__ = ["save_plot"]
 
@@ -46,14 +48,15 @@ STYLE: dict[Any, Any] = {
 
 
 def save_plot(runs: tuple[Run, Run], blow_up: BlowUp | None, out: Path) -> None:
-    """Draw both runs into a PNG of 1600 x 1000 pixels.
+    """Draw both runs: in pixels, 1600 x 1000.
 
     Args:
         runs: The run without clipping, and the one with.
         blow_up: How the first one blew up, if it did.
-        out: The file to write.
+        out: The file to write, in the format of its suffix.
     """
     without, clipped = runs
+    done = max(run.steps_done for run in runs)
     # Without pyplot there is no window system to look for and nothing to close.
     with rc_context(STYLE):
         figure = Figure(figsize=(16, 10), dpi=100)
@@ -63,13 +66,12 @@ def save_plot(runs: tuple[Run, Run], blow_up: BlowUp | None, out: Path) -> None:
             left=0.055, right=0.945, top=0.855, bottom=0.07, wspace=0.17, hspace=0.3,
         )  # fmt: skip
         start, whole = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[0, 1])
-        steps = len(without.history.loss)
-        stopped = steps < without.settings.steps
+        steps, stopped = without.steps_done, without.stopped
         zoom = max(round(1.25 * steps), steps + 3) if stopped else steps
         _loss_curves(start, runs, zoom)
         start.set_ylabel("training loss")
         start.set_title(f"Training loss, the first {zoom} steps" if stopped else "Training loss")
-        _loss_curves(whole, runs, clipped.settings.steps)
+        _loss_curves(whole, runs, done)
         whole.set_title("Training loss, the whole run")
 
         left, right = figure.add_subplot(grid[1, 0]), figure.add_subplot(grid[1, 1])
@@ -78,7 +80,7 @@ def save_plot(runs: tuple[Run, Run], blow_up: BlowUp | None, out: Path) -> None:
         left.set_title("Norm of every layer's gradient without clipping")
         if blow_up:
             _mark(left, without, blow_up, zoom)
-        image = _heat_map(right, clipped, clipped.settings.steps)
+        image = _heat_map(right, clipped, done)
         right.set_title("With gradclip (norms before clipping)")
         bar = figure.colorbar(image, cax=figure.add_subplot(grid[1, 2]), extend="both")
         bar.set_label("gradient norm", color=TEXT)
@@ -87,26 +89,32 @@ def save_plot(runs: tuple[Run, Run], blow_up: BlowUp | None, out: Path) -> None:
         bar.set_ticks(list(ticks), labels=[f"$10^{{{tick}}}$" for tick in ticks])
 
         _headline(figure, runs)
-        figure.savefig(out, format="png", facecolor=GROUND)
+        picture = BytesIO()  # a file that is there is a whole one
+        figure.savefig(picture, format=out.suffix[1:].lower(), facecolor=GROUND)
+    out.write_bytes(picture.getvalue())
 
 
 def _headline(figure: Figure, runs: tuple[Run, Run]) -> None:
     without, clipped = runs
     settings = clipped.settings
-    figure.text(0.055, 0.945, f"{settings.layers} layers, trained twice", size=22, weight="bold")
-    end = (
-        f"gradients not finite in step {len(without.history.loss)}"
-        if without.stopped
-        else f"test accuracy {without.test_accuracy:.3f}"
-    )
+    title = f"{settings.layers} layers, trained twice"
+    if not clipped.stopped and clipped.steps_done < settings.steps:
+        title += f", interrupted after {clipped.steps_done} of {settings.steps} steps"
+    figure.text(0.055, 0.945, title, size=22, weight="bold")
     x = 0.055
     for text, colour in (
-        (f"without clipping: {end}", COLOURS[0]),
-        (f"clipped to norm {settings.max_norm:g}: test accuracy {clipped.test_accuracy:.3f}", COLOURS[1]),
+        (f"without clipping: {_end(without)}", COLOURS[0]),
+        (f"clipped to norm {settings.max_norm:g}: {_end(clipped)}", COLOURS[1]),
         ("same weights, same batches, same learning rate", FAINT),
     ):
         drawn = figure.text(x, 0.91, text, color=colour, size=14)
         x += drawn.get_window_extent().width / figure.bbox.width + 0.025
+
+
+def _end(run: Run) -> str:
+    if run.stopped:
+        return f"gradients not finite in step {run.steps_done}"
+    return f"test accuracy {run.test_accuracy:.3f}"
 
 
 def _loss_curves(axes: Axes, runs: tuple[Run, Run], steps: int) -> None:
@@ -116,7 +124,7 @@ def _loss_curves(axes: Axes, runs: tuple[Run, Run], steps: int) -> None:
         smooth = _running_median(loss, width=max(steps // 60, 1))
         axes.plot(x, loss, color=colour, alpha=0.3 if steps >= 120 else 0.0, linewidth=0.8)
         axes.plot(x, smooth, color=colour, linewidth=2.2, label=run.title)
-        if run.stopped and len(run.history.loss) <= steps:
+        if run.stopped and run.steps_done <= steps:
             end = (float(x[-1]), float(loss[-1]))
             axes.plot(*end, "X", color=NOT_FINITE_COLOUR, markersize=13, markeredgecolor=GROUND, zorder=5)
             axes.annotate(
@@ -160,10 +168,10 @@ def _heat_map(axes: Axes, run: Run, steps: int) -> AxesImage:
 def _mark(axes: Axes, run: Run, blow_up: BlowUp, steps: int) -> None:
     """Point at the layer that went first, and say where the run ended."""
     norms = run.history.layer_norms
-    norm = norms[blow_up.step][blow_up.layer - 1]
+    norm, layer = norms[blow_up.step][blow_up.layer], blow_up.layer + 1
     axes.annotate(
-        f"layer {blow_up.layer} goes first\nstep {blow_up.step + 1}: norm {norm:.1e}",
-        (blow_up.step + 1, blow_up.layer), xytext=(-30, 70), textcoords="offset points", ha="center",
+        f"layer {layer} goes first\nstep {blow_up.step + 1}: norm {norm:.1e}",
+        (blow_up.step + 1, layer), xytext=(-30, 70), textcoords="offset points", ha="center",
         color=TEXT, weight="bold", arrowprops={"arrowstyle": "-|>", "color": TEXT, "lw": 1.6},
     )  # fmt: skip
     if run.stopped:

@@ -11,63 +11,61 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from gradclip._demo.network import layer_of
-from gradclip._demo.training import BLOW_UP_FACTOR
+from gradclip._lab.training import BLOW_UP_FACTOR
 
 if TYPE_CHECKING:
-    from gradclip._demo.training import BlowUp, Run
+    from gradclip._lab.demo.training import Run
+    from gradclip._lab.training import BlowUp
 
 __all__ = ["print_blow_up", "print_layers", "print_summary"]
 
-BAR_WIDTH = 36
+# Of the bars beside the layers: as they should be, and the narrowest that are drawn.
+BAR_WIDTH, NARROWEST_BAR = 36, 14
 
 
 def print_blow_up(console: Console, run: Run, blow_up: BlowUp) -> None:
     """One line, at once: which layer went first, and by how much."""
-    norm = run.history.layer_norms[blow_up.step][blow_up.layer - 1]
-    usual = blow_up.usual[blow_up.layer - 1]
+    norm = run.history.layer_norms[blow_up.step][blow_up.layer]
+    usual = blow_up.usual[blow_up.layer]
     if math.isfinite(norm):
         what = f"norm {norm:.3g}, {norm / usual:,.0f} times its usual {usual:.3g}"
     else:
-        what = f"norm {norm}, usually {usual:.3g}"
+        what = "norm not finite" + (f", usually {usual:.3g}" if math.isfinite(usual) else "")
     what += f" (usual: the median of the first steps; {BLOW_UP_FACTOR:g} times that is a blow-up)"
-    console.print(
-        f"\n[bold red]{run.title}: layer {blow_up.layer} blew up first, in step {blow_up.step + 1}[/]: {what}"
-    )
+    where = f"layer {blow_up.layer + 1} blew up first, in step {blow_up.step + 1}"
+    console.print(f"\n[bold red]{run.title}: {where}[/]: {what}")
 
 
 def print_layers(console: Console, run: Run, blow_up: BlowUp) -> None:
     """Every layer's norm: usually, when the first one blew up, and in the last step of the run."""
-    history = run.history
-    last = len(history.loss) - 1
+    history, last = run.history, run.steps_done - 1
     for line in _story(run, blow_up):
         console.print(line)
     console.print()
 
     block = "#" if console.options.ascii_only else "█"
-    columns = [blow_up.usual, history.layer_norms[blow_up.step], history.layer_norms[last]]
+    columns = np.array([blow_up.usual, history.layer_norms[blow_up.step], history.layer_norms[last]])
     logs = np.log10(np.maximum(columns, 1e-300))
     low = math.floor(np.nanmin(logs))
     high = max(math.ceil(np.max(logs[np.isfinite(logs)])), low + 1)
     table = Table(box=None, padding=(0, 1), header_style="dim")
-    table.add_column("layer", justify="right")
-    table.add_column("usual", justify="right")
-    table.add_column(f"step {blow_up.step + 1}", justify="right", style="yellow")
-    table.add_column(f"step {last + 1}", justify="right", style="red")
-    table.add_column(f"log scale from 1e{low:+03d} to 1e{high:+03d}", width=BAR_WIDTH)
+    table.add_column("layer", justify="right", overflow="fold")
+    table.add_column("usual", justify="right", overflow="fold")
+    table.add_column(f"step {blow_up.step + 1}", justify="right", style="yellow", overflow="fold")
+    table.add_column(f"step {last + 1}", justify="right", style="red", overflow="fold")
+    # Each of the others is up to 8 characters wide, and has one on either side.
+    bar_width = min(BAR_WIDTH, console.width - 4 * 10 - 2)
+    if bar_width >= NARROWEST_BAR:
+        table.add_column(f"log scale from 1e{low:+03d} to 1e{high:+03d}", width=bar_width)
     for layer in range(run.settings.layers):
         bar, drawn = Text(), 0
         for log, style in zip(logs[:, layer], ("bright_black", "yellow", "red"), strict=True):
             share = (log - low) / (high - low) if math.isfinite(log) else 1.0
-            length = max(round(share * BAR_WIDTH) - drawn, 0)
+            length = max(round(share * bar_width) - drawn, 0)
             bar.append(block * length, style)
             drawn += length
-        table.add_row(
-            str(layer + 1),
-            *(f"{column[layer]:.3g}" for column in columns),
-            bar,
-            style="bold" if layer + 1 == blow_up.layer else "",
-        )
+        cells: list[str | Text] = [str(layer + 1), *(f"{norm:.3g}" for norm in columns[:, layer]), bar]
+        table.add_row(*cells[: len(table.columns)], style="bold" if layer == blow_up.layer else "")
     console.print(table)
 
 
@@ -75,7 +73,7 @@ def _story(run: Run, blow_up: BlowUp) -> list[str]:
     """What happened before and after, all of it read from the history."""
     history, depth = run.history, run.settings.layers
     lines: list[str] = []
-    first = history.layer_norms[0]
+    first = np.array(history.layer_norms[0])
     if depth > 2:
         growth = first[0] / first[depth - 2]
         lines.append(
@@ -85,15 +83,17 @@ def _story(run: Run, blow_up: BlowUp) -> list[str]:
     names = history.nonfinite[-1]
     if names:
         listed = escape(", ".join(map(str, names[:4]))) + (", ..." if len(names) > 4 else "")
-        layers = sorted({layer_of(str(name)) for name in names})
-        many = f"layer {layers[0]}" if len(layers) == 1 else f"{len(layers)} layers"
+        layers = {str(name).partition(".")[0] for name in names}
+        many = f"{len(layers)} layers"
+        if len(layers) == 1:
+            many = f"layer {history.layers.index(layers.pop()) + 1}"
         lines.append(
-            f"In step {len(history.loss)}, {len(names)} of {2 * depth} gradients, those of {many}, are no "
+            f"In step {run.steps_done}, {len(names)} of {2 * depth} gradients, those of {many}, are no "
             f"longer finite ({listed}); with them the weights are lost, and the run ends."
         )
     overflow = [
         step
-        for step, (total, loop) in enumerate(zip(history.total_norm, history.loop_norm, strict=True))
+        for step, (total, loop) in enumerate(zip(history.total_norm, run.clip.loop_norm, strict=True))
         if math.isfinite(total) and not math.isfinite(loop)
     ]
     if overflow:
@@ -108,22 +108,22 @@ def _story(run: Run, blow_up: BlowUp) -> list[str]:
 def print_summary(console: Console, runs: tuple[Run, Run]) -> None:
     """The table at the end."""
     table = Table(title="\nThe same weights, batches and learning rates", title_style="bold")
-    table.add_column("")
+    table.add_column("", overflow="fold")
     for run in runs:
-        table.add_column(run.title, justify="right")
+        table.add_column(run.title, justify="right", overflow="fold")
 
     def row(label: str, cells: list[str]) -> None:
         table.add_row(label, *cells)
 
     steps = runs[0].settings.steps
-    row("steps trained", [f"{len(run.history.loss)} of {steps}" for run in runs])
+    row("steps trained", [f"{run.steps_done} of {steps}" for run in runs])
     row("last training loss", [f"{run.history.loss[-1]:.3g}" for run in runs])
     row("test loss", [f"{run.test_loss:.3f}" for run in runs])
     row("test accuracy", [_accuracy(run) for run in runs])
-    row("largest gradient norm", [f"{run.history.largest_norm():.3g}" for run in runs])
+    row("largest gradient norm", [f"{run.largest_norm():.3g}" for run in runs])
     row("steps clipped", [_clipped(run) for run in runs])
     table.add_section()
-    times = [run.history.milliseconds() for run in runs]
+    times = [run.milliseconds() for run in runs]
     row("step without clipping", [f"{rest:.2f} ms" for _, _, rest in times])
     row("gradclip, per step", [_share(clip, rest) for clip, _, rest in times])
     row("NumPy loop, per step", [_share(loop, rest) for _, loop, rest in times])
@@ -146,8 +146,8 @@ def _accuracy(run: Run) -> str:
 def _clipped(run: Run) -> str:
     if math.isinf(run.max_norm):
         return "none"
-    clipped, steps = sum(run.history.clipped), len(run.history.clipped)
-    return f"{clipped} ({clipped / steps:.0%}, to norm {run.max_norm:g})"
+    clipped = run.clipped()
+    return f"{clipped.sum()} ({clipped.mean():.0%}, to norm {run.max_norm:g})"
 
 
 def _share(part: float, rest: float) -> str:

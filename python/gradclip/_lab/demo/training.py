@@ -1,38 +1,26 @@
-"""One training run: the step, what is remembered of it, and how long its clipping took."""
+"""One of the demo's two runs: its network, and a clip that is compared with a loop in NumPy."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from time import perf_counter
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.datasets import load_digits  # type: ignore[import-untyped]
 
 import gradclip
-from gradclip._demo.network import Array, Labels, Momentum, Network
+from gradclip._lab.data import batches, split_digits
+from gradclip._lab.layers import Array
+from gradclip._lab.networks import Network, multilayer
+from gradclip._lab.training import USUAL_STEPS, BlowUp, History, Training, find_blow_up
 
-__all__ = [
-    "BLOW_UP_FACTOR",
-    "BlowUp",
-    "Digits",
-    "History",
-    "Run",
-    "Settings",
-    "batches",
-    "numpy_clip_",
-    "split_digits",
-]
-
-# A layer has blown up when its norm is this many times its usual one: the median of the first steps.
-BLOW_UP_FACTOR = 1000.0
-USUAL_STEPS = 10
+__all__ = ["ComparedClip", "DemoSettings", "Run", "network_of", "numpy_clip_"]
 
 
 @dataclass(frozen=True)
-class Settings:
+class DemoSettings:
     """Everything that both runs share, and the threshold that only one of them uses."""
 
     layers: int = 40
@@ -45,32 +33,17 @@ class Settings:
     max_norm: float = 0.5
 
 
-@dataclass(frozen=True)
-class Digits:
-    """scikit-learn's 1797 handwritten digits, 8 x 8 pixels, split at random."""
+def network_of(settings: DemoSettings) -> Network:
+    """A sine network with orthogonal weights, those of all layers but the last multiplied by the gain.
 
-    train_x: Array
-    train_y: Labels
-    test_x: Array
-    test_y: Labels
-
-
-def split_digits(seed: int, test_share: float = 0.2) -> Digits:
-    """Read the digits, centre and scale them by the training part, and split them."""
-    pixels, labels = load_digits(return_X_y=True)
-    order = np.random.default_rng(seed).permutation(len(labels))
-    test, train = np.split(order, [round(test_share * len(labels))])
-    x = (pixels - pixels[train].mean(axis=0)) / pixels[train].std()
-    x = x.astype(np.float32)
-    return Digits(x[train], labels[train], x[test], labels[test])
-
-
-def batches(count: int, size: int, rng: np.random.Generator) -> Iterator[npt.NDArray[np.int64]]:
-    """Indices of one batch after another, in a new random order every epoch, without end."""
-    size = min(size, count)
-    while True:
-        order = rng.permutation(count)
-        yield from (order[i : i + size] for i in range(0, count - size + 1, size))
+    Sine networks (SIREN, Sitzmann et al. 2020, arXiv:2006.09661) show the explosion in its pure form.
+    Forward, sine keeps every activation within [-1, 1], whatever the weights. Backward, a layer multiplies
+    the signal by its weights and by a cosine, whose mean square stays near 1/2 however large the weights
+    grow: tanh would saturate and put its own fire out, sine does not. So a gain a little above 1 already
+    makes the gradients grow from layer to layer on their way back.
+    """
+    sizes = [64] + [settings.width] * (settings.layers - 1) + [10]
+    return multilayer(sizes, "sine", "orthogonal", np.random.default_rng(settings.seed), gain=settings.gain)
 
 
 def numpy_clip_(gradients: Mapping[str, Array], max_norm: float) -> float:
@@ -86,131 +59,122 @@ def numpy_clip_(gradients: Mapping[str, Array], max_norm: float) -> float:
     return total
 
 
-@dataclass(frozen=True)
-class BlowUp:
-    """The step and the layer at which the gradients of a run left their usual size."""
+class ComparedClip:
+    """Clips with gradclip, and copies of the same gradients with the NumPy loop; both are timed.
 
-    step: int
-    layer: int  # from 1, at the input
-    usual: npt.NDArray[np.float64]  # of every layer
+    Args:
+        parameters: Of the network.
+        max_norm: The threshold; ``inf``: only measure.
+
+    Attributes:
+        loop_norm: In every step, the norm as the loop sees it.
+        seconds: In every step, those of gradclip and those of the loop.
+    """
+
+    def __init__(self, parameters: Mapping[str, Array], max_norm: float) -> None:
+        self.loop_norm: list[float] = []
+        self.seconds: list[tuple[float, float]] = []
+        self._max_norm = max_norm
+        self._copies = {name: np.empty_like(p) for name, p in parameters.items()}
+
+    def __call__(self, gradients: dict[str, Array]) -> gradclip.ClipResult:
+        """Clip in place. The one that comes first finds cold caches: they take turns."""
+        for name, g in gradients.items():
+            np.copyto(self._copies[name], g)
+        if len(self.seconds) % 2:
+            result, clip = self._gradclip(gradients)
+            total, loop = self._loop()
+        else:
+            total, loop = self._loop()
+            result, clip = self._gradclip(gradients)
+        self.loop_norm.append(total)
+        self.seconds.append((clip, loop))
+        return result
+
+    def _gradclip(self, gradients: dict[str, Array]) -> tuple[gradclip.ClipResult, float]:
+        begin = perf_counter()
+        # "propagate" changes nothing here: without a threshold nothing is written, and with one no
+        # gradient gets as far as infinity.
+        result = gradclip.clip_by_global_norm_(gradients, self._max_norm, nonfinite="propagate")
+        return result, perf_counter() - begin
+
+    def _loop(self) -> tuple[float, float]:
+        begin = perf_counter()
+        total = numpy_clip_(self._copies, self._max_norm)
+        return total, perf_counter() - begin
 
 
-@dataclass
-class History:
-    """One entry per step in every list."""
+class Run:
+    """A network in training, with its gradients clipped to ``max_norm`` (``inf``: only measured).
 
-    loss: list[float] = field(default_factory=list)
-    total_norm: list[float] = field(default_factory=list)
-    layer_norms: list[npt.NDArray[np.float64]] = field(default_factory=list)  # weight and bias together
-    clipped: list[bool] = field(default_factory=list)
-    nonfinite: list[tuple[int | str, ...]] = field(default_factory=list)
-    loop_norm: list[float] = field(default_factory=list)  # as numpy_clip_ sees it
-    seconds: list[tuple[float, float, float]] = field(default_factory=list)  # clip, NumPy loop, the rest
+    Attributes:
+        training: The laboratory's loop.
+        clip: What it does to the gradients, and what that took.
+        test_loss: On the test digits, at the last call of :meth:`evaluate`.
+        test_accuracy: The same.
+    """
+
+    def __init__(self, title: str, settings: DemoSettings, max_norm: float) -> None:
+        self.title = title
+        self.settings = settings
+        self.max_norm = max_norm
+        self.network = network_of(settings)
+        self.clip = ComparedClip(self.network.parameters, max_norm)
+        digits = split_digits(settings.seed)
+        self.training = Training(
+            self.network,
+            digits,
+            batches(len(digits.train_y), settings.batch, np.random.default_rng(settings.seed)),
+            steps=settings.steps,
+            learning_rate=settings.learning_rate,
+            schedule="cosine",
+            clip=self.clip,
+        )
+        self.test_loss = math.nan
+        self.test_accuracy = math.nan
+
+    @property
+    def history(self) -> History:
+        """An entry for each step that is done."""
+        return self.training.history
+
+    @property
+    def steps_done(self) -> int:
+        """How many steps there are in the history."""
+        return len(self.history.loss)
+
+    @property
+    def stopped(self) -> bool:
+        """A weight is not finite: the run has ended."""
+        return self.training.stopped
+
+    def evaluate(self) -> None:
+        """Bring ``test_loss`` and ``test_accuracy`` up to date."""
+        self.test_loss, self.test_accuracy = self.training.evaluate()
+
+    def clipped(self) -> npt.NDArray[np.bool_]:
+        """In which steps the gradients were clipped."""
+        return np.array(self.history.coefficient) < 1
 
     def find_blow_up(self) -> BlowUp | None:
-        """The first step at which a layer's norm was not finite or far above that layer's usual norm.
-
-        If several layers got there in the same step: the one furthest above its usual norm; of several
-        that are not finite the one nearest to the output, for backward got there first.
-        """
-        norms = np.array(self.layer_norms)
-        usual = np.median(norms[:USUAL_STEPS], axis=0)
-        finite = np.isfinite(norms)
-        far = ~finite | (norms > BLOW_UP_FACTOR * usual)
-        steps = np.flatnonzero(far.any(axis=1))
-        if not steps.size:
-            return None
-        step = int(steps[0])
-        if finite[step].all():
-            layer = int(np.argmax(norms[step] / usual))
-        else:
-            layer = int(np.flatnonzero(~finite[step])[-1])
-        return BlowUp(step, layer + 1, usual)
+        """What :func:`find_blow_up` says, called after every step: only the last one can be new."""
+        norms = self.history.layer_norms
+        found = find_blow_up(np.array(norms[:USUAL_STEPS] + norms[USUAL_STEPS:][-1:]))
+        if found is None or found.step < USUAL_STEPS:
+            return found
+        return BlowUp(len(norms) - 1, found.layer, found.usual)
 
     def largest_norm(self) -> float:
         """The largest finite norm over all gradients."""
-        return max((n for n in self.total_norm if math.isfinite(n)), default=math.nan)
+        return max((n for n in self.history.total_norm if math.isfinite(n)), default=math.nan)
 
     def milliseconds(self) -> tuple[float, float, float]:
         """Per step: gradclip, the NumPy loop, and all the rest of the step.
 
         Medians of the steps that were clipped and of those that were not, weighted by how many there are.
         """
-        seconds, clipped = np.array(self.seconds), np.array(self.clipped)
+        rest = [rest for _, rest in self.history.seconds]
+        seconds, clipped = np.column_stack([np.array(self.clip.seconds), rest]), self.clipped()
         kinds = [kind for kind in (seconds[clipped], seconds[~clipped]) if len(kind)]
-        clip, loop, rest = 1e3 * sum(len(kind) * np.median(kind, axis=0) for kind in kinds) / len(seconds)
-        return float(clip), float(loop), float(rest)
-
-
-class Run:
-    """A network in training, with its gradients clipped to ``max_norm`` (``inf``: only measured)."""
-
-    def __init__(self, title: str, settings: Settings, max_norm: float) -> None:
-        sizes = [64] + [settings.width] * (settings.layers - 1) + [10]
-        self.title = title
-        self.settings = settings
-        self.max_norm = max_norm
-        self.network = Network(sizes, settings.gain, np.random.default_rng(settings.seed))
-        self.history = History()
-        self.test_loss = math.nan
-        self.test_accuracy = math.nan
-        self.stopped = False
-        self._optimizer = Momentum(self.network.parameters)
-        self._copies = {name: np.empty_like(p) for name, p in self.network.parameters.items()}
-
-    def step(self, x: Array, labels: Labels) -> None:
-        """Train on one batch and remember everything about it."""
-        begin = perf_counter()
-        loss, gradients = self.network.loss_and_gradients(x, labels)
-        backward = perf_counter() - begin
-
-        result, total, clip, loop = self._clip(gradients)
-
-        begin = perf_counter()
-        self._optimizer.step(gradients, self._learning_rate())
-        rest = backward + perf_counter() - begin
-
-        history = self.history
-        history.loss.append(loss)
-        history.total_norm.append(result.total_norm)
-        # The norms come in the order of the parameters: weight, bias, weight, bias, ...
-        history.layer_norms.append(np.sqrt(np.square(result.norms.reshape(-1, 2)).sum(axis=1)))
-        history.clipped.append(result.clipped)
-        history.nonfinite.append(result.nonfinite)
-        history.loop_norm.append(total)
-        history.seconds.append((clip, loop, rest))
-        # A weight that is infinite or NaN stays so: there is nothing left to train.
-        self.stopped = not all(np.isfinite(p).all() for p in self.network.parameters.values())
-
-    def evaluate(self, digits: Digits) -> None:
-        """Bring ``test_loss`` and ``test_accuracy`` up to date."""
-        self.test_loss, self.test_accuracy = self.network.evaluate(digits.test_x, digits.test_y)
-
-    def _clip(self, gradients: dict[str, Array]) -> tuple[gradclip.ClipResult, float, float, float]:
-        """Clip with gradclip, and copies with the NumPy loop; the one that goes first alternates."""
-        for name, g in gradients.items():
-            np.copyto(self._copies[name], g)
-        loop = 0.0
-        # NumPy's turn comes before gradclip's in even steps and after it in odd ones.
-        numpy_first = len(self.history.loss) % 2 == 0
-        if numpy_first:
-            begin = perf_counter()
-            total = numpy_clip_(self._copies, self.max_norm)
-            loop = perf_counter() - begin
-
-        begin = perf_counter()
-        # "propagate" changes nothing here: without a threshold nothing is written, and with one no
-        # gradient gets as far as infinity.
-        result = gradclip.clip_by_global_norm_(gradients, self.max_norm, nonfinite="propagate")
-        clip = perf_counter() - begin
-
-        if not numpy_first:
-            begin = perf_counter()
-            total = numpy_clip_(self._copies, self.max_norm)
-            loop = perf_counter() - begin
-        return result, total, clip, loop
-
-    def _learning_rate(self) -> float:
-        """Half a cosine, from the full rate down to 0."""
-        progress = len(self.history.loss) / self.settings.steps
-        return self.settings.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+        clip, loop, rest_ms = 1e3 * sum(len(kind) * np.median(kind, axis=0) for kind in kinds) / len(seconds)
+        return float(clip), float(loop), float(rest_ms)
