@@ -27,7 +27,7 @@ class Warning(_OfAll):
     """Whether the monitor warns in time."""
 
     name = "warning"
-    title = "Does the monitor warn before the explosion?"
+    title = "Does the monitor warn before the explosion, and does training recover?"
     background = (
         "gradclip.monitor looks at every step and says when a norm grows such that it will have exploded in "
         f"a few steps. Here an explosion is a global norm above {EXPLOSION:.0f} after a step in which it was "
@@ -47,6 +47,8 @@ class Warning(_OfAll):
             f"{len(blown)} of {len(rows)} trainings exploded after their first steps. The monitor had warned "
             f"before {len(warned)} of them ({percent(len(warned) / len(blown))})"
             + (f", {lead.median():.0f} steps before in the median." if len(lead) else "."),
+            f"Of the {len(blown)}, {int(blown['lost'].sum())} ended with parameters that are infinite or "
+            f"NaN, and {int(blown['learnt'].sum())} had learnt in the end.",
             f"Of {len(calm)} trainings that learnt without an explosion, it warned of one in {len(false)} "
             f"({percent(len(false) / max(len(calm), 1))}).",
         ]
