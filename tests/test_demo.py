@@ -172,6 +172,14 @@ def test_a_run_finds_its_blow_up_in_the_step_in_which_it_happens(explosion: int)
 # Both runs, as far as the first one gets.
 
 
+@pytest.fixture(autouse=True)
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C as in a terminal: a shell has jobs in the background, and what they start, ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def runs() -> Trained:
     return trained(DemoSettings(steps=100, seed=3), width=100)
