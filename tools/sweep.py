@@ -168,7 +168,8 @@ def _build_variant(variant: Variant, tree: Path, compiling: str, linking: str) -
     """By the commands of what is committed: its header is found first, its object before the library's."""
     folder = variant.folder
     own = re.sub(r" -o \S+| -MF \S+| -MD| -MT \S+", "", compiling)
-    own = own.replace(" ", f" -I{folder / 'include'} ", 1) + f" -o {folder / 'engine.o'}"
+    # Before the other folders, and not after the first word: that may be ccache.
+    own = own.replace(" -I", f" -I{folder / 'include'} -I", 1) + f" -o {folder / 'engine.o'}"
     link = linking.split(" && cd ", maxsplit=1)[0]  # what follows strips the module of names
     link = re.sub(r" -o \S+", f" -o {variant.module}", link)
     link = re.sub(r" (\S*libgradclip_cuda\.a)", rf" {folder / 'engine.o'} \1", link)
