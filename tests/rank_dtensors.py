@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 import gradclip.torch as gt
 from gradclip.distributed._collective import reduced
-from gradclip.torch import _sharded
+from gradclip.torch import _joint
 from gradclip.torch._layout import Layout
 from rank_support import (
     ORDERS,
@@ -242,7 +242,7 @@ def groups_that_rounded_differently_agree() -> None:
     for placements in ([Shard(0), Shard(1)], [Replicate(), Shard(0)]):
         grad = distribute_tensor(torch.ones(4, 4), mesh, placements)
         layout = Layout.of([grad], (), None, "tensors[{}]")
-        joint = _sharded._Joint(2.0, False, layout, _sharded._Report(1))
+        joint = _joint.Joint(layout, _joint.Report(1), 2.0, may_wait=False)
         total = joint.agreed(torch.tensor(1 + (rank() + 1) * 2.0**-52, dtype=torch.float64))
         assert same_bits(total) == 1 + 4 * 2.0**-52
         nan = torch.tensor(math.nan if rank() == 2 else 1.0, dtype=torch.float64)
@@ -260,7 +260,7 @@ def the_norm_is_what_groups_that_rounded_differently_agree_on() -> None:
         return values
 
     grad = distribute_tensor(values(8, 8, seed=1, dtype=torch.float64), mesh_of(2, 2), [Shard(0), Shard(1)])
-    with mock.patch.object(_sharded, "reduced", rounded):
+    with mock.patch.object(_joint, "reduced", rounded):
         norm = same_bits(gt.clip_grad_norm_([with_grad(grad)], 0.5))
     assert math.isclose(norm, norm_over([values(8, 8, seed=1, dtype=torch.float64)], 2), rel_tol=1e-11)
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gradclip
 import gradclip.distributed
 import gradclip.torch as gt
-from gradclip.torch import _sharded
+from gradclip.torch import _joint
 from rank_support import (
     ORDERS,
     SHAPES,
@@ -196,7 +196,7 @@ def what_is_not_finite_on_one_rank_is_raised_on_all() -> None:
 @check(2, 4)
 def where_nothing_may_wait_the_others_get_nan() -> None:
     """As on a GPU; here on the CPU."""
-    with mock.patch.object(_sharded._Joint, "_may_wait", return_value=False):
+    with mock.patch.object(_joint.Joint, "_may_wait", return_value=False):
         for order in ORDERS:
             piece = torch.ones(3)
             norm = gt.clip_grad_norm_([with_grad(piece)], 1e9, order, group=dist.group.WORLD)
@@ -273,7 +273,7 @@ def orders_that_only_torch_has() -> None:
             gt.clip_grad_norm_([with_grad(torch.ones(3))], 0.1, order, group=dist.group.WORLD)
 
 
-class _Messages(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Messages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes the bytes of every all-reduce."""
 
     def __init__(self) -> None:
@@ -296,11 +296,11 @@ def one_message_whatever_the_number_of_tensors() -> None:
         grads = [distribute_tensor(values(8, seed=i), mesh, [Shard(0)]) for i in range(count)]
         plain = [grad.to_local() for grad in grads]
         for order, nbytes in ((2.0, 32), (math.inf, 64)):
-            with _Messages() as messages:
+            with Messages() as messages:
                 gt.clip_grad_norm_(with_grads(grads), 1.0, order)
                 gt.clip_grad_norm_(with_grads(plain), 1.0, order, group=dist.group.WORLD)
             assert messages.nbytes == [nbytes, nbytes]
-        with _Messages() as messages:
+        with Messages() as messages:
             nn.utils.clip_grad_norm_(with_grads(grads), 1.0)
         assert messages.nbytes == [4 * count]
 

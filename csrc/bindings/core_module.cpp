@@ -84,6 +84,14 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       .def("measure", method(&measure), py::arg("ord"), py::arg("groups"), py::arg("grad_scale"),
            py::arg("reduce"))
       .def(
+          "measure_shards",
+          [](const SharedGradients& grads, const py::object& ord, const py::object& groups,
+             const py::object& grad_scale, bool is_wide, const py::object& sums) {
+            return Measured::of_shards(grads.object, ord, groups, grad_scale, is_wide, sums);
+          },
+          py::arg("ord"), py::arg("groups"), py::arg("grad_scale"), py::arg("is_wide"),
+          py::arg("sums") = py::none())
+      .def(
           "with_norm",
           [](const SharedGradients& grads, double norm) { return Measured(grads.object, norm); },
           py::arg("norm"))
@@ -123,6 +131,12 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       .def("clip", &Measured::clip_measured, py::arg("max_norm"), py::arg("nonfinite"),
            py::arg("formula") = "nearest")
       .def("scale", &Measured::scale_measured, py::arg("coefficients"), py::arg("nonfinite"))
+      .def_property_readonly(
+          "sum_words", [](const Measured& measured) { return gb::to_array(measured.sum_words()); })
+      .def_property_readonly(
+          "nonfinite_counts",
+          [](const Measured& measured) { return gb::to_array(measured.nonfinite_counts()); })
+      .def("join", &Measured::join, py::arg("words"), py::arg("counts"))
       .def_property_readonly("total_norm",
                              [](const Measured& measured) { return measured.norms().total; })
       .def_property_readonly(

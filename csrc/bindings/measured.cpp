@@ -214,6 +214,98 @@ Measured::Measured(std::shared_ptr<const Gradients> grads, double norm) : grads_
   norms_.groups.assign(1, norm);
 }
 
+Measured Measured::of_shards(const std::shared_ptr<const Gradients>& grads, const py::object& ord,
+                             const py::object& groups, const py::object& grad_scale, bool is_wide,
+                             const py::object& sums) {
+  const MeasureArguments arguments(*grads, ord, groups, grad_scale, py::none());
+  if (arguments.groups.rows)
+    throw py::value_error(
+        "groups: expected groups of whole gradients where ranks hold shards, got rows");
+  Measured measured;
+  measured.grads_ = grads;
+  measured.order_ = arguments.order;
+  measured.named_ = arguments.groups;
+  measured.grad_scale_ = arguments.grad_scale;
+  measured.is_wide_ = is_wide;
+  const std::size_t count = grads->spans().size();
+  Table<ExactSum> exact(count);
+  Table<NormSum> tensors;
+  if (sums.is_none()) {
+    tensors = run([&] {
+      return cpu::measure(grads->spans(), grads->plan(), measured.order_, std::span(exact));
+    });
+  } else {
+    const py::array_t<double> given(sums);
+    if (given.ndim() != 1 || given.shape(0) != static_cast<py::ssize_t>(count))
+      throw py::value_error("sums: expected shape (" + std::to_string(count) + ",), got " +
+                            str_text(given.attr("shape")));
+    for (py::ssize_t i = 0; i < given.shape(0); ++i) tensors.push_back(from_plain(given.at(i)));
+  }
+  const std::size_t width = measured.words_of_one();
+  measured.words_.assign(count * width, 0);
+  std::vector<std::size_t> odd;
+  decide([&] {
+    for (std::size_t i = 0; i < count; ++i) {
+      std::int64_t* const words = measured.words_.data() + i * width;
+      const NormSum& sum = tensors[i];
+      if (!is_finite(sum.value) || !is_finite(sum.unit)) odd.push_back(i);
+      if (measured.order_.kind == NormOrder::infinity) {
+        *words = bit_copy<std::int64_t>(sum.value);  // not negative: greater where the value is
+        continue;
+      }
+      // What needed a unit is rounded, what somebody else has measured is, too.
+      const bool is_exact =
+          sums.is_none() && !needs_unit(measured.order_, is_complex(grads->spans()[i].dtype));
+      if (!is_exact && measured.order_.kind == NormOrder::other)
+        exact[i].add(to_plain(measured.order_, sum));
+      else if (!is_exact)
+        exact[i].add({sum.value, sum.exponent});
+      exact[i].store(measured.grid(), words);
+    }
+  });
+  measured.nonfinite_ = count_nonfinite(*grads, nullptr, odd);
+  return measured;
+}
+
+Table<std::int64_t> Measured::nonfinite_counts() const {
+  Table<std::int64_t> counts(2 * grads_->spans().size());
+  for (const auto& [tensor, elements] : nonfinite_) {
+    counts[2 * tensor] = static_cast<std::int64_t>(elements.nan);
+    counts[2 * tensor + 1] = static_cast<std::int64_t>(elements.infinity);
+  }
+  return counts;
+}
+
+void Measured::join(const WordArray& words, const WordArray& counts) {
+  const std::size_t count = grads_->spans().size(), width = words_of_one();
+  const auto has = [](const WordArray& array, std::size_t size) {
+    return array.ndim() == 1 && array.shape(0) == static_cast<py::ssize_t>(size);
+  };
+  if (!has(words, count * width) || !has(counts, 2 * count))
+    throw py::value_error("words: expected as many as sum_words and nonfinite_counts have");
+  decide([&] {
+    Table<NormSum> tensors;
+    for (std::size_t i = 0; i < count; ++i) {
+      const std::int64_t* const own = words.data() + i * width;
+      if (order_.kind == NormOrder::infinity) {
+        tensors.push_back({bit_copy<double>(*own), 0, 0.0});
+        continue;
+      }
+      const WideValue sum = ExactSum::load(grid(), own).rounded();
+      tensors.push_back(order_.kind == NormOrder::other ? from_plain(narrow(sum))
+                                                        : NormSum{sum.value, sum.exponent, 0.0});
+    }
+    sums_ = sums_of_groups(order_, tensors, named_.groups);
+    norms_ = norms_of(order_, tensors, named_.groups, sums_, grad_scale_);
+  });
+  nonfinite_.clear();
+  for (std::size_t i = 0; i < count; ++i) {
+    const auto nan = static_cast<std::int64_t>(counts.data()[2 * i]);
+    const auto infinity = static_cast<std::int64_t>(counts.data()[2 * i + 1]);
+    if (nan + infinity > 0) nonfinite_.push_back({i, {nan, infinity}});
+  }
+}
+
 py::object Measured::clip(const std::shared_ptr<const Gradients>& grads, const py::object& max_norm,
                           const py::object& ord, const py::object& groups,
                           const py::object& grad_scale, const py::object& nonfinite,

@@ -1,6 +1,7 @@
 // Measure, decide, apply: what was measured of gradients on the CPU, and the way from there to memory.
 #pragma once
 
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
 #include <memory>
@@ -13,6 +14,8 @@
 #include "cpu/engine.hpp"
 
 namespace gradclip::bindings {
+
+using WordArray = py::array_t<std::int64_t, py::array::c_style>;
 
 // A tensor that holds elements which are not finite.
 struct NonFiniteEntry {
@@ -34,6 +37,17 @@ class Measured {
            std::shared_ptr<const Pair> pair = nullptr);
   // As somebody has measured: all gradients together have this norm. Those of tensors are not known.
   Measured(std::shared_ptr<const Gradients> grads, double norm);
+
+  // Of shards: this process's part of every gradient. Its sums are words, which all processes that have a part add
+  // as integers (for the maximum norm: of which they take the greatest), and `join` takes. `is_wide`: the places of
+  // any sum, not of 16 and 32 bits alone. `sums`: what somebody else has measured; or None.
+  static Measured of_shards(const std::shared_ptr<const Gradients>& grads, const py::object& ord,
+                            const py::object& groups, const py::object& grad_scale, bool is_wide,
+                            const py::object& sums);
+  const Table<std::int64_t>& sum_words() const { return words_; }
+  // This process's elements of every gradient that are NaN, and that are infinite, in turns.
+  Table<std::int64_t> nonfinite_counts() const;
+  void join(const WordArray& words, const WordArray& counts);
 
   // All arguments of a clip are checked before anything is measured.
   static py::object clip(const std::shared_ptr<const Gradients>& grads, const py::object& max_norm,
@@ -62,6 +76,11 @@ class Measured {
   Table<double> group_sums() const;
 
  private:
+  Measured() = default;
+  const WordGrid& grid() const { return is_wide_ ? kWideGrid : kNarrowGrid; }
+  std::size_t words_of_one() const {
+    return order_.kind == NormOrder::infinity ? 1 : grid().words();
+  }
   static py::object clip_measuring(std::shared_ptr<const Gradients> grads,
                                    std::shared_ptr<const Pair> pair, const py::object& max_norm,
                                    const py::object& ord, const py::object& groups,
@@ -81,7 +100,9 @@ class Measured {
   NamedGroups named_;
   double grad_scale_ = 1.0;
   bool is_alone_ = false;  // no other process has measured, nor somebody else
-  Table<NormSum> sums_;    // of this process's groups
+  bool is_wide_ = false;
+  Table<NormSum> sums_;        // of this process's groups
+  Table<std::int64_t> words_;  // of its shards
   Norms norms_;
   std::vector<NonFiniteEntry> nonfinite_;
   bool is_used_ = false;

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <climits>
+#include <cstddef>
 #include <cstdint>
 
 #include "core/float_bits.hpp"
@@ -18,6 +19,15 @@ struct WideValue {
   double value = 0.0;
   int exponent = 0;
 };
+
+// Places of 64-bit words that processes add as integers, in any order: word w counts units of 2^(32 (lowest + w)).
+// Two more count NaNs and infinities.
+struct WordGrid {
+  int lowest, highest;
+  constexpr std::size_t words() const { return static_cast<std::size_t>(highest - lowest) + 3; }
+};
+// Of tile sums of 16 and 32 bits, 2^-298 to 2^270 with all that a norm adds up; and of everything.
+inline constexpr WordGrid kNarrowGrid{-12, 9}, kWideGrid{-70, 66};
 
 class ExactSum {
  public:
@@ -53,6 +63,30 @@ class ExactSum {
     if (other.top_ == kEmpty) return;
     if (other.top_ > top_) raise_top(other.top_);
     for (int i = 0; i < kBins; ++i) add_piece(top_ - other.top_ + i, other.bins_[i]);
+  }
+
+  // Onto words that are 0; and from the sums of the words of many processes: what one of them would have that had
+  // added everything.
+  void store(const WordGrid& grid, std::int64_t* words) const {
+    std::int64_t* const counts = words + grid.words() - 2;
+    counts[0] = has_nan_;
+    counts[1] = has_infinity_;
+    for (int i = 0; i < kBins; ++i)
+      if (top_ - i >= grid.lowest)
+        words[top_ - i - grid.lowest] = static_cast<std::int64_t>(bins_[i]);
+  }
+  static ExactSum load(const WordGrid& grid, const std::int64_t* words) {
+    const std::int64_t* const counts = words + grid.words() - 2;
+    ExactSum sum;
+    sum.has_nan_ = counts[0] != 0;
+    sum.has_infinity_ = counts[1] != 0;
+    int top = grid.highest;
+    while (top >= grid.lowest && words[top - grid.lowest] == 0) --top;
+    if (top < grid.lowest) return sum;
+    sum.top_ = top;
+    for (int i = 0; i < kBins && top - i >= grid.lowest; ++i)
+      sum.bins_[i] = static_cast<std::uint64_t>(words[top - i - grid.lowest]);
+    return sum;
   }
 
   // The sum, rounded to nearest even; its value is 0, infinite, NaN, or in [1, 2].

@@ -16,8 +16,10 @@
 
 namespace gradclip::cpu {
 
-// The sum of every tensor, in one pass (two for `other` orders).
-Table<NormSum> measure(std::span<const Span> spans, const ChunkPlan& plan, const NormOrder& order);
+// The sum of every tensor, in one pass (two for `other` orders). `exact`: what was added up, of those that need no
+// unit; or nothing.
+Table<NormSum> measure(std::span<const Span> spans, const ChunkPlan& plan, const NormOrder& order,
+                       std::span<ExactSum> exact = {});
 
 // The sum of every row, by a plan of whole rows: that of the row as a tensor of its own.
 Table<NormSum> measure_rows(const RowTable& rows, const ChunkPlan& plan, const NormOrder& order);

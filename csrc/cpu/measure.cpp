@@ -74,6 +74,8 @@ void sum_parts(const Parts& parts, const ChunkPlan& plan, const NormOrder& order
     return !units.empty() && needs_unit(order, is_complex(parts.dtype(tensor)));
   };
   const auto finish = [&](const Chunk& chunk, std::size_t part, const ExactSum& exact, bool slow) {
+    if constexpr (requires { store.keep(part, exact); })
+      if (!slow) store.keep(part, exact);
     if (!slow) return store(chunk, part, norm_sum(exact));
     const WideValue sum = exact.rounded();
     const double unit = units[part], terms = is_finite(unit) ? narrow(sum) : 1.0;
@@ -92,6 +94,11 @@ void sum_parts(const Parts& parts, const ChunkPlan& plan, const NormOrder& order
               // A part of one tile, of which there are often thousands: nothing to add.
               const WideValue sum = sum_tile(span.data, static_cast<std::size_t>(piece.bytes));
               store(chunk, part, {sum.value, sum.exponent, 0.0});
+              if constexpr (requires { store.keep(part, ExactSum()); }) {
+                ExactSum exact;
+                exact.add(sum);
+                store.keep(part, exact);
+              }
               return;
             }
           }
@@ -176,8 +183,18 @@ Table<NormSum> sums_of(const Parts& parts, const ChunkPlan& plan, const NormOrde
 
 }  // namespace
 
-Table<NormSum> measure(std::span<const Span> spans, const ChunkPlan& plan, const NormOrder& order) {
-  return sums_of(TensorParts{spans}, plan, order);
+Table<NormSum> measure(std::span<const Span> spans, const ChunkPlan& plan, const NormOrder& order,
+                       std::span<ExactSum> exact) {
+  if (exact.empty()) return sums_of(TensorParts{spans}, plan, order);
+  struct Store {
+    Table<NormSum>& sums;
+    std::span<ExactSum> exact;
+    void operator()(const Chunk&, std::size_t part, const NormSum& sum) const { sums[part] = sum; }
+    void keep(std::size_t part, const ExactSum& sum) const { exact[part] = sum; }
+  };
+  Table<NormSum> sums(spans.size());
+  measure_parts(TensorParts{spans}, plan, order, Store{sums, exact});
+  return sums;
 }
 
 Table<NormSum> measure_rows(const RowTable& rows, const ChunkPlan& plan, const NormOrder& order) {

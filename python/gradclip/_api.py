@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gradclip import _core
-from gradclip._dispatch import read, read_and_see
+from gradclip._dispatch import read_and_see
 from gradclip._jax_arrays import read_norms
 from gradclip._measured import Measured, Policy, clip, formula_of, with_params
 from gradclip._result import ClipResult, warn_of_nothing
@@ -114,7 +114,7 @@ def row_norms(grads: GradientArrays, ord: float = 2) -> list[npt.NDArray[np.floa
         >>> gradclip.row_norms([np.array([[3.0, 4.0], [0.0, 1.0]]), np.array([-2.0])])
         [array([5., 1.]), array([2.])]
     """
-    return read(grads).row_norms(ord)
+    return read_and_see(grads)[0].row_norms(ord)
 
 
 def global_norm(grads: GradientArrays, ord: float = 2) -> float:
@@ -186,7 +186,7 @@ def measure(
         >>> measured.clip_(np.median(seen)).coefficient == 2 / 13
         True
     """
-    regularised = with_params(read(grads), params, l2, l1)
+    regularised = with_params(read_and_see(grads)[0], params, l2, l1)
     return Measured(regularised.measure(ord, groups, grad_scale, reduce))
 
 

@@ -107,11 +107,34 @@ def read(grads: Any, is_kept: bool = False) -> ReadGradients:
 
     The first gradient decides; the engine says what is wrong with any other.
     """
-    return read_and_see(grads, is_kept)[0]
+    return _read_and_see(grads, is_kept, False)[0]
 
 
 def read_and_see(grads: Any, is_kept: bool = False, is_update: bool = False) -> tuple[ReadGradients, bool]:
-    """As :func:`read`, and whether there is any gradient among them; ``is_update``: messages say ``new``."""
+    """As :func:`read`, DTensors too, and whether there is any gradient among them.
+
+    ``is_update``: messages say ``new``.
+    """
+    try:
+        return _read_and_see(grads, is_kept, is_update)
+    except (TypeError, RuntimeError):  # RuntimeError: no engine for a GPU
+        if is_kept or not _any_dtensor(grads):
+            raise
+    from gradclip.torch._spread import SpreadGradients  # noqa: PLC0415 (there are DTensors)
+
+    return SpreadGradients(grads, (), "new[{}]" if is_update else "grads[{}]"), True
+
+
+def _any_dtensor(grads: Any) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is None or not isinstance(grads, Mapping | Sequence):
+        return False
+    return any(
+        isinstance(g, module.DTensor) for g in (grads.values() if isinstance(grads, Mapping) else grads)
+    )
+
+
+def _read_and_see(grads: Any, is_kept: bool, is_update: bool) -> tuple[ReadGradients, bool]:
     arrays: Iterable[Any] = grads
     if type(grads) is not list and type(grads) is not tuple:
         if isinstance(grads, Mapping):

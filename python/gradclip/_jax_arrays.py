@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gradclip._dispatch import read
+from gradclip._dispatch import read, read_and_see
 
 __all__ = ["Shards", "read_norms"]
 
@@ -40,10 +40,9 @@ class Shards:
 
 
 def read_norms(grads: Any) -> Any:
-    """What has norms of gradients: as :func:`gradclip._dispatch.read`, or of JAX arrays that an engine cannot
-    read."""
+    """What has norms of gradients: what reads them, or of JAX arrays that no engine reads, their shards."""
     try:
-        return read(grads)
+        return read_and_see(grads)[0]
     except (TypeError, ValueError):
         arrays = _concrete_arrays(grads)
         if not arrays:

@@ -150,6 +150,33 @@ TEST_CASE("an empty sum, and one of zeros, is zero") {
   check_same(sum.rounded(), {3.0, 0});
 }
 
+TEST_CASE("processes that add words have the sum of one that adds everything") {
+  Random random(7);
+  for (int trial = 0; trial < 300; ++trial) {
+    const bool wide = trial % 2 == 0;
+    const WordGrid& grid = wide ? kWideGrid : kNarrowGrid;
+    auto numbers =
+        random_numbers(random, random.between(0, 60), wide ? -1022 : -298, wide ? 1023 : 269);
+    if (wide)
+      for (WideValue& x : numbers) x.exponent = static_cast<int>(random.between(-1100, 1030));
+    const WideValue expected = sum_of(numbers);
+    if (trial % 5 == 1) numbers.push_back({trial % 10 == 1 ? INFINITY : NAN, 0});
+    std::vector<ExactSum> processes(static_cast<std::size_t>(random.between(1, 8)));
+    for (const WideValue& x : numbers) processes[random.bits() % processes.size()].add(x);
+    std::vector<std::int64_t> words(grid.words());
+    for (const ExactSum& process : processes) {
+      std::vector<std::int64_t> own(grid.words());
+      process.store(grid, own.data());
+      for (std::size_t w = 0; w < own.size(); ++w) words[w] += own[w];
+    }
+    const WideValue sum = ExactSum::load(grid, words.data()).rounded();
+    if (trial % 5 == 1)
+      CHECK(!std::isfinite(sum.value));
+    else
+      check_same(sum, expected);
+  }
+}
+
 TEST_CASE("narrow rounds once, also to subnormal numbers") {
   Random random(6);
   for (int exponent = -2400; exponent <= 1200; ++exponent) {

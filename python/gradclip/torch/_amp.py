@@ -16,12 +16,15 @@ from gradclip._api import Thresholds
 from gradclip._dispatch import read
 from gradclip._measured import Policy
 from gradclip._result import ClipResult
+from gradclip.torch import _sharded
 from gradclip.torch._arguments import PARAMETERS, Tensors, as_number, as_threshold, warn_if_nothing
+from gradclip.torch._dtensor import any_dtensor
 from gradclip.torch._environment import in_float_environment, untraced
 from gradclip.torch._gradients import WRITING, OnDevice, read_or_convert
 from gradclip.torch._local import EPSILON, clip_gradients_
 from gradclip.torch._module import ModuleGroups, by_name, clip_named_, groups_of
 from gradclip.torch._optimizer import unwrapped
+from gradclip.torch._spread import SpreadGradients
 
 __all__ = ["begin_unscaling", "check_scaler", "measured", "parameters_of", "unscale_and_clip_"]
 
@@ -82,8 +85,8 @@ def unscale_and_clip_(
         RuntimeError: The gradients were unscaled before, or the optimizer has stepped, since the last
             ``scaler.update()``: as ``scaler.unscale_`` says.
         ValueError: A gradient is float16, which a scaler does not unscale; or as :func:`clip_grad_norm_`.
-        TypeError: As for :func:`clip_grad_norm_`; ``scaler`` or ``optimizer`` is none; a gradient is a
-            DTensor; the scaler's class has an ``unscale_`` of its own (``ShardedGradScaler``).
+        TypeError: As for :func:`clip_grad_norm_`; ``scaler`` or ``optimizer`` is none; the scaler's class has
+            an ``unscale_`` of its own (``ShardedGradScaler``).
 
     Example:
         >>> import torch, gradclip.torch
@@ -123,11 +126,18 @@ def _unscale_and_clip_(
     order, limit = as_number(norm_type, "norm_type"), as_threshold(max_norm, "max_norm")
     if not scaler.is_enabled():
         grads: Tensors = [p.grad for p in parameters]
-        norm = clip_gradients_(grads, limit, order, False)
+        if any_dtensor(parameters):
+            norm: Tensor = _sharded.clip_grad_norm_(parameters, limit, order, False, None)
+        else:
+            norm = clip_gradients_(grads, limit, order, False)
         warn_if_nothing(grads)
         return norm
     state = begin_unscaling(scaler, optimizer, "unscale_and_clip_")
     grads = _gradients(parameters)
+    if any_dtensor(parameters):
+        spread = SpreadGradients(grads, parameters, PARAMETERS)
+        result = spread.clip(limit, order, None, scaler.get_scale(), "skip", None, EPSILON)
+        return spread.layout.as_returned(measured(state, parameters, result.total_norm, spread.has_float64))
 
     def clip(found: list[OnDevice], tensors: Tensors) -> Tensor | None:
         if order <= 0 or len(found) > 1:
@@ -165,10 +175,10 @@ def _unscale_and_clip_module_(
     if not scaler.is_enabled():
         return clip_named_(parameters, group_of, max_norm, norm_type, 1.0, "skip", None, EPSILON)
     state = begin_unscaling(scaler, optimizer, "unscale_and_clip_")
-    grads = _gradients(list(parameters.values()))
+    _gradients(list(parameters.values()))
     scale = scaler.get_scale()
     result = clip_named_(parameters, group_of, max_norm, norm_type, scale, "skip", None, EPSILON)
-    measured(state, grads, result.total_norm, False)
+    measured(state, list(parameters.values()), result.total_norm, False)
     return result
 
 
@@ -205,11 +215,11 @@ def begin_unscaling(scaler: GradScaler, optimizer: torch.optim.Optimizer, name: 
     return state
 
 
-def measured(state: dict[str, Any], grads: Tensors, total: Any, has_float64: bool) -> Tensor:
+def measured(state: dict[str, Any], tensors: Tensors, total: Any, has_float64: bool) -> Tensor:
     """Note in the scaler's record what ``unscale_`` would have found; and the norm as PyTorch returns it."""
     if not isinstance(total, Tensor):
         total = torch.scalar_tensor(total, dtype=torch.float64, device="cpu")
-    devices = {grad.device for grad in grads if grad is not None}
+    devices = {tensor.device for tensor in tensors if tensor is not None}
     found_inf = (~total.isfinite()).to(torch.float32)
     state["found_inf_per_device"] = {device: found_inf.to(device) for device in devices}
     state["stage"] = OptState.UNSCALED

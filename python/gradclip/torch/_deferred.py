@@ -15,9 +15,11 @@ from torch.utils.hooks import RemovableHandle
 
 from gradclip.torch._amp import begin_unscaling, check_scaler, measured, parameters_of
 from gradclip.torch._arguments import PARAMETERS, as_threshold, warn_if_nothing
+from gradclip.torch._dtensor import any_dtensor
 from gradclip.torch._environment import in_float_environment, untraced
 from gradclip.torch._local import EPSILON, total_norm_of
 from gradclip.torch._optimizer import unwrapped
+from gradclip.torch._spread import SpreadGradients
 
 __all__ = ["defer_clip_"]
 
@@ -97,13 +99,18 @@ def _defer_clip_(
     _take_away(optimizer)  # of a step that never came, or raised
     if getattr(optimizer, "grad_scale", None) is not None:
         raise ValueError("optimizer: expected no grad_scale, got one that waits for the next step")
-    grads = [parameter.grad for parameter in parameters_of(optimizer)]
+    parameters = parameters_of(optimizer)
+    grads = [parameter.grad for parameter in parameters]
     devices = {grad.device for grad in grads if grad is not None}
     if len(devices) > 1:
         raise ValueError(f"optimizer: expected gradients on one device, got {sorted(map(str, devices))}")
     enabled = scaler is not None and scaler.is_enabled()
     state = begin_unscaling(scaler, given, "defer_clip_") if scaler is not None and enabled else None
-    total, dtype = total_norm_of(grads, norm_type, False, PARAMETERS)
+    spread = SpreadGradients(grads, parameters, PARAMETERS) if any_dtensor(parameters) else None
+    if spread is None:
+        total, dtype = total_norm_of(grads, norm_type, False, PARAMETERS)
+    else:
+        total, dtype = spread.total_norm(norm_type), spread.layout.dtype
     scale = scaler.get_scale() if scaler is not None and enabled else 1.0
     total = total / scale
     divisor = torch.full_like(total, scale)
@@ -112,7 +119,9 @@ def _defer_clip_(
     if state is not None or divisor.is_cuda or divisor.item() != 1.0:
         _put(optimizer, divisor)
     warn_if_nothing(grads)
-    return total.to(dtype) if state is None else measured(state, grads, total, dtype is torch.float64)
+    if state is not None:
+        measured(state, parameters, total, dtype is torch.float64)
+    return total.to(dtype) if spread is None else spread.layout.as_returned(total)
 
 
 class _Waiting(NamedTuple):

@@ -89,6 +89,13 @@ class Layout:
             layout.sets = [tuple(layout.groups)]
         return layout
 
+    def sets_by_group(self) -> list[tuple[ProcessGroup, list[int]]]:
+        """For every group that tensors are sharded over the sets that it is in: what it reduces together."""
+        found = [
+            (group, [i for i, groups in enumerate(self.sets) if _has(groups, group)]) for group in self.groups
+        ]
+        return [(group, sets) for group, sets in found if sets]
+
     def as_returned(self, total: Tensor) -> Tensor:
         """The norm as PyTorch returns it: on the first tensor's device, a DTensor if one was given."""
         local = total.to(self.device, self.dtype)
@@ -164,6 +171,10 @@ class _Sets:
             if not placement.is_replicate() and not placement.is_partial():
                 sharded.append(group)
         return _Place(self.number(tuple(sharded)), any(p.is_partial() for p in tensor.placements))
+
+
+def _has(groups: ProcessGroups, group: ProcessGroup) -> bool:
+    return any(each.group_name == group.group_name for each in groups)
 
 
 def _mesh_group(mesh: Any, dim: int, name: str) -> ProcessGroup:

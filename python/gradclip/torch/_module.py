@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from gradclip._api import NonFinite, Reduce, Rounding, Thresholds
+from gradclip._dispatch import Measurable
 from gradclip._measured import Policy, clip, formula_of, is_policy, with_params
 from gradclip._result import ClipResult
 from gradclip.torch._arguments import Tensors, warn_if_nothing
-from gradclip.torch._dtensor import is_dtensor
+from gradclip.torch._dtensor import any_dtensor
 from gradclip.torch._environment import in_float_environment, untraced
-from gradclip.torch._gradients import WRITING, OnDevice, UnsupportedGradientError, read_or_convert
+from gradclip.torch._gradients import WRITING, OnDevice, read_or_convert
 from gradclip.torch._optimizer import param_groups_of
+from gradclip.torch._spread import SpreadGradients
 
 __all__ = ["ModuleGroups", "by_name", "clip_module_", "clip_named_", "clip_param_groups_", "groups_of"]
 
@@ -45,7 +47,8 @@ def clip_module_(
     clipped once, under the first.
 
     Args:
-        module: A module, or what its ``named_parameters()`` yields. All gradients on one device.
+        module: A module, or what its ``named_parameters()`` yields. All gradients on one device. They may be
+            DTensors (FSDP2, tensor and expert parallel): see ``docs/scaling.md``.
         max_norm: The threshold, not negative; with ``groups``, also one per group, in the order in which the
             groups first appear or by their names; ``None`` leaves a group alone. On a GPU also a tensor
             there. Or a policy, as for :func:`gradclip.clip_by_global_norm_`.
@@ -243,7 +246,14 @@ def clip_named_(
 ) -> ClipResult:
     """Clip the gradients of parameters with names, by a formula of ``gradclip._measured.clip``."""
     names = list(parameters)
-    grads = [_grad(parameter, name) for name, parameter in parameters.items()]
+    grads = {name: _grad(parameter, name) for name, parameter in parameters.items()}
+    if any_dtensor(list(parameters.values())):
+        spread: Measurable = SpreadGradients(
+            grads, list(parameters.values()), [f"{name}.grad" for name in names]
+        )
+        beside = parameters if l2 != 0 or l1 != 0 else None
+        spread = with_params(spread, beside, l2, l1)
+        return clip(spread, max_norm, ord, group_of, grad_scale, nonfinite, reduce, formula)
 
     def clip_read(found: list[OnDevice], read: Tensors) -> ClipResult:
         beside = None
@@ -253,9 +263,10 @@ def clip_named_(
         regularised = with_params(found[0].read, beside, l2, l1)
         return clip(regularised, max_norm, ord, group_of, grad_scale, nonfinite, reduce, formula)
 
-    result = read_or_convert(grads, [f"{name}.grad" for name in names], WRITING, clip_read, names)
+    plain = list(grads.values())
+    result = read_or_convert(plain, [f"{name}.grad" for name in names], WRITING, clip_read, names)
     if reduce is None:
-        warn_if_nothing(grads)
+        warn_if_nothing(plain)
     return result
 
 
@@ -263,9 +274,4 @@ def _grad(parameter: object, name: str) -> Tensor | None:
     if not isinstance(parameter, Tensor):
         got = f"{type(parameter).__module__}.{type(parameter).__qualname__}"
         raise TypeError(f"{name}: expected a torch.Tensor, got {got}")
-    if is_dtensor(parameter.grad):
-        raise UnsupportedGradientError(
-            f"{name}.grad: expected a plain torch.Tensor, got a DTensor, whose norm is over all ranks: "
-            "clip_grad_norm_ takes it"
-        )
     return parameter.grad
