@@ -6,6 +6,7 @@ import math
 import struct
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 import gradclip
 import gradclip.torch as gt
 from gradclip.policies import AdaGC, AutoClip, Percentile, SkipStep, WarmUp, ZClip
+from gradclip.torch._spread import SpreadGradients
 from rank_shards import Messages
 from rank_support import ORDERS, check, full, mesh_of, raises, rank, same_bits, values, with_grad, with_grads
 
@@ -164,12 +166,16 @@ def policies_decide_for_all_ranks() -> None:
 @check(2, 4)
 def groups_of_parameters_and_their_thresholds() -> None:
     spread, alone = (with_grads(g) for g in (_spread(_wholes()), [w.clone() for w in _wholes()]))
-    for parameters, norms in ((spread, []), (alone, [])):
-        options = [{"params": parameters[:2], "max_norm": 0.01}, {"params": parameters[2:]}]
-        norms.append(gt.clip_param_groups_(torch.optim.SGD(options, lr=0.1)))
-        assert norms[0].coefficient[1] == 1.0
-        assert norms[0].coefficient[0] < 1.0
-        _same_on_all(norms[0].group_norms.tolist())
+    for parameters in (spread, alone):
+        options: list[dict[str, Any]] = [
+            {"params": parameters[:2], "max_norm": 0.01},
+            {"params": parameters[2:]},
+        ]
+        result = gt.clip_param_groups_(torch.optim.SGD(options, lr=0.1))
+        coefficients = np.atleast_1d(result.coefficient)
+        assert coefficients[1] == 1.0
+        assert coefficients[0] < 1.0
+        _same_on_all(result.group_norms.tolist())
     for mine, whole in zip(spread, alone, strict=True):
         assert mine.grad is not None
         torch.testing.assert_close(full(mine.grad), whole.grad, rtol=1e-6, atol=0)
@@ -217,7 +223,7 @@ def partial_sums_beside_shards() -> None:
         grads = {name: p.grad for name, p in spread}
         expected = gradclip.clip_by_global_norm_(
             {n: p.grad for n, p in alone}, 0.5, groups=groups, grad_scale=2.0
-        )  # type: ignore[misc]
+        )
         result = gradclip.clip_by_global_norm_(grads, 0.5, groups=groups, grad_scale=2.0)
         assert labels is None or len(result.group_norms) == 2
         np.testing.assert_allclose(result.norms, expected.norms, rtol=1e-6)
@@ -233,6 +239,30 @@ def partial_sums_beside_shards() -> None:
         assert torch.equal(value.isnan(), torch.full_like(value, math.isnan(expected_value)).bool())
     with raises(ValueError, "rounding: expected 'nearest' for DTensors"):
         gt.clip_module_(make(), 0.5, rounding="down")
+
+
+@check(2, 4)
+def what_a_gpu_has_measured_is_decided_on_the_host() -> None:
+    """The way of a GPU, here with memory of the CPU: sums are rounded before they are joined."""
+    for order in ORDERS:
+        for groups in (None, "tensor", "module"):
+            alone, spread = _named([w.clone() for w in _wholes()]), _named(_spread(_wholes()))
+            expected = gt.clip_module_(alone, 3.0, ord=order, groups=groups, grad_scale=2.0)
+            with mock.patch.object(SpreadGradients, "_is_on_host", return_value=False):
+                result = gt.clip_module_(spread, 3.0, ord=order, groups=groups, grad_scale=2.0)
+            _same_on_all([result.total_norm, *result.norms, *result.group_norms])
+            np.testing.assert_allclose(result.norms, expected.norms, rtol=1e-6)
+            for (_, mine), (_, whole) in zip(spread, alone, strict=True):
+                assert mine.grad is not None
+                torch.testing.assert_close(full(mine.grad), whole.grad, rtol=1e-6, atol=0)
+    wholes = _wholes()
+    wholes[4][-1, -1] = math.nan  # which the last rank has
+    named = _named(_spread(wholes))
+    with mock.patch.object(SpreadGradients, "_is_on_host", return_value=False):
+        with raises(gradclip.NonFiniteGradientError, r"grads\['c.weight'\].* 1 NaN and 0 inf"):
+            gt.clip_module_(named, 1.0)
+        with raises(ValueError, "rounding: expected 'nearest' for DTensors on a GPU"):
+            gt.clip_module_(named, 1.0, rounding="down")
 
 
 @check(2, 4)
@@ -326,10 +356,9 @@ def mixed_precision_over_ranks() -> None:
             assert scaler.get_scale() == (1024.0 if last == 1.0 else 512.0)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     parameters = with_grads(_spread(wholes))
-    optimizer = torch.optim.SGD(parameters, lr=0.1)
-    same_bits(gt.unscale_and_clip_(scaler, optimizer, 1.0))
-    norm = math.sqrt(sum(float(full(p.grad).square().sum()) for p in parameters))  # type: ignore[arg-type]
-    assert math.isclose(norm, 1.0, rel_tol=1e-5)
+    same_bits(gt.unscale_and_clip_(scaler, torch.optim.SGD(parameters, lr=0.1), 1.0))
+    clipped = torch.cat([full(p.grad).flatten() for p in parameters if p.grad is not None])
+    assert math.isclose(float(clipped.norm()), 1.0, rel_tol=1e-5)
 
 
 @check(2, 4)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from gradclip._api import NonFinite, Reduce, Rounding, Thresholds
-from gradclip._dispatch import Measurable
 from gradclip._measured import Policy, clip, formula_of, is_policy, with_params
 from gradclip._result import ClipResult
 from gradclip.torch._arguments import Tensors, warn_if_nothing
@@ -248,12 +247,10 @@ def clip_named_(
     names = list(parameters)
     grads = {name: _grad(parameter, name) for name, parameter in parameters.items()}
     if any_dtensor(list(parameters.values())):
-        spread: Measurable = SpreadGradients(
-            grads, list(parameters.values()), [f"{name}.grad" for name in names]
-        )
+        spread = SpreadGradients(grads, list(parameters.values()), [f"{name}.grad" for name in names])
         beside = parameters if l2 != 0 or l1 != 0 else None
-        spread = with_params(spread, beside, l2, l1)
-        return clip(spread, max_norm, ord, group_of, grad_scale, nonfinite, reduce, formula)
+        regularised = with_params(spread, beside, l2, l1)
+        return clip(regularised, max_norm, ord, group_of, grad_scale, nonfinite, reduce, formula)
 
     def clip_read(found: list[OnDevice], read: Tensors) -> ClipResult:
         beside = None

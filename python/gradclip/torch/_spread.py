@@ -108,7 +108,10 @@ class SpreadGradients:
 
     def _is_direct(self) -> bool:
         """Whether the CPU's engine measures what it then writes."""
-        return self._copies is None and self.layout.device.type == "cpu"
+        return self._copies is None and self._is_on_host()
+
+    def _is_on_host(self) -> bool:
+        return self.layout.device.type == "cpu"
 
     def _measure(
         self,
@@ -148,13 +151,14 @@ class SpreadGradients:
             return self._empty().measure_shards(order, groups, grad_scale, is_wide, sums)
 
         source: Any = self._copies or self._read
-        if self.layout.device.type == "cpu":
+        if self._is_on_host():
             measured = source.measure_shards(order, groups, grad_scale, is_wide)
             words, counts = measured.sum_words, measured.nonfinite_counts.reshape(-1, 2)
             if self._copies is not None:
                 measured = decided_elsewhere(np.zeros(len(self)))
             return _Local(measured, words.reshape(len(self), -1), counts)
-        sums = source.measure(order, "tensor", 1.0, None).group_sums.cpu().numpy()  # waits
+        there = source.measure(order, "tensor", 1.0, None).group_sums
+        sums = there.cpu().numpy() if isinstance(there, Tensor) else there  # waits
         counts = np.zeros((len(self), 2), np.int64)
         if not np.isfinite(sums).all():
             for i, nan, infinity in count_nonfinite(self.layout.measured):
@@ -178,7 +182,7 @@ class SpreadGradients:
         words = local.words
         for group, of_group in tensors:
             words[of_group] = all_reduce(words[of_group], group, _GREATEST if is_greatest else _SUM)
-        is_odd = (words >= _INFINITY if is_greatest else words[:, -2:] != 0).any(axis=1)
+        is_odd: Any = (words >= _INFINITY if is_greatest else words[:, -2:] != 0).any(axis=1)
         for group, of_group in tensors:
             if is_odd[of_group].any():  # as all ranks of the group know
                 local.counts[of_group] = all_reduce(local.counts[of_group], group, _SUM)
