@@ -142,18 +142,19 @@ def test_set_isa() -> None:
     assert output_of(code) == "refused"
 
 
-def test_info() -> None:
-    """python -m gradclip info and show_config() tell the same, bandwidths included."""
-    from_api = output_of("import gradclip; gradclip.show_config()", GRADCLIP_NUM_THREADS="1")
-    code = """
+@pytest.mark.parametrize("measure", [False, True])
+def test_info(measure: bool) -> None:
+    """python -m gradclip info and show_config() print the same; bandwidths where they are asked for."""
+    from_api = output_of(f"import gradclip; gradclip.show_config({measure})", GRADCLIP_NUM_THREADS="1")
+    code = f"""
     import runpy, sys
-    sys.argv = ["gradclip", "info"]
+    sys.argv = ["gradclip", "info", *["--measure"][:{measure:d}]]
     runpy.run_module("gradclip", run_name="__main__")
     """
     done = run_python(code, GRADCLIP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     for text in (from_api, done.stdout):
         assert ISAS[0] in text
-        assert "GB/s" in text
+        assert text.count("GB/s") == 2 * measure
         assert "threads" in text.lower()
         assert output_of("import gradclip; print(gradclip.__version__)") in text

@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.command == "info":
-        gradclip.show_config()
+        gradclip.show_config(measure=options.measure)
     elif options.command == "demo":
         return _demo(options)
     elif options.command == "lab":
@@ -37,7 +37,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m gradclip", description="Measure and clip gradients.")
     parser.add_argument("--version", action="version", version=f"gradclip {gradclip.__version__}")
     commands = parser.add_subparsers(dest="command", title="commands", metavar="command")
-    commands.add_parser("info", help="print version, instruction set, threads and memory bandwidth")
+    about = "print versions, instruction set, threads and GPUs"
+    info = commands.add_parser("info", help=about, description=about)
+    info.add_argument("--measure", action="store_true", help="also this machine's memory bandwidth")
     about = "train a deep network that blows up, and the same one with its gradients clipped"
     demo = commands.add_parser(
         "demo", help=about, description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter

@@ -482,11 +482,14 @@ def get_num_threads() -> int:
     return _core.get_num_threads()
 
 
-def show_config() -> None:
-    """Print version, instruction set, threads and this machine's measured memory bandwidth.
+def show_config(measure: bool = False) -> None:
+    """Print versions, the instruction set, the number of threads and what there is of GPUs.
 
-    Measures for about half a second, with 256 MB allocated.
+    Args:
+        measure: Also measure this machine's memory bandwidth, with 256 MB allocated: half a second where
+            nothing else runs. On a busy machine it takes longer, and says little.
     """
-    from gradclip._config import config_lines  # noqa: PLC0415 (only this function measures)
+    from gradclip._config import config_lines  # noqa: PLC0415 (only this function needs it)
 
-    print("\n".join(config_lines()))
+    for line in config_lines(measure):
+        print(line, flush=True)

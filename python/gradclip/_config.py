@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import statistics
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -58,17 +59,19 @@ def _gpus() -> str:
     return f"{', '.join(devices)}; driver for CUDA {_version(cuda.driver_version())}"
 
 
-def config_lines() -> list[str]:
-    """The lines of ``show_config``."""
-    read, read_write = measured_bandwidth()
-    rows = {
-        "gradclip": gradclip.__version__,
-        "python": f"{platform.python_version()}, NumPy {np.__version__}",
-        "instruction set": f"{_core.get_isa()} (this machine has {', '.join(_core.supported_isas())})",
-        "threads": str(_core.get_num_threads()),
-        "memory, read": f"{read / 1e9:.1f} GB/s",
-        "memory, read + write": f"{read_write / 1e9:.1f} GB/s",
-        "GPU engine": _gpu_engine(),
-        "GPU": _gpus(),
-    }
-    return [f"{name:>20}  {value}" for name, value in rows.items()]
+def config_lines(measure: bool) -> Iterator[str]:
+    """The lines of ``show_config``, each when it is known."""
+
+    def line(name: str, value: str) -> str:
+        return f"{name:>20}  {value}"
+
+    yield line("gradclip", gradclip.__version__)
+    yield line("python", f"{platform.python_version()}, NumPy {np.__version__}, {platform.platform()}")
+    yield line("instruction set", f"{_core.get_isa()} (this machine has {', '.join(_core.supported_isas())})")
+    yield line("threads", str(_core.get_num_threads()))
+    yield line("GPU engine", _gpu_engine())
+    yield line("GPU", _gpus())
+    if measure:
+        read, read_write = measured_bandwidth()
+        yield line("memory, read", f"{read / 1e9:.1f} GB/s")
+        yield line("memory, read + write", f"{read_write / 1e9:.1f} GB/s")
