@@ -381,20 +381,32 @@ def the_step_of_a_fused_optimizer_clips() -> None:
 
 
 @check(2, 4)
-def a_model_of_fsdp_tells_its_layers() -> None:
+def a_training_under_fsdp_tells_its_layers() -> None:
+    """Six steps with a threshold for each layer that adapts itself, as without FSDP."""
     torch.manual_seed(2)
-    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
-    whole = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
-    whole.load_state_dict(model.state_dict())
-    fully_shard(model[2], mesh=mesh_of(dist.get_world_size()))
-    fully_shard(model, mesh=mesh_of(dist.get_world_size()))
-    for each in (model, whole):
-        (each(values(6, 5, seed=8)).square().sum() * 10).backward()
-    expected = gt.clip_module_(whole, 1.0, groups="module").named_norms()
-    named = gt.clip_module_(model, 1.0, groups="module").named_norms()
-    assert list(named) == list(expected) == ["0.weight", "0.bias", "2.weight", "2.bias"]
-    _same_on_all(list(named.values()))
-    np.testing.assert_allclose(list(named.values()), list(expected.values()), rtol=1e-5)
+    models = [nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    mesh = mesh_of(dist.get_world_size())
+    fully_shard(models[0][2], mesh=mesh)
+    fully_shard(models[0], mesh=mesh)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.05) for model in models]
+    policies = [AdaGC(warmup=2), AdaGC(warmup=2)]
+    for step in range(6):
+        losses, results = [], []
+        for model, optimizer, policy in zip(models, optimizers, policies, strict=True):
+            optimizer.zero_grad()
+            loss = model(values(6, 5, seed=step)).square().sum() * 10
+            loss.backward()
+            results.append(gt.clip_module_(model, policy))
+            optimizer.step()
+            losses.append(loss.item())
+        assert math.isclose(*losses, rel_tol=1e-5), step
+        mine, whole = (result.named_norms() for result in results)
+        assert list(mine) == list(whole) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+        _same_on_all(list(mine.values()))
+        np.testing.assert_allclose(list(mine.values()), list(whole.values()), rtol=1e-4)
+    assert losses[-1] < 100
+    assert results[0].clipped
 
 
 @check(2, 4)
