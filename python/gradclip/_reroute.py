@@ -27,7 +27,7 @@ class Stats:
 
 
 class Reroute:
-    """Whether functions are replaced, and for whom: for the process, or for ``with`` blocks of its threads."""
+    """Whether functions are replaced: for the process, or as long as ``with`` blocks of its threads last."""
 
     def __init__(self) -> None:
         self.stats = Stats()
@@ -35,11 +35,12 @@ class Reroute:
         self._lock = threading.RLock()
         self._blocks: list[object] = []  # of patched(), that hold the reroute, of any thread
 
-    def __bool__(self) -> bool:
+    @property
+    def is_installed(self) -> bool:
         return bool(self._undo)
 
     def install(self, replace: Callable[[], list[Callable[[], None]]]) -> None:
-        """Replace functions, unless they are; ``replace`` returns what undoes it, or raises before it does."""
+        """Replace functions, unless they are. ``replace`` returns what undoes it, or raises first."""
         with self._lock:
             if self._undo:
                 return
