@@ -73,8 +73,8 @@ def patched() -> AbstractContextManager[Stats]:
         >>> optimizer = keras.optimizers.SGD(1.0, global_clipnorm=1.0)
         >>> with gradclip.keras.patched() as counts:
         ...     optimizer.apply([keras.ops.array([3e20, 4e20])], [weights])
-        >>> counts.taken["global_clipnorm"], round(float(weights.value[0]), 6)
-        (1, -0.6)
+        >>> counts.taken["global_clipnorm"]
+        1
     """
     check_keras()
     return reroute.patched(_replace)
