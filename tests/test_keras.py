@@ -126,12 +126,20 @@ def test_loss_scaling_and_accumulation() -> None:
 
     expected = [_train(scaled())[1], _train(accumulating())[1]]
     with gradclip.keras.patched() as counts:
-        optimizer = scaled()
-        model, losses, _ = _train(optimizer)
-        np.testing.assert_allclose(losses, expected[0], rtol=1e-5)
+        np.testing.assert_allclose(_train(scaled())[1], expected[0], rtol=1e-5)
         np.testing.assert_allclose(_train(accumulating())[1], expected[1], rtol=1e-5)
     assert counts.taken == {"clipnorm": STEPS, "global_clipnorm": STEPS / 3}
     assert not counts.passed_on
+    optimizer = gradclip.keras.clipping(_sgd(clipnorm=2.5, gradient_accumulation_steps=2))
+    variables = _variables((2,))
+    for value in (3.0, 5.0, 100.0):  # the last one has been added up, no more
+        optimizer.apply([torch.full((2,), value)], variables)
+    assert gradclip.keras.last_result(optimizer).total_norm == pytest.approx(4 * 2**0.5)
+
+
+def test_the_optimizer_inside_of_a_loss_scale_optimizer_is_asked() -> None:
+    optimizer = gradclip.keras.clipping(keras.optimizers.LossScaleOptimizer(_sgd(clipnorm=0.5)))
+    model, _, _ = _train(optimizer)
     names = gradclip.keras.named_norms(optimizer)
     assert list(names) == [variable.path for variable in model.trainable_variables]
 
@@ -325,6 +333,18 @@ def test_what_is_not_supported_is_left_to_keras(kind: str) -> None:
         gradclip.keras.last_result(optimizer)
 
 
+class HalfClip(keras.optimizers.SGD):  # type: ignore[misc]
+    def _clip_gradients(self, grads: Any) -> Any:
+        return [grad / 2 for grad in super()._clip_gradients(grads)]
+
+
+def test_a_clip_of_its_own_that_calls_keras_own_is_reached() -> None:
+    with gradclip.keras.patched() as counts:
+        assert _step(HalfClip(1.0, clipnorm=2.5), [torch.tensor([3.0, 4.0])])[0].tolist() == [0.75, 1.0]
+    assert counts.taken == {"clipnorm": 1}
+    assert not counts.passed_on
+
+
 def test_an_optimizer_with_a_clip_of_its_own_is_left_alone() -> None:
     with gradclip.keras.patched() as counts:
         assert _step(OwnClip(1.0, clipnorm=1.0), [torch.tensor([3.0, 4.0])])[0].tolist() == [0.75, 1.0]
@@ -373,11 +393,9 @@ def test_other_backends_are_left_to_keras(monkeypatch: pytest.MonkeyPatch) -> No
         assert _step(_sgd(clipnorm=2.5), [torch.tensor([3.0, 4.0])])[0].tolist() == [1.5, 2.0]
     assert counts.passed_on == {"clipnorm": 1}
     assert counts.reasons == {
-        "expected Keras on torch or jax or numpy, got tensorflow, where Keras clips itself": 1
+        "expected Keras to run on torch, jax, numpy, got tensorflow, where it clips by itself": 1
     }
-    with pytest.raises(
-        ValueError, match=r"Keras to run on torch or jax or numpy \(KERAS_BACKEND\), got 'tensor"
-    ):
+    with pytest.raises(ValueError, match=r"Keras to run on torch, jax, numpy \(KERAS_BACKEND\), got 'tensor"):
         gradclip.keras.clipping(_sgd(clipnorm=1.0))
 
 

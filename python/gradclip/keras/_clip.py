@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 BACKEND: str = keras.backend.backend()  # settled when Keras was imported
+BACKENDS = ("torch", "jax", "numpy")  # where gradclip clips
 # In the order in which Keras looks at them: the first that is set is done.
 _OPTIONS = ("clipnorm", "global_clipnorm", "clipvalue")
 
@@ -40,6 +41,7 @@ class Last:
 
     variables: Sequence[Any] = ()  # whose gradients they are, as far as is known
     result: ClipResult | None = None
+    is_reached: bool = False  # by clip_gradients
 
 
 def option_of(optimizer: Any) -> tuple[str, Any] | None:
@@ -63,24 +65,30 @@ def apply_gradients(
     optimizer: Any, theirs: Callable[..., Any], grads: Sequence[Any], trainable_variables: Sequence[Any]
 ) -> Any:
     """In place of ``_backend_apply_gradients``, which calls ``_clip_gradients``: keeps the variables."""
-    optimizer._gradclip_last = Last(trainable_variables)
+    before = getattr(optimizer, "_gradclip_last", None)
+    last = optimizer._gradclip_last = Last(trainable_variables)
+    returned = theirs(grads, trainable_variables)
+    if last.is_reached:
+        return returned
+    optimizer._gradclip_last = before  # it accumulates
     if not hasattr(optimizer._clip_gradients, "is_gradclip"):
         reroute.stats.passed_on["_clip_gradients"] += 1
         reroute.stats.reasons[f"{type(optimizer).__name__} has a _clip_gradients of its own"] += 1
-    return theirs(grads, trainable_variables)
+    return returned
 
 
 def clip_gradients(optimizer: Any, theirs: Callable[..., Any], grads: Sequence[Any]) -> Any:
     """In place of ``_clip_gradients``."""
+    last = getattr(optimizer, "_gradclip_last", None)
+    if last is None or last.is_reached or len(last.variables) != len(grads):
+        last = optimizer._gradclip_last = Last()  # not by apply_gradients, or of other gradients
+    last.is_reached = True
     chosen = option_of(optimizer)
     if chosen is None:
         return theirs(grads)
     option, threshold = chosen
-    last = getattr(optimizer, "_gradclip_last", None)
-    if last is None or last.result is not None or len(last.variables) != len(grads):
-        last = optimizer._gradclip_last = Last()
     try:
-        clipped, last.result = BACKENDS.get(BACKEND, _leave_to_keras)(option, threshold, list(grads))
+        clipped, last.result = _clip(option, threshold, list(grads))
     except (TypeError, ValueError, RuntimeError) as reason:  # nothing has been written
         reroute.stats.passed_on[option] += 1
         reroute.stats.reasons[_with_paths(str(reason), last.variables)] += 1
@@ -95,10 +103,15 @@ def _with_paths(message: str, variables: Sequence[Any]) -> str:
     return re.sub(r"\bgrads\[(\d+)\]", lambda match: names[int(match[1])] if names else match[0], message)
 
 
-# --- By backend -------------------------------------------------------------------------------------
+def _clip(option: str, threshold: Any, grads: list[Any]) -> tuple[list[Any], ClipResult | None]:
+    if BACKEND == "jax":
+        from gradclip.keras import _jax  # noqa: PLC0415 (of those who run Keras on JAX)
 
-
-def _clip_in_place(option: str, threshold: Any, grads: list[Any]) -> tuple[list[Any], ClipResult]:
+        return _jax.clip(option, threshold, grads), None
+    if BACKEND not in BACKENDS:
+        raise TypeError(
+            f"expected Keras to run on {', '.join(BACKENDS)}, got {BACKEND}, where it clips by itself"
+        )
     kind = sys.modules["torch"].Tensor if BACKEND == "torch" else np.ndarray
     for i, grad in enumerate(grads):
         if type(grad) is not kind and grad is not None:
@@ -111,24 +124,7 @@ def _clip_in_place(option: str, threshold: Any, grads: list[Any]) -> tuple[list[
     return grads, gradients.clip(threshold, 2, groups, 1.0, "propagate", None)
 
 
-def _clip_in_jax(option: str, threshold: Any, grads: list[Any]) -> tuple[list[Any], None]:
-    from gradclip.keras._jax import clip  # noqa: PLC0415 (of those who run Keras on JAX)
-
-    return clip(option, threshold, grads), None
-
-
-def _leave_to_keras(*_: object) -> Any:
-    raise TypeError(f"expected Keras on {' or '.join(BACKENDS)}, got {BACKEND}, where Keras clips itself")
-
-
-BACKENDS: dict[str, Callable[[str, Any, list[Any]], tuple[list[Any], ClipResult | None]]] = {
-    "torch": _clip_in_place,
-    "jax": _clip_in_jax,
-    "numpy": _clip_in_place,
-}
-
-
 if BACKEND == "torch":
     from gradclip.torch._environment import untraced
 
-    clip_gradients = untraced(clip_gradients)  # what torch.compile makes of a training step calls it as it is
+    clip_gradients = untraced(clip_gradients)  # torch.compile calls it between its graphs

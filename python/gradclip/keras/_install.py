@@ -107,7 +107,7 @@ def check_keras() -> None:
 
 
 def _replace() -> list[Callable[[], None]]:
-    undo = []
+    undo: list[Callable[[], None]] = []
     for name, ours in (("_backend_apply_gradients", apply_gradients), ("_clip_gradients", clip_gradients)):
         owner = next(each for each in keras.optimizers.Optimizer.__mro__ if name in vars(each))
         theirs = vars(owner)[name]

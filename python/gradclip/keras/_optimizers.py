@@ -14,7 +14,6 @@ from gradclip._result import ClipResult, named
 from gradclip.keras._clip import (
     BACKEND,
     BACKENDS,
-    Last,
     apply_gradients,
     clip_gradients,
     names_of,
@@ -110,7 +109,7 @@ def clipping(optimizer: Any, transformation: Any = None) -> Any:
     inner = _inner(optimizer)
     if BACKEND not in BACKENDS:
         raise ValueError(
-            f"optimizer: expected Keras to run on {' or '.join(BACKENDS)} (KERAS_BACKEND), got {BACKEND!r}"
+            f"optimizer: expected Keras to run on {', '.join(BACKENDS)} (KERAS_BACKEND), got {BACKEND!r}"
         )
     _refuse_own("optimizer", type(inner).__mro__)
     check_keras()
@@ -158,8 +157,8 @@ def last_result(optimizer: Any) -> ClipResult:
         >>> gradclip.keras.last_result(optimizer).named_norms()
         {'weights': 5.0}
     """
-    last = getattr(_inner(optimizer), "_gradclip_last", Last())
-    if last.result is None:
+    last = getattr(_inner(optimizer), "_gradclip_last", None)
+    if last is None or last.result is None:
         where = ", on JAX by a transformation: see clip_state" if BACKEND == "jax" else ""
         raise ValueError(f"optimizer: expected one whose last step was clipped by gradclip{where}")
     result: ClipResult = last.result.to_host()

@@ -102,7 +102,7 @@ def stats() -> Stats:
 
 def _replace() -> list[Callable[[], None]]:
     cells = {name: _cell_of(name) for name in _OURS}  # all are there, before the first is changed
-    undo = []
+    undo: list[Callable[[], None]] = []
     for name, cell in cells.items():
         theirs = cell.cell_contents
         cell.cell_contents = _rerouted(name, _OURS[name], theirs)
