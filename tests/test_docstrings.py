@@ -13,20 +13,20 @@ import pytest
 
 import gradclip
 import gradclip.jax
+import gradclip.keras
 import gradclip.monitor
 import gradclip.policies
 import gradclip.torch
 
-_PACKAGES = (gradclip, gradclip.jax, gradclip.monitor, gradclip.policies, gradclip.torch)
+_PACKAGES = (gradclip, gradclip.jax, gradclip.keras, gradclip.monitor, gradclip.policies, gradclip.torch)
 _FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 _DOCS = Path(__file__).resolve().parent.parent / "docs"
-# Where the code is; the compiled module and the command lines have no examples, Keras's run in a process of
-# its own.
+# Where the code is; the compiled module and the command lines have no examples.
 _MODULES = [
     package.__name__ + "." + module.name
     for package in _PACKAGES
     for module in pkgutil.iter_modules(package.__path__)
-    if not module.ispkg and not module.name.startswith(("_core", "_cuda", "__main__", "keras"))
+    if not module.ispkg and not module.name.startswith(("_core", "_cuda", "__main__"))
 ] + ["gradclip.monitor", "gradclip.policies"]
 _PUBLIC = [
     pytest.param(getattr(package, name), id=f"{package.__name__}.{name}")

@@ -21,6 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
+import gradclip.keras
 import gradclip.torch
 
 pytestmark = [
@@ -245,13 +246,15 @@ _CLIPS = {
     "Lightning: Fabric": 4,
     "Accelerate": 4,
     "transformers: Trainer": 4,
+    "Keras": 0,  # it has counts of its own
     "torch.compile": 0,
     "Who clipped?": 0,
 }
 
 
 def test_the_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    first, *sections = re.split(r"^## ", _PAGE.read_text(), flags=re.MULTILINE)
+    first, *sections, ratios = re.split(r"^## ", _PAGE.read_text(), flags=re.MULTILINE)
+    assert ratios.startswith("What it saves\n")
     assert [section.splitlines()[0] for section in sections] == list(_CLIPS)
     namespace: dict[str, Any] = {"__name__": "page"}
     try:
@@ -267,6 +270,9 @@ def test_the_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
                     {"get_total_norm": clips, "clip_grads_with_norm_": clips} if clips else {}
                 )
         assert not gradclip.torch.stats().passed_on
+        assert dict(gradclip.keras.stats().taken) == {"global_clipnorm": 4}
+        assert not gradclip.keras.stats().passed_on
         assert "'get_total_norm': 20" in capsys.readouterr().out
     finally:
         gradclip.torch.uninstall()
+        gradclip.keras.uninstall()

@@ -29,6 +29,7 @@ __all__ = [
     "clip_by_global_norm",
     "clip_by_norm",
     "clip_by_value",
+    "clip_elements",
     "per_example_global_norm_clip",
 ]
 
@@ -317,16 +318,11 @@ def clip_by_value(limit: Any) -> Any:
 
     def update(updates: Any, state: ClipState, params: Any = None, **extra: Any) -> tuple[Any, ClipState]:
         leaves = read(updates, "updates")
-        for i, array in enumerate(leaves.arrays):
-            if jnp.iscomplexobj(array):
-                raise TypeError(
-                    f"{leaves.path(i)}: expected real floats to clip by value, got {array.dtype.name}"
-                )
         config, _ = make_config(leaves, ord=math.inf)
         _check_state(state, config)
         bound = _number(limit, "limit")
+        clipped = clip_elements(leaves, bound)
         measured = measure_leaves(config, None, leaves, 1.0)
-        clipped = [_clip_elements(array, bound) for array in leaves.arrays]
         result = ClipResult(
             total_norm=measured.total_norm,
             norms=measured.norms,
@@ -358,9 +354,18 @@ def _rounded_down(limit: Any, dtype: Any) -> Any:
     return jnp.where(near.astype(exact.dtype) > exact, jnp.nextafter(near, jnp.zeros_like(near)), near)
 
 
-def _clip_elements(array: Any, limit: Any) -> Any:
-    bound = _rounded_down(limit, array.dtype)
-    return jnp.where(jnp.abs(array) > bound, jnp.copysign(bound, array), array)
+def clip_elements(leaves: Leaves, limit: Any) -> list[Any]:
+    """Clip each element of what has been read into [-limit, limit]."""
+    for i, array in enumerate(leaves.arrays):
+        if jnp.iscomplexobj(array):
+            raise TypeError(
+                f"{leaves.path(i)}: expected real floats to clip by value, got {array.dtype.name}"
+            )
+    bounds = [_rounded_down(limit, array.dtype) for array in leaves.arrays]
+    return [
+        jnp.where(jnp.abs(array) > bound, jnp.copysign(bound, array), array)
+        for array, bound in zip(leaves.arrays, bounds, strict=True)
+    ]
 
 
 def adaptive_grad_clip(clipping: Any, eps: Any = 1e-3, axis: Any = None) -> Any:

@@ -11,38 +11,21 @@ import functools
 import inspect
 import re
 import sys
-import threading
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import CellType, FrameType
 from typing import Any
 
 import torch
 from torch.nn.utils import clip_grad
 
+from gradclip._reroute import Reroute, Stats
 from gradclip._result import NonFiniteGradientError
 from gradclip.torch._arguments import PARAMETERS
 from gradclip.torch._functional import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from gradclip.torch._gradients import UnsupportedGradientError
 
 __all__ = ["Stats", "install", "patched", "stats", "uninstall"]
-
-
-@dataclass(frozen=True)
-class Stats:
-    """How many calls of PyTorch's functions went where, since the reroute was installed.
-
-    Attributes:
-        taken: Calls that gradclip did, by function.
-        passed_on: Calls that PyTorch did itself, by function.
-        reasons: What was in them that gradclip does not support, and how often.
-    """
-
-    taken: Counter[str] = field(default_factory=Counter)
-    passed_on: Counter[str] = field(default_factory=Counter)
-    reasons: Counter[str] = field(default_factory=Counter)
 
 
 _OURS: dict[str, Callable[..., Any]] = {
@@ -58,17 +41,9 @@ _WRAPPERS: dict[str, Any] = {
 _CLIP_GRAD_NORM: Any = clip_grad.clip_grad_norm_  # the wrapper, with the function proper in it
 
 
-@dataclass(frozen=True)
-class _State:
-    stats: Stats = field(default_factory=Stats)
-    theirs: dict[str, Callable[..., Any]] = field(default_factory=dict)  # while ours are installed
-    lock: threading.RLock = field(default_factory=threading.RLock)
-    blocks: list[object] = field(default_factory=list)  # of patched(), that hold the reroute, of any thread
-
-
 # It outlives a reload of this module, for it is all that knows PyTorch's own functions.
-_state: _State = globals().get("_state") or _State()
-_stats, _theirs, _lock, _blocks = _state.stats, _state.theirs, _state.lock, _state.blocks
+_reroute: Reroute = globals().get("_reroute") or Reroute()
+_stats = _reroute.stats
 
 
 def install() -> None:
@@ -94,33 +69,21 @@ def install() -> None:
         1
         >>> gradclip.torch.uninstall()
     """
-    with _lock:
-        if _theirs:
-            return
-        cells = {name: _cell_of(name) for name in _OURS}
-        for counter in (_stats.taken, _stats.passed_on, _stats.reasons):
-            counter.clear()
-        for name, cell in cells.items():
-            _theirs[name] = cell.cell_contents
-            cell.cell_contents = _rerouted(name, _OURS[name], _theirs[name])
+    _reroute.install(_replace)
 
 
 def uninstall() -> None:
     """Give PyTorch's functions back their own way. Without an :func:`install` before, nothing happens."""
-    with _lock:
-        while _theirs:
-            name, function = _theirs.popitem()
-            _cell_of(name).cell_contents = function
+    _reroute.uninstall()
 
 
-@contextmanager
-def patched() -> Iterator[Stats]:
+def patched() -> AbstractContextManager[Stats]:
     """Install the reroute for a ``with`` block; what was installed before stays so.
 
     It is the process's, not the thread's; of blocks in several threads the last to end takes it away.
 
-    Yields:
-        The counts, as of :func:`stats`.
+    Returns:
+        A context manager; it gives the counts, as of :func:`stats`.
 
     Example:
         >>> import torch, gradclip.torch
@@ -129,24 +92,22 @@ def patched() -> Iterator[Stats]:
         >>> counts.taken["get_total_norm"]
         1
     """
-    block = object()
-    with _lock:
-        if _blocks or not _theirs:
-            install()
-            _blocks.append(block)
-    try:
-        yield _stats
-    finally:
-        with _lock:
-            if block in _blocks:
-                _blocks.remove(block)
-                if not _blocks:
-                    uninstall()
+    return _reroute.patched(_replace)
 
 
 def stats() -> Stats:
     """How many calls went where since :func:`install`; it goes on counting."""
     return _stats
+
+
+def _replace() -> list[Callable[[], None]]:
+    cells = {name: _cell_of(name) for name in _OURS}  # all are there, before the first is changed
+    undo: list[Callable[[], None]] = []
+    for name, cell in cells.items():
+        theirs = cell.cell_contents
+        cell.cell_contents = _rerouted(name, _OURS[name], theirs)
+        undo.append(functools.partial(setattr, cell, "cell_contents", theirs))
+    return undo
 
 
 def _cell_of(name: str) -> CellType:
