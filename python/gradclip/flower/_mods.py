@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord
 from flwr.clientapp import mod as theirs
@@ -126,11 +125,10 @@ class LocalDpMod(theirs.LocalDpMod):
         reply = _clip_reply("LocalDpMod", msg, ctxt, call_next, self.clipping_norm)
         if reply.has_error():
             return reply
-        ((key, record),) = reply.content.array_records.items()
-        noise = self.sensitivity, self.epsilon, self.delta
-        reply.content[key] = with_arrays(
-            {name: noisy(name, array.data, *noise) for name, array in record.items()}, record
-        )
+        (record,) = reply.content.array_records.values()
+        for name in record:  # one at a time, so that two copies of one array lie in memory, not of all
+            data = noisy(name, record[name].data, self.sensitivity, self.epsilon, self.delta)
+            record[name] = serialised_array(name, data)
         return reply
 
 
@@ -138,7 +136,7 @@ def noisy(name: str, data: bytes, sensitivity: float, epsilon: float, delta: flo
     """A serialised array with Flower's noise of local differential privacy; one of integers as it is."""
     if not floating(view("LocalDpMod", name, data)):
         return data
-    one = Parameters([data], SType.NUMPY)  # one at a time, so that one at a time lies in memory
+    one = Parameters([data], SType.NUMPY)
     return add_localdp_gaussian_noise_to_params(one, sensitivity, epsilon, delta).tensors[0]
 
 
@@ -177,8 +175,7 @@ def _clip_reply(
     if list(sent) != list(record):
         return _handle_array_key_mismatch_err(who, reply)
     clipped = clip_update(who, serialised(who, record), views(who, sent), clipping_norm)
-    if clipped.arrays:
-        reply.content.array_records[key] = with_arrays(clipped.arrays, record)
+    reply.content.array_records[key] = with_arrays(clipped.arrays, record)
     if with_bit:
         (metrics,) = reply.content.metric_records.values()
         metrics[KEY_NORM_BIT] = int(clipped.norm_bit)
@@ -194,10 +191,16 @@ def serialised(who: str, record: ArrayRecord) -> dict[str, bytes]:
 
 
 def with_arrays(changed: Mapping[str, bytes], record: ArrayRecord) -> ArrayRecord:
-    """A record like this one, with other bytes for some of its arrays."""
-    arrays: dict[str, Any] = dict(record)
-    for name, data in changed.items():
-        if data is not arrays[name].data:
-            array = view("", name, data)
-            arrays[name] = Array(str(array.dtype), array.shape, SType.NUMPY, data)
-    return ArrayRecord(arrays)
+    """Another record like this one, with other bytes for some of its arrays."""
+    return ArrayRecord(
+        {
+            name: serialised_array(name, changed[name]) if name in changed else array
+            for name, array in record.items()
+        }
+    )
+
+
+def serialised_array(name: str, data: bytes) -> Array:
+    """These bytes as Flower has arrays."""
+    array = view("gradclip.flower", name, data)
+    return Array(str(array.dtype), array.shape, SType.NUMPY, data)

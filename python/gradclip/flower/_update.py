@@ -51,18 +51,21 @@ def checked_norm(who: str, clipping_norm: Any) -> float:
 @lru_cache(maxsize=4096)
 def _layout(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     # Reading a header takes 15 µs, and every array of a round comes with the same one.
-    return np.lib.format.read_array_header_1_0(BytesIO(header[8:]))
+    shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(BytesIO(header[8:]))
+    if dtype.hasobject or any(length < 0 for length in shape):  # objects are pointers, which the sender chose
+        raise ValueError(f"shape {shape}, dtype {dtype}")
+    return shape, is_fortran, dtype
 
 
 def view(who: str, name: str, data: bytes | memoryview) -> npt.NDArray[Any]:
     """The array that ``numpy.save`` wrote into these bytes, in them: writable where they are."""
     try:
-        if data[:8] != _NPY_1_0:  # records with long names, or no array at all: as Flower does
-            return np.asarray(np.load(BytesIO(data), allow_pickle=False))
+        if data[:8] != _NPY_1_0:  # records with long names
+            return np.asarray(np.lib.format.read_array(BytesIO(data), allow_pickle=False))
         offset = 10 + int.from_bytes(data[8:10], "little")
         shape, is_fortran, dtype = _layout(bytes(data[:offset]))
         return np.ndarray(shape, dtype, data, offset, order="F" if is_fortran else "C")
-    except (TypeError, ValueError, EOFError) as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(
             f"{who}: {name!r}: expected an array as numpy.save writes it, got: {error}"
         ) from None
@@ -130,13 +133,7 @@ def clip_update(
         result = clip_difference_(arrays, origins, clipping_norm, rounding="down")
     except NonFiniteGradientError as error:
         raise _refused(who, error) from None
-    log(
-        INFO,
-        "%s: the norm of the update is %.4g, clipped to at most %.4g",
-        who,
-        result.total_norm,
-        clipping_norm,
-    )
+    log(INFO, "%s: the update has norm %.4g, its bound is %.4g", who, result.total_norm, clipping_norm)
     arrays.clear()  # no view is left when the bytes are handed over
     changed = {name: file.getvalue() for name, file in files.items()} if result.clipped else {}
     return Clipped(changed, result.clipped)
