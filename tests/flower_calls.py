@@ -43,7 +43,8 @@ def running() -> Iterator[None]:
     try:
         yield
     finally:
-        TaskIdentity._run_id = TaskIdentity._task_id = TaskIdentity._node_id = None
+        for name in ("_run_id", "_task_id", "_node_id"):
+            setattr(TaskIdentity, name, None)
 
 
 def record(arrays: Arrays) -> ArrayRecord:

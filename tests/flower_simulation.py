@@ -1,7 +1,9 @@
-"""Federated trainings on Flower's own engine: run as a script in a process of its own; prints what came as JSON.
+"""Federated trainings on Flower's own engine: a script, which writes what came to a file.
 
-Three clients hold a third of scikit-learn's digits each and train a softmax regression. One simulation, since its
-engine (Ray) takes longer to start than all trainings.
+    python tests/flower_simulation.py FOLDER_OF_RAY FILE.json
+
+Three clients hold a third of scikit-learn's digits each and train a softmax regression. One simulation, since
+its engine (Ray) takes longer to start than all trainings.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+import ray
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp import mod as their_mods
@@ -19,7 +22,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp import strategy as their_strategies
 from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits  # type: ignore[import-untyped]
 
 import gradclip.flower
 
@@ -91,22 +94,23 @@ class Watched(FedAvg):
         return super().aggregate_train(server_round, replies)
 
 
-def run(grid: Grid, where: str, name: str, mod: str = "", *, noise: float = 0.0, bad: bool = False) -> None:
+def run(grid: Grid, where: str, name: str, mod: str = "", *, noise: float = 0, bad: bool = False) -> None:
     """A training by one strategy, or without one of differential privacy."""
     watched = Watched()
     strategy: Any = watched
     if name:
         make = getattr(WHERE[where][1], name)
-        strategy = make(watched, noise, CLIENTS, NORM, clipped_count_stddev=0.0) if "Adaptive" in name else make(
-            watched, noise, NORM, CLIENTS
-        )  # fmt: skip
+        if "Adaptive" in name:
+            strategy = make(watched, noise, CLIENTS, NORM, clipped_count_stddev=0.0)
+        else:
+            strategy = make(watched, noise, NORM, CLIENTS)
     accuracies: list[float] = []
     errors: list[str] = []
     aggregate = strategy.aggregate_train
 
     def listen(server_round: int, replies: Iterable[Message]) -> Any:
         replies = list(replies)
-        errors.extend(reply.error.reason for reply in replies if reply.has_error())
+        errors.extend(str(reply.error.reason) for reply in replies if reply.has_error())
         return aggregate(server_round, replies)
 
     strategy.aggregate_train = listen
@@ -146,21 +150,30 @@ def main(grid: Grid, context: Context) -> None:
     run(grid, "ours", on_server.format("Fixed"), bad=True)
 
 
+def start_engine(folder: str) -> None:
+    """Ray, as Flower's backend would start it, on the loopback interface.
+
+    Twice if need be: it gives up where a process of its own takes more than 15 s to start (ray#65983).
+    """
+    for attempt in (1, 2):
+        try:
+            ray.init(
+                num_cpus=2,
+                include_dashboard=False,
+                object_store_memory=100 * 2**20,
+                _node_ip_address="127.0.0.1",
+                _temp_dir=folder,
+            )
+            return
+        except Exception:
+            ray.shutdown()
+            if attempt == 2:
+                raise
+
+
 if __name__ == "__main__":
-    run_simulation(
-        server,
-        app,
-        CLIENTS,
-        backend_config={
-            "init_args": {
-                "num_cpus": 2,
-                "include_dashboard": False,
-                "object_store_memory": 100 * 2**20,
-                "_node_ip_address": "127.0.0.1",
-                "_temp_dir": sys.argv[1],
-            },
-            "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
-        },
-    )
+    start_engine(sys.argv[1])
+    one_each = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
+    run_simulation(server, app, CLIENTS, backend_config=one_each)  # type: ignore[arg-type]
     with open(sys.argv[2], "w") as file:
         json.dump(found, file)

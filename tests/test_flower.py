@@ -24,7 +24,18 @@ from flwr.supercore.privacy_accounting import (
 
 import gradclip
 import gradclip.flower
-from flower_calls import APIS, Arrays, Messages, arrays_of, exact_square, no_context, record, running
+from flower_calls import (
+    APIS,
+    Arrays,
+    Messages,
+    Reply,
+    Round,
+    arrays_of,
+    exact_square,
+    no_context,
+    record,
+    running,
+)
 from gradclip.flower._update import view
 from matrices import REAL_NAMES, values
 
@@ -75,8 +86,9 @@ def _clipped(api: Any, name: str, base: Arrays, new: Arrays, norm: float, where:
     """What becomes of one update, by a mod or a strategy."""
     if name in MODS:
         where = where or api.ours
-        return api.clip(_mod(where, name, norm), base, new, norm).arrays
-    round_ = api.aggregate(_strategy(where or api.ours, name, norm, 1), base, [new])
+        reply: Reply = api.clip(_mod(where, name, norm), base, new, norm)
+        return reply.arrays
+    round_: Round = api.aggregate(_strategy(where or api.ours, name, norm, 1), base, [new])
     return round_.clipped[0] if round_.clipped else {}
 
 
@@ -266,7 +278,7 @@ def test_accounting_is_flowers(where: Any) -> None:
     assert accountant.events[0].noise_multiplier == 1.0
     assert aggregate(2, [Messages.reply(message, new)]) == (None, None)
     replies = [Messages.reply(message, new) for _ in range(2)]
-    replies[1].content["metrics"]["num-examples"] = 3  # type: ignore[index]
+    replies[1].content["metrics"] = MetricRecord({"num-examples": 3})
     with pytest.raises(ValueError, match="equal client weights"):
         aggregate(3, replies)
     if where is gradclip.flower:

@@ -43,9 +43,10 @@ def checked_norm(who: str, clipping_norm: Any) -> float:
     """The clipping norm, if it is one."""
     if isinstance(clipping_norm, bool) or not isinstance(clipping_norm, Real):
         raise TypeError(f"{who}: clipping_norm: expected a number, got {type(clipping_norm).__name__}")
-    if not 0 < clipping_norm < math.inf:
-        raise ValueError(f"{who}: clipping_norm: expected a positive finite number, got {clipping_norm}")
-    return float(clipping_norm)
+    norm = float(clipping_norm)
+    if not 0 < norm < math.inf:
+        raise ValueError(f"{who}: clipping_norm: expected a positive finite number, got {norm}")
+    return norm
 
 
 @lru_cache(maxsize=4096)
