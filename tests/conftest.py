@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network; read when transformers is imported
 os.environ["KERAS_BACKEND"] = "torch"  # in the tests' own process; read when keras is imported
+os.environ["FLWR_TELEMETRY_ENABLED"] = "0"  # nor tells it anything; read when flwr is imported
 
 # The suite gives the same answer twice; `pytest --hypothesis-profile=explore` looks further.
 settings.register_profile("suite", max_examples=150, deadline=None, derandomize=True, database=None)

@@ -12,13 +12,17 @@ from typing import Any
 import pytest
 
 import gradclip
+import gradclip.flower
+import gradclip.flower.compat
 import gradclip.jax
 import gradclip.keras
 import gradclip.monitor
 import gradclip.policies
 import gradclip.torch
 
-_PACKAGES = (gradclip, gradclip.jax, gradclip.keras, gradclip.monitor, gradclip.policies, gradclip.torch)
+_PACKAGES = (
+    gradclip, gradclip.flower, gradclip.jax, gradclip.keras, gradclip.monitor, gradclip.policies, gradclip.torch,
+)  # fmt: skip
 _FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 _DOCS = Path(__file__).resolve().parent.parent / "docs"
 # Where the code is; the compiled module and the command lines have no examples.
@@ -27,10 +31,10 @@ _MODULES = [
     for package in _PACKAGES
     for module in pkgutil.iter_modules(package.__path__)
     if not module.ispkg and not module.name.startswith(("_core", "_cuda", "__main__"))
-] + ["gradclip.monitor", "gradclip.policies"]
+] + ["gradclip.flower", "gradclip.monitor", "gradclip.policies"]
 _PUBLIC = [
     pytest.param(getattr(package, name), id=f"{package.__name__}.{name}")
-    for package in _PACKAGES
+    for package in (*_PACKAGES, gradclip.flower.compat)
     for name in sorted(package.__all__)
     if callable(getattr(package, name))
 ]

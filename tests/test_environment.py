@@ -23,7 +23,7 @@ def test_import_loads_no_framework_and_starts_no_thread() -> None:
     import gradclip
     gradclip.global_norm({"w": numpy.ones(3)})
     loaded = {name.partition(".")[0] for name in set(sys.modules) - before}
-    frameworks = {"torch", "jax", "jaxlib", "cupy", "ml_dtypes", "tensorflow", "optax", "sklearn"}
+    frameworks = {"torch", "jax", "jaxlib", "cupy", "ml_dtypes", "tensorflow", "optax", "sklearn", "flwr"}
     assert not loaded & frameworks, loaded & frameworks
     assert not {name for name in sys.modules if name in frameworks}
     assert len(os.listdir("/proc/self/task")) == threads

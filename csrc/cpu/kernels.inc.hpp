@@ -302,12 +302,59 @@ void narrow(const double* __restrict from, std::byte* __restrict to, std::size_t
 }
 
 template <class T>
-void move_down(const double* __restrict from, const double* __restrict steps,
-               std::byte* __restrict to, std::size_t count) {
+void move_down_one_by_one(const double* __restrict from, const double* __restrict steps,
+                          std::byte* __restrict to, std::size_t count) {
   for (std::size_t i = 0; i < count; ++i) {
     const T x = moved_down<T>(from[i], steps[i]);
     __builtin_memcpy(to + i * sizeof(T), &x, sizeof(T));
   }
+}
+
+// 16-bit numbers: one by one.
+template <class T>
+void move_down(const double* from, const double* steps, std::byte* to, std::size_t count) {
+  move_down_one_by_one<T>(from, steps, to, count);
+}
+
+// moved_down() without its branches, which half of all numbers take: 1.5 ns instead of 20. What lies close to 0 or is
+// not finite it leaves to that.
+template <class T>
+  requires std::is_floating_point_v<T>
+void move_down(const double* __restrict from, const double* __restrict steps,
+               std::byte* __restrict to, std::size_t count) {
+  constexpr std::size_t kNumbers = 64;
+  // Of a normal number of T as float64: its last place, and from where on its neighbours are normal, too.
+  constexpr bool kIsWide = sizeof(T) == sizeof(double);
+  constexpr std::uint64_t kUnit = kIsWide ? 1 : std::uint64_t{1} << 29;
+  constexpr double kLeast = kIsWide ? 0x1p-1021 : 0x1p-125;
+  const auto mask = [](bool is) { return is ? ~std::uint64_t{0} : std::uint64_t{0}; };
+  std::size_t i = 0;
+  for (; i + kNumbers <= count; i += kNumbers) {
+    double numbers[kNumbers];
+    std::uint64_t left = 0;
+    for (std::size_t j = 0; j < kNumbers; ++j) {
+      const double y = from[i + j], step = steps[i + j];
+      T result;
+      round_from(y + step, result);
+      const double reached = to_double(result), moved = reached - y;
+      const double length = __builtin_fabs(step), size = __builtin_fabs(moved);
+      const std::uint64_t is_beyond = mask(!(size < length)) & mask(!(size == 0.0));
+      const std::uint64_t shrinks = mask(moved < 0.0) ^ mask(reached > 0.0);
+      const std::uint64_t unit = (kUnit ^ shrinks) - shrinks;
+      numbers[j] = bit_copy<double>(bit_copy<std::uint64_t>(reached) + (unit & is_beyond));
+      const double magnitude = __builtin_fabs(reached);
+      left |= is_beyond & ~(mask(magnitude >= kLeast) & mask(magnitude < infinity()));
+    }
+    if (left != 0) {
+      move_down_one_by_one<T>(from + i, steps + i, to + i * sizeof(T), kNumbers);
+      continue;
+    }
+    for (std::size_t j = 0; j < kNumbers; ++j) {
+      const T x = static_cast<T>(numbers[j]);
+      __builtin_memcpy(to + (i + j) * sizeof(T), &x, sizeof(T));
+    }
+  }
+  move_down_one_by_one<T>(from + i, steps + i, to + i * sizeof(T), count - i);
 }
 
 // The rows of a tile of float64, 64 numbers each, from terms of 16: terms(at), where at counts numbers. The last

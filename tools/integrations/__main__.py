@@ -32,6 +32,7 @@ MARKS = ("<!-- ratios: python -m tools.integrations -->\n", "<!-- end of ratios 
 PARTS: dict[str, tuple[str, dict[str, str]]] = {
     "keras-torch": ("keras", {"KERAS_BACKEND": "torch"}),
     "keras-jax": ("keras", {"KERAS_BACKEND": "jax"}),
+    "flower": ("flower", {"FLWR_TELEMETRY_ENABLED": "0"}),
 }
 
 
