@@ -208,6 +208,21 @@ void Measured::measure_pair(Table<NormSum>& sums) {
   });
 }
 
+Measured::Measured(const Pair& accumulation)
+    : grads_(accumulation.gradients()), is_alone_(true) {
+  const PairTable pairs = accumulation.table(1.0, nullptr);
+  if (accumulation.adds_something()) grads_->mark_written();
+  const Table<NormSum> sums = run([&] {
+    return accumulation.adds_something() ? cpu::accumulate(grads_->spans(), pairs, grads_->plan())
+                                         : cpu::measure(grads_->spans(), grads_->plan(), order_);
+  });
+  decide([&] {
+    sums_ = sums_of_groups(order_, sums, named_.groups);
+    norms_ = norms_of(order_, sums, named_.groups, sums_, grad_scale_, {});
+  });
+  nonfinite_ = count_nonfinite(*grads_, nullptr, norms_.odd);
+}
+
 Measured::Measured(std::shared_ptr<const Gradients> grads, double norm) : grads_(std::move(grads)) {
   norms_.total = norm;
   norms_.tensors.assign(grads_->spans().size(), quiet_nan());

@@ -32,6 +32,8 @@ class Measured {
   // written is made of the gradients and what it has beside them.
   Measured(std::shared_ptr<const Gradients> grads, const MeasureArguments& arguments,
            std::shared_ptr<const Pair> pair = nullptr);
+  // What accumulators become, in one pass: written, and measured as they are then.
+  explicit Measured(const Pair& accumulation);
   // As somebody has measured: all gradients together have this norm. Those of tensors are not known.
   Measured(std::shared_ptr<const Gradients> grads, double norm);
 
