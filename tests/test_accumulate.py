@@ -161,6 +161,33 @@ def test_of_nothing_it_warns() -> None:
         assert caught[0].filename == __file__
 
 
+def test_norms_over_processes() -> None:
+    into, seen = [np.zeros(2, np.float32), np.zeros(1, np.float32)], []
+
+    def reduce(sums: Array) -> Array:
+        seen.append(sums.tolist())
+        assert into[0].tolist() == [3.0, 4.0]  # the new ones
+        return sums + 144.0
+
+    measured = gradclip.accumulate_(into, [np.float32([3, 4]), None], reduce=reduce)
+    assert seen == [[25.0]]
+    assert measured.total_norm == 13.0
+    assert measured.norms.tolist() == [5.0, 0.0]
+    assert measured.clip_(1.3).coefficient == pytest.approx(0.1)
+
+
+def test_reduce_is_checked_before_anything_is_added() -> None:
+    def of_magnitudes(sums: Array) -> Array:
+        raise AssertionError
+
+    of_magnitudes.ord = 1  # type: ignore[attr-defined]
+    into = [np.zeros(2, np.float32)]
+    for bad, error in ((of_magnitudes, ValueError), (3, TypeError)):
+        with pytest.raises(error, match=r"^reduce: expected"):
+            gradclip.accumulate_(into, [np.ones(2, np.float32)], reduce=bad)  # type: ignore[arg-type]
+        assert not into[0].any()
+
+
 def test_a_scale_of_0_adds_nothing() -> None:
     into = [np.array([3.0, 4.0], np.float32)]
     measured = gradclip.accumulate_(into, [np.array([np.nan, np.inf], np.float32)], scale=0)
@@ -257,7 +284,7 @@ def test_memory_that_is_shared_or_cannot_be_written() -> None:
     tail = np.arange(3.0)
     frozen = np.arange(5.0)
     frozen.flags.writeable = False
-    with_grad = torch.zeros(5, requires_grad=True)
+    leaf = torch.zeros(5, requires_grad=True)
     cases: tuple[tuple[Callable[[], object], str], ...] = (
         (lambda: gradclip.accumulate_([memory], [memory]), "into[0]: expected memory of its own, got memory "
          "shared with grads[0]"),
@@ -265,10 +292,10 @@ def test_memory_that_is_shared_or_cannot_be_written() -> None:
          "into[1]: expected memory of its own, got memory shared with grads[1]"),
         (lambda: gradclip.accumulate_([memory, memory], [np.ones(20), np.ones(20)]),
          "into[1]: expected memory of its own, got memory shared with into[0]"),
-        (lambda: gradclip.accumulate_([np.broadcast_to(memory[:1], (5,))], [np.ones(5)]), "into[0]: expected"),
+        (lambda: gradclip.accumulate_([np.broadcast_to(memory[:1], 5)], [np.ones(5)]), "into[0]: expected"),
         (lambda: gradclip.accumulate_([memory[:5], frozen], [np.ones(5), np.ones(5)]),
          "into[1]: expected writable memory, got a read-only array"),
-        (lambda: gradclip.accumulate_([memory[:5], with_grad], [np.ones(5), np.ones(5)]), "into[1]: expected"),
+        (lambda: gradclip.accumulate_([memory[:5], leaf], [np.ones(5), np.ones(5)]), "into[1]: expected"),
     )  # fmt: skip
     before = memory.tobytes(), tail.tobytes()
     for call, message in cases:

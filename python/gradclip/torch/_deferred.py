@@ -54,9 +54,9 @@ def defer_clip_(
         norm_type: As for :func:`clip_grad_norm_`.
         scaler: That of mixed precision: unscaling is deferred too, and ``scaler.step(optimizer)`` is to
             follow instead of ``optimizer.step()``. On a GPU the host waits for its scale.
-        measured: What :func:`gradclip.accumulate_` or :func:`gradclip.measure` has measured of these gradients,
-            and maybe of others that share their norm: its ``total_norm`` is taken, and nothing is measured
-            here. Without a scaler: ``accumulate_`` unscales as it adds.
+        measured: What :func:`gradclip.accumulate_` or :func:`gradclip.measure` has measured of these
+            gradients, and maybe of others that share their norm: its ``total_norm`` is taken, and nothing is
+            measured here. Without a scaler: ``accumulate_`` unscales as it adds.
 
     Returns:
         The norm of the (unscaled) gradients, as :func:`clip_grad_norm_` returns it. The gradients are not
@@ -66,8 +66,8 @@ def defer_clip_(
         ValueError: The optimizer is not fused; ``max_norm`` is not positive; gradients are on several
             devices; a scale that somebody else has set waits for the step; ``measured`` is of fewer elements
             than the gradients have, or stands beside a ``norm_type`` or a ``scaler``.
-        TypeError: As for :func:`clip_grad_norm_`; ``optimizer`` is none, or in another wrapper; ``measured`` is
-            no :class:`gradclip.Measured`.
+        TypeError: As for :func:`clip_grad_norm_`; ``optimizer`` is none, or in another wrapper; ``measured``
+            is no :class:`gradclip.Measured`.
         RuntimeError: As for :func:`unscale_and_clip_`, with a scaler.
 
     Example:
@@ -153,7 +153,7 @@ def _norm_of(known: Measured, grads: Tensors) -> tuple[Tensor, torch.dtype]:
     elements = sum(grad.numel() for grad in grads if grad is not None)
     if known.group_sizes.sum() < elements:
         raise ValueError(
-            f"measured: expected what was measured of the optimizer's {elements} elements (and maybe of more), "
+            f"measured: expected what was measured of the optimizer's {elements} elements (and maybe more), "
             f"got that of {known.group_sizes.sum()}"
         )
     device = next((grad.device for grad in grads if grad is not None), torch.device("cpu"))
