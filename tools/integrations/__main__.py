@@ -29,7 +29,9 @@ FILE, PAGE = ROOT / "docs/frameworks.json", ROOT / "docs/frameworks.md"
 MARKS = ("<!-- ratios: python -m tools.integrations -->\n", "<!-- end of ratios -->\n")
 # Each a module here with measure() -> Iterator[Comparison]; each runs in a process of its own, since Keras
 # settles its backend when it is imported. Environment variables by name.
-PARTS: dict[str, tuple[str, dict[str, str]]] = {}
+PARTS: dict[str, tuple[str, dict[str, str]]] = {
+    "offload": ("offload", {}),
+}
 
 
 def table(kept: dict[str, dict[str, object]]) -> str:
