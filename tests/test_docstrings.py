@@ -21,7 +21,8 @@ import gradclip.policies
 import gradclip.torch
 
 _PACKAGES = (
-    gradclip, gradclip.flower, gradclip.jax, gradclip.keras, gradclip.monitor, gradclip.policies, gradclip.torch,
+    gradclip, gradclip.flower, gradclip.jax, gradclip.keras, gradclip.monitor, gradclip.policies,
+    gradclip.torch,
 )  # fmt: skip
 _FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 _DOCS = Path(__file__).resolve().parent.parent / "docs"

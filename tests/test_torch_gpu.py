@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import gradclip.distributed
 import gradclip.torch
+from gradclip.distributed._collective import device_for, reduced
 
 pytestmark = [
     pytest.mark.gpu,
@@ -216,6 +219,42 @@ def test_a_step_that_clips() -> None:
     other.step()
     for a, b in zip(parameters, twins, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_fully_sharded_with_offload_to_the_cpu_under_nccl(tmp_path: Path) -> None:
+    """Gradients on the CPU, a process group that reduces nothing there (pytorch#148532)."""
+    import torch.distributed as dist  # noqa: PLC0415 (not in every build)
+    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard  # noqa: PLC0415
+
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = nn.Sequential(nn.Linear(30, 20), nn.Linear(20, 10))
+        for layer in (*model, model):
+            fully_shard(layer, offload_policy=CPUOffloadPolicy())
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        for _ in range(2):
+            (model(torch.ones(4, 30, device="cuda")) ** 2).sum().backward()
+            grads: list[Any] = [p.grad for p in model.parameters()]
+            shards = [grad._local_tensor for grad in grads]
+            assert all(shard.device.type == "cpu" for shard in shards)
+            expected = torch.nn.utils.get_total_norm(shards).item()
+            norm: Any = gradclip.torch.clip_grad_norm_(model.parameters(), 0.5)
+            assert norm.full_tensor().item() == pytest.approx(expected, rel=1e-6)
+            clipped = torch.nn.utils.get_total_norm([grad._local_tensor for grad in grads]).item()
+            assert clipped == pytest.approx(0.5, rel=1e-5)
+            optimizer.step()
+            optimizer.zero_grad()
+        # One rank needs no collective: numbers of the CPU, through the group itself.
+        there = device_for(dist.group.WORLD, torch.device("cpu"))
+        assert there.type == "cuda"
+        for order in (2.0, math.inf):
+            numbers = torch.tensor([3.0, 4.0], dtype=torch.float64)
+            assert reduced(numbers.to(there), order, dist.group.WORLD).tolist() == [3.0, 4.0]
+        reduce = gradclip.distributed.process_group(ord=2)
+        measured = gradclip.accumulate_([torch.zeros(2)], [torch.tensor([3.0, 4.0])], reduce=reduce)
+        assert measured.total_norm == 5.0
+    finally:
+        dist.destroy_process_group()
 
 
 def test_sparse_gradients() -> None:

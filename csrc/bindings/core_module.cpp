@@ -53,6 +53,18 @@ Measured measure_pair(const std::shared_ptr<const gb::Pair>& pair, const py::obj
   return {grads, arguments, pair};
 }
 
+// What was measured, and how many gradients were given.
+py::tuple accumulate(const py::object& into, const py::object& grads, const py::object& scale,
+                     const py::object& reduce) {
+  gb::check_reduce(reduce, gradclip::NormOrder{});
+  const gb::Pair::Terms terms = gb::Pair::Terms::of_scale(scale);
+  const auto accumulators = std::make_shared<const Gradients>(into, gb::HostReader{}, "into");
+  const gb::Pair pair(accumulators, grads, terms, gb::HostReader{}, gb::second_reader());
+  pair.require_writable();
+  const std::size_t missing = pair.second().missing().size();
+  return py::make_tuple(Measured(pair, reduce), pair.second().spans().size() - missing);
+}
+
 Measured measure(const std::shared_ptr<const Gradients>& grads, const py::object& ord,
                  const py::object& groups, const py::object& grad_scale, const py::object& reduce) {
   const gb::MeasureArguments arguments(*grads, ord, groups, grad_scale, reduce);
@@ -169,6 +181,9 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   // `is_update`: the list is called new in messages.
   m.def("read", &read_gradients, py::arg("grads"), py::arg("is_kept") = false,
         py::arg("is_update") = false);
+
+  m.def("accumulate", &accumulate, py::arg("into"), py::arg("grads"), py::arg("scale"),
+        py::arg("reduce"));
 
   m.def(
       "set_num_threads",

@@ -182,8 +182,13 @@ Measured::Measured(std::shared_ptr<const Gradients> grads, const MeasureArgument
     return norms_of(order_, sums, named_.groups, sums_, grad_scale_, std::move(of_rows));
   });
   nonfinite_ = count_nonfinite(*grads_, pairs_.get(), norms_.odd);
-  if (arguments.reduce.is_none()) return;
-  const Table<NormSum> reduced = reduce_sums(arguments.reduce, order_, sums_);
+  join(arguments.reduce);
+}
+
+// Norms of this process become those over all.
+void Measured::join(const py::object& reduce) {
+  if (reduce.is_none()) return;
+  const Table<NormSum> reduced = reduce_sums(reduce, order_, sums_);
   decide([&] { take_sums(norms_, order_, reduced, grad_scale_); });
 }
 
@@ -206,6 +211,22 @@ void Measured::measure_pair(Table<NormSum>& sums) {
     return penalty_of(second.squares.rounded(), second.magnitudes.rounded(), pairs_->formula.l2,
                       pairs_->formula.l1);
   });
+}
+
+Measured::Measured(const Pair& accumulation, const py::object& reduce)
+    : grads_(accumulation.gradients()), is_alone_(reduce.is_none()) {
+  const PairTable pairs = accumulation.table(1.0, nullptr);
+  if (accumulation.adds_something()) grads_->mark_written();
+  const Table<NormSum> sums = run([&] {
+    return accumulation.adds_something() ? cpu::accumulate(grads_->spans(), pairs, grads_->plan())
+                                         : cpu::measure(grads_->spans(), grads_->plan(), order_);
+  });
+  decide([&] {
+    sums_ = sums_of_groups(order_, sums, named_.groups);
+    norms_ = norms_of(order_, sums, named_.groups, sums_, grad_scale_, {});
+  });
+  nonfinite_ = count_nonfinite(*grads_, nullptr, norms_.odd);
+  join(reduce);
 }
 
 Measured::Measured(std::shared_ptr<const Gradients> grads, double norm) : grads_(std::move(grads)) {

@@ -35,6 +35,8 @@ class Measured {
   // written is made of the gradients and what it has beside them.
   Measured(std::shared_ptr<const Gradients> grads, const MeasureArguments& arguments,
            std::shared_ptr<const Pair> pair = nullptr);
+  // What accumulators become, in one pass: written, and measured as they are then. Calls `reduce` as above.
+  Measured(const Pair& accumulation, const py::object& reduce);
   // As somebody has measured: all gradients together have this norm. Those of tensors are not known.
   Measured(std::shared_ptr<const Gradients> grads, double norm);
 
@@ -88,6 +90,7 @@ class Measured {
                                    const py::object& reduce, const py::object& formula);
   void require_unchanged() const;
   void require_first_use() const;
+  void join(const py::object& reduce);
   void measure_pair(Table<NormSum>& sums);
   void write(const ClipDecision& decision, const ClipOptions& options) const;
   py::object apply(const Table<double>& limits, const ClipOptions& options);

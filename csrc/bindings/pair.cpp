@@ -36,6 +36,7 @@ void Pair::check_entries() const {
     throw py::value_error(std::string(argument()) + ": expected " + std::to_string(expected) +
                           " arrays, one for each entry of " + grads_->argument() + ", got " +
                           std::to_string(second_.spans().size()));
+  if (is_accumulation()) check_accumulators();
   for (std::size_t i = 0; i < expected; ++i) check_entry(i);
   if (terms_.l1 != 0.0) second_.require_real();
 }
@@ -47,7 +48,7 @@ void Pair::check_entry(std::size_t i) const {
         .raise();
   };
   if (grads_->is_missing(i) || second_.is_missing(i)) {
-    if (grads_->is_missing(i) && second_.is_missing(i)) return;
+    if (second_.is_missing(i) && (grads_->is_missing(i) || is_accumulation())) return;
     second_.name_at(i)
         .problem(
             Problem::type_error,
@@ -59,12 +60,28 @@ void Pair::check_entry(std::size_t i) const {
   if (!std::ranges::equal(x, y, {}, &StridedLayout::Axis::size, &StridedLayout::Axis::size))
     refuse(Problem::value_error, "shape " + shape_text(x), shape_text(y));
   const DType here = grads_->spans()[i].dtype, there = second_.spans()[i].dtype;
-  if (terms_.is_difference ? here != there : is_complex(here) != is_complex(there))
+  if (is_difference() ? here != there : is_complex(here) != is_complex(there))
     refuse(Problem::type_error,
-           terms_.is_difference ? std::string("dtype ") + name_of(here)
-           : is_complex(here)   ? "a complex dtype"
-                                : "a real dtype",
+           is_difference()    ? std::string("dtype ") + name_of(here)
+           : is_complex(here) ? "a complex dtype"
+                              : "a real dtype",
            name_of(there));
+  if (is_accumulation() && size_of(here) < size_of(there))
+    refuse(Problem::type_error, std::string("a dtype no wider than ") + name_of(here),
+           name_of(there));
+}
+
+// Sums of many gradients are lost in 16 bits.
+void Pair::check_accumulators() const {
+  for (std::size_t i = 0; i < grads_->spans().size(); ++i) {
+    const DType dtype = grads_->spans()[i].dtype;
+    if (!grads_->is_missing(i) && size_of(real_of(dtype)) < sizeof(float))
+      grads_->name_at(i)
+          .problem(Problem::type_error,
+                   "an accumulator of dtype float32, float64, complex64 or complex128",
+                   name_of(dtype))
+          .raise();
+  }
 }
 
 Pair::Terms Pair::Terms::of_params(const py::object& l2, const py::object& l1) {
@@ -76,7 +93,11 @@ Pair::Terms Pair::Terms::of_params(const py::object& l2, const py::object& l1) {
     return factor;
   };
   const double l2_number = number(l2, "l2");
-  return {l2_number, number(l1, "l1")};
+  return {.l2 = l2_number, .l1 = number(l1, "l1")};
+}
+
+Pair::Terms Pair::Terms::of_scale(const py::object& scale) {
+  return {.kind = accumulation, .scale = finite_number(scale, "scale")};
 }
 
 namespace {
@@ -86,13 +107,15 @@ constexpr std::int64_t kMostElements = std::int64_t{1} << 58;
 
 }  // namespace
 
+PairFormula Pair::formula(double grad_scale) const {
+  if (is_difference()) return PairFormula::difference();
+  if (is_accumulation()) return {terms_.scale};
+  return {terms_.l2 * grad_scale, terms_.l1 * grad_scale, false, terms_.l2, terms_.l1};
+}
+
 PairTable Pair::table(double grad_scale, const RowTable* rows) const {
   PairTable table;
-  const PairFormula formula = table.formula = decide([&] {
-    return terms_.is_difference ? PairFormula::difference()
-                                : PairFormula{terms_.l2 * grad_scale, terms_.l1 * grad_scale, false,
-                                              terms_.l2, terms_.l1};
-  });
+  const PairFormula formula = table.formula = decide([&] { return this->formula(grad_scale); });
   if (!is_finite(formula.factor) || !is_finite(formula.sign_factor))
     throw py::value_error(
         "grad_scale: expected one whose products with l2 and l1 are finite, got a larger one");
@@ -108,6 +131,10 @@ PairTable Pair::table(double grad_scale, const RowTable* rows) const {
       continue;
     }
     check_entry(i);
+    if (second_.is_missing(i)) {
+      table.add(pair);
+      continue;
+    }
     StridedArray x = grads_->array_of(i), y = second_.array_of(i);
     if (rows) {
       const bool has_rows =

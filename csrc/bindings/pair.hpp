@@ -1,4 +1,4 @@
-// Gradients and a second list of arrays, one for each: parameters, or what an update began from.
+// Gradients and a second list of arrays, one for each: parameters, what an update began from, or what is added.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -13,13 +13,15 @@ namespace gradclip::bindings {
 
 class Pair {
  public:
-  // What is asked for: gradients + l2 * params + l1 * sign(params); or the update of base that they are.
+  // What is asked for: gradients + l2 * params + l1 * sign(params); the update of base that they are; or accumulators
+  // + scale * grads, where a second array may be missing.
   struct Terms {
-    double l2 = 0.0, l1 = 0.0;
-    bool is_difference = false;
+    enum Kind { regularisation, difference, accumulation } kind = regularisation;
+    double l2 = 0.0, l1 = 0.0, scale = 1.0;
 
     static Terms of_params(const py::object& l2, const py::object& l1);
-    static Terms of_base() { return {.is_difference = true}; }
+    static Terms of_base() { return {.kind = difference}; }
+    static Terms of_scale(const py::object& scale);
   };
   // Readers of the gradients, and of the second list, which may have tensors that require grad.
   template <class First, class Second>
@@ -34,18 +36,25 @@ class Pair {
 
   const std::shared_ptr<const Gradients>& gradients() const { return grads_; }
   const Gradients& second() const { return second_; }
-  bool is_difference() const { return terms_.is_difference; }
+  bool is_difference() const { return terms_.kind == Terms::difference; }
   // What is made where gradients hold grad_scale times what they are; with the `rows` of gradients, a part for each
   // of them. To be called when all has been rechecked: by shapes as they are now.
   PairTable table(double grad_scale, const RowTable* rows) const;
+  // Whether what is made of the gradients is other than they are.
+  bool adds_something() const { return terms_.scale != 0.0; }
   // As of Gradients, and that no gradient lies where a second array does.
   void require_writable() const;
 
  private:
-  const char* argument() const { return terms_.is_difference ? "base" : "params"; }
+  const char* argument() const {
+    return is_difference() ? "base" : is_accumulation() ? "grads" : "params";
+  }
+  bool is_accumulation() const { return terms_.kind == Terms::accumulation; }
+  PairFormula formula(double grad_scale) const;
   py::object in_order(const py::object& second) const;
   void check_entries() const;
   void check_entry(std::size_t i) const;
+  void check_accumulators() const;
 
   std::shared_ptr<const Gradients> grads_;
   Terms terms_;

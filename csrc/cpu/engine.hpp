@@ -50,6 +50,10 @@ void scale_samples(const RowTable& rows, const ChunkPlan& plan,
 // multiplies them, of magnitudes if it takes their signs.
 Table<NormSum> measure_pairs(const PairTable& pairs, const ChunkPlan& plan, const NormOrder& order,
                              PairSums& second);
+// Write what is made of each whole gradient, where it has a second array, in its place; and the sum of squares of what
+// lies there then, by the plan of the gradients.
+Table<NormSum> accumulate(std::span<const Span> spans, const PairTable& pairs,
+                          const ChunkPlan& plan);
 // Write coefficient / grad_scale times what is made of each part, or, of differences, that beside the second
 // array; a difference whose factor is 1 is not touched. `are_samples`: row r of all gradients has number r.
 void scale_pairs(const PairTable& pairs, const ChunkPlan& plan,

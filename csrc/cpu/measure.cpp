@@ -58,7 +58,10 @@ bool is_tile(const Span& span, const Chunk& piece) {
 }
 
 // Add the sums of tiles where a kernel takes pairs as they lie; false where it does not.
-bool add_direct(const Span&, const Chunk&, const NormOrder&, ExactSum&) { return false; }
+template <class AnySpan>
+bool add_direct(const AnySpan&, const Chunk&, const NormOrder&, ExactSum&) {
+  return false;
+}
 bool add_direct(const PairSpan& pair, const Chunk& piece, const NormOrder& order, ExactSum& sum) {
   if (order.kind != NormOrder::two || !is_direct(pair)) return false;
   sum_direct_tiles(pair, piece, [&](const WideValue& tile) { sum.add(tile); });
@@ -173,6 +176,20 @@ struct PairParts : RowParts<PairRows> {
   }
 };
 
+// Gradients that are written as they are measured, where they have a second array.
+struct AccumulatedParts : TensorParts {
+  const PairTable& pairs;
+
+  template <class Visit>
+  void visit(const Chunk& chunk, Visit visit) const {
+    const PairRows& pair = pairs.gradients[chunk.tensor];
+    if (pair.y.first)
+      visit(std::size_t{chunk.tensor}, AccumulatedSpan{pair[0]}, chunk);
+    else
+      TensorParts::visit(chunk, visit);
+  }
+};
+
 template <class Parts>
 Table<NormSum> sums_of(const Parts& parts, const ChunkPlan& plan, const NormOrder& order) {
   Table<NormSum> sums(parts.count());
@@ -208,6 +225,11 @@ Table<NormSum> measure_pairs(const PairTable& pairs, const ChunkPlan& plan, cons
   const DefaultFloatEnvironment environment;
   for (const PairSums& chunk : sums) second.add(chunk);
   return parts;
+}
+
+Table<NormSum> accumulate(std::span<const Span> spans, const PairTable& pairs,
+                          const ChunkPlan& plan) {
+  return sums_of(AccumulatedParts{{spans}, pairs}, plan, NormOrder{});
 }
 
 void row_norms(const RowTable& rows, const ChunkPlan& plan, const NormOrder& order,

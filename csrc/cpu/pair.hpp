@@ -146,6 +146,35 @@ void sum_direct_tiles(const PairSpan& pair, const Chunk& piece, Add add) {
       });
 }
 
+// What is made of a pair, written in place of the first of it.
+struct AccumulatedSpan {
+  PairSpan pair;
+  DType dtype = pair.x.dtype;
+};
+
+// As of a Span: each tile of the first array once it has been written, while the cache holds it.
+template <class Visit>
+void for_each_tile(const AccumulatedSpan& span, const Chunk& piece, Visit visit) {
+  constexpr auto kTile = static_cast<std::int64_t>(order::kTileBytes);
+  const PairSpan& pair = span.pair;
+  const std::int64_t itemsize = pair.x.itemsize(), end = piece.first_byte + piece.bytes;
+  const auto in_pair = [&](std::int64_t bytes) { return bytes / itemsize * pair.itemsize(); };
+  const auto write = kernels().of(pair.x.dtype, pair.y.dtype).write;
+  alignas(order::kBlockBytes) std::byte buffer[order::kTileBytes];
+  for (std::int64_t first = piece.first_byte; first < end; first += kTile) {
+    const std::int64_t bytes = std::min(end - first, kTile);
+    const Chunk tile{in_pair(first), in_pair(bytes), piece.tensor, kWhole};
+    if (is_direct(pair))
+      for_each_direct_tile(pair, tile,
+                           [&](std::byte* x, const std::byte* y, std::int64_t, std::int64_t,
+                               std::size_t numbers) { write(x, y, numbers, pair.formula, 1.0); });
+    else
+      for_each_pair_tile(pair, tile, [](PairTile& part) { part.write(1.0, false); });
+    visit(gathered(pair.x, first / itemsize, bytes / itemsize, buffer),
+          static_cast<std::size_t>(bytes));
+  }
+}
+
 // As of a Span.
 template <class Visit>
 void for_each_tile(const PairSpan& pair, const Chunk& piece, Visit visit) {

@@ -6,6 +6,7 @@ See https://arxiv.org/abs/1211.5063 for what clipping is, ``docs/`` for how this
 from gradclip import _interpreter  # isort: skip  # noqa: F401
 from gradclip import _core
 from gradclip._api import (
+    accumulate_,
     clip_by_global_norm_,
     clip_by_norm_,
     clip_by_value_,
@@ -30,6 +31,7 @@ __all__ = [
     "Plan",
     "RowNames",
     "__version__",
+    "accumulate_",
     "clip_by_global_norm_",
     "clip_by_norm_",
     "clip_by_value_",

@@ -15,6 +15,7 @@ from gradclip._measured import Measured, Policy, clip, formula_of, with_params
 from gradclip._result import ClipResult, warn_of_nothing
 
 __all__ = [
+    "accumulate_",
     "clip_by_global_norm_",
     "clip_by_norm_",
     "clip_by_value_",
@@ -391,6 +392,70 @@ def clip_difference_(
     if not has_any and reduce is None:
         warn_of_nothing()
     return result
+
+
+def accumulate_(
+    into: GradientArrays,
+    grads: GradientArrays,
+    scale: SupportsFloat = 1.0,
+    reduce: Reduce | None = None,
+) -> Measured:
+    """Add gradients to accumulators in place, ``into += scale * grads``, and measure these in the same pass.
+
+    For gradients of 16 bits that are summed in float32 on the CPU: over the micro-batches of a step, or where
+    the optimizer's state is offloaded (``docs/offload.md``). The sum is read and written anyway, so that its
+    norms are nearly free, and a clip by them does not read it again.
+
+    Each element becomes ``into + scale * grad``, in float64, rounded once to the accumulator's dtype: the
+    same bits whatever the threads and the instruction set are (``docs/reduction-order.md``). With ``scale`` 1
+    that is the sum of the two numbers in the accumulator's dtype, as PyTorch and NumPy have it.
+
+    Args:
+        into: The accumulators: arrays on the CPU as for :func:`clip_by_global_norm_`, of dtype float32,
+            float64, complex64 or complex128.
+        grads: What is added: arrays as ``into`` has them (a mapping if that is one), each of the shape of its
+            accumulator, of any dtype that is not wider, but not complex to real. They are only read. Where an
+            entry is ``None``, the accumulator stays as it is and is measured all the same.
+        scale: What gradients are multiplied by, any finite number: ``1 / micro_batches``, or the reciprocal
+            of a loss scale. With 0 nothing is added, whatever ``grads`` holds.
+        reduce: As for :func:`clip_by_global_norm_`, of the new accumulators. What it raises comes after the
+            gradients have been added.
+
+    Returns:
+        What was measured of the new ``into``, as :func:`measure` would, to the last bit: norms, and the way
+        to clip or scale by them. Infinities and NaN are no error here: they have been added. ``nonfinite``
+        says where they are, and ``clip_`` raises unless told otherwise.
+
+    Raises:
+        TypeError: As for :func:`clip_by_global_norm_`; an accumulator has 16 bits, a gradient has a wider
+            dtype than its accumulator, or one of them is complex; a gradient stands where ``into`` has
+            ``None``.
+        ValueError: As for :func:`clip_by_global_norm_`; an array is on a GPU; ``grads`` are not as many as
+            ``into``, or have other shapes or names, or share memory with them; ``scale`` is not finite. When
+            any of this is raised, nothing has been added.
+
+    Warns:
+        UserWarning: There is no gradient.
+
+    Example:
+        >>> import numpy as np, gradclip
+        >>> total = [np.zeros(2, np.float32), np.zeros(1, np.float32)]
+        >>> for micro_batch in range(2):
+        ...     grads = [np.array([3.0, 4.0], np.float16), np.array([12.0], np.float16)]
+        ...     measured = gradclip.accumulate_(total, grads, scale=1 / 2)
+        >>> measured.total_norm
+        13.0
+        >>> measured.clip_(max_norm=6.5).coefficient
+        0.5
+        >>> total
+        [array([1.5, 2. ], dtype=float32), array([6.], dtype=float32)]
+    """
+    measured, given = _core.accumulate(into, grads, scale, reduce)
+    if given == 0:
+        warn_of_nothing(
+            "grads: expected gradients to add, got none, so nothing is added (a call before backward()?)"
+        )
+    return Measured(measured)
 
 
 def clip_by_value_(grads: GradientArrays, limit: SupportsFloat) -> ClipResult:

@@ -315,13 +315,14 @@ def warn_of_nothing(text: str = _NOTHING) -> None:
 def warn_caller(text: str) -> None:
     """Warn the caller of gradclip (or of PyTorch, rerouted)."""
     level, frame = 1, sys._getframe()
-    while frame.f_back is not None and _is_inside(frame.f_globals.get("__name__", "")):
-        level, frame = level + 1, frame.f_back
+    while frame.f_back is not None and _is_inside(name := frame.f_globals.get("__name__", "")):
+        level += not name.startswith("importlib.")  # which warnings do not count
+        frame = frame.f_back
     warnings.warn(text, stacklevel=level)
 
 
 def _is_inside(module: str) -> bool:
-    return module.partition(".")[0] in ("gradclip", "torch", "contextlib")
+    return module.partition(".")[0] in ("gradclip", "torch", "contextlib", "importlib")
 
 
 def named(indices: tuple[int, ...], names: tuple[str, ...] | None) -> tuple[int, ...] | tuple[str, ...]:

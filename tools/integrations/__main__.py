@@ -33,6 +33,7 @@ PARTS: dict[str, tuple[str, dict[str, str]]] = {
     "keras-torch": ("keras", {"KERAS_BACKEND": "torch"}),
     "keras-jax": ("keras", {"KERAS_BACKEND": "jax"}),
     "flower": ("flower", {"FLWR_TELEMETRY_ENABLED": "0"}),
+    "offload": ("offload", {}),
 }
 
 

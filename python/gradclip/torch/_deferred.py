@@ -13,11 +13,14 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.utils.hooks import RemovableHandle
 
-from gradclip.torch._amp import begin_unscaling, check_scaler, measured, parameters_of
-from gradclip.torch._arguments import PARAMETERS, as_threshold, warn_if_nothing
+from gradclip._measured import Measured
+from gradclip.torch._amp import begin_unscaling, check_scaler, parameters_of
+from gradclip.torch._amp import measured as noted
+from gradclip.torch._arguments import PARAMETERS, Tensors, as_threshold, warn_if_nothing
 from gradclip.torch._dtensor import any_dtensor
 from gradclip.torch._environment import in_float_environment, untraced
 from gradclip.torch._local import EPSILON, total_norm_of
+from gradclip.torch._norms import norm_dtype
 from gradclip.torch._optimizer import unwrapped
 from gradclip.torch._spread import SpreadGradients
 
@@ -30,6 +33,7 @@ def defer_clip_(
     max_norm: float,
     norm_type: float = 2.0,
     scaler: GradScaler | None = None,
+    measured: Measured | None = None,
 ) -> Tensor:
     """Measure an optimizer's gradients now, and let its next step clip them.
 
@@ -52,6 +56,9 @@ def defer_clip_(
         norm_type: As for :func:`clip_grad_norm_`.
         scaler: That of mixed precision: unscaling is deferred too, and ``scaler.step(optimizer)`` is to
             follow instead of ``optimizer.step()``. On a GPU the host waits for its scale.
+        measured: What :func:`gradclip.accumulate_` or :func:`gradclip.measure` has measured of these
+            gradients, and maybe of others that share their norm: its ``total_norm`` is taken, and nothing is
+            measured here. Without a scaler: ``accumulate_`` unscales as it adds.
 
     Returns:
         The norm of the (unscaled) gradients, as :func:`clip_grad_norm_` returns it. The gradients are not
@@ -59,8 +66,10 @@ def defer_clip_(
 
     Raises:
         ValueError: The optimizer is not fused; ``max_norm`` is not positive; gradients are on several
-            devices; a scale that somebody else has set waits for the step.
-        TypeError: As for :func:`clip_grad_norm_`; ``optimizer`` is none, or in another wrapper.
+            devices; a scale that somebody else has set waits for the step; ``measured`` is of fewer elements
+            than the gradients have, or stands beside a ``norm_type`` or a ``scaler``.
+        TypeError: As for :func:`clip_grad_norm_`; ``optimizer`` is none, or in another wrapper; ``measured``
+            is no :class:`gradclip.Measured`.
         RuntimeError: As for :func:`unscale_and_clip_`, with a scaler.
 
     Example:
@@ -75,13 +84,19 @@ def defer_clip_(
         Parameter containing:
         tensor([-0.6000, -0.8000], requires_grad=True)
     """
-    return _defer_clip_(optimizer, max_norm, norm_type, scaler)
+    return _defer_clip_(optimizer, max_norm, norm_type, scaler, measured)
 
 
 @untraced
 def _defer_clip_(
-    optimizer: torch.optim.Optimizer, max_norm: float, norm_type: float, scaler: GradScaler | None
+    optimizer: torch.optim.Optimizer,
+    max_norm: float,
+    norm_type: float,
+    scaler: GradScaler | None,
+    known: Measured | None,
 ) -> Tensor:
+    if known is not None:
+        _check_measured(known, norm_type, scaler)
     if scaler is not None:
         check_scaler(scaler)
     given, optimizer = optimizer, unwrapped(optimizer)
@@ -107,10 +122,7 @@ def _defer_clip_(
     enabled = scaler is not None and scaler.is_enabled()
     state = begin_unscaling(scaler, given, "defer_clip_") if scaler is not None and enabled else None
     spread = SpreadGradients(grads, parameters, PARAMETERS) if any_dtensor(parameters) else None
-    if spread is None:
-        total, dtype = total_norm_of(grads, norm_type, False, PARAMETERS)
-    else:
-        total, dtype = spread.total_norm(norm_type), spread.layout.dtype
+    total, dtype = _total(known, spread, grads, norm_type)
     scale = scaler.get_scale() if scaler is not None and enabled else 1.0
     total = total / scale
     divisor = torch.full_like(total, scale)
@@ -120,8 +132,46 @@ def _defer_clip_(
         _put(optimizer, divisor)
     warn_if_nothing(grads)
     if state is not None:
-        measured(state, parameters, total, dtype is torch.float64)
+        noted(state, parameters, total, dtype is torch.float64)
     return total.to(dtype) if spread is None else spread.layout.as_returned(total)
+
+
+def _check_measured(known: object, norm_type: float, scaler: GradScaler | None) -> None:
+    if not isinstance(known, Measured):
+        got = f"{type(known).__module__}.{type(known).__qualname__}"
+        raise TypeError(f"measured: expected a gradclip.Measured or None, got a {got}")
+    if norm_type != 2:
+        raise ValueError(
+            f"norm_type: expected 2 beside measured, which has a norm already, got {norm_type!r}"
+        )
+    if scaler is not None:
+        raise ValueError(
+            "scaler: expected None beside measured, got one; "
+            "gradclip.accumulate_(..., scale=1 / loss_scale) unscales"
+        )
+
+
+def _total(
+    known: Measured | None, spread: SpreadGradients | None, grads: Tensors, norm_type: float
+) -> tuple[Tensor, torch.dtype]:
+    """The norm as float64, on the device of the gradients, and the dtype of what is returned."""
+    if known is not None:
+        return _norm_of(known, grads)
+    if spread is not None:
+        return spread.total_norm(norm_type), spread.layout.dtype
+    return total_norm_of(grads, norm_type, False, PARAMETERS)
+
+
+def _norm_of(known: Measured, grads: Tensors) -> tuple[Tensor, torch.dtype]:
+    elements = sum(grad.numel() for grad in grads if grad is not None)
+    if known.group_sizes.sum() < elements:
+        raise ValueError(
+            f"measured: expected what was measured of the optimizer's {elements} elements (and maybe more), "
+            f"got that of {known.group_sizes.sum()}"
+        )
+    device = next((grad.device for grad in grads if grad is not None), torch.device("cpu"))
+    total = torch.as_tensor(known.total_norm, dtype=torch.float64, device=device)
+    return total, norm_dtype(grads)
 
 
 class _Waiting(NamedTuple):
