@@ -308,7 +308,12 @@ RowNames.__module__ = "gradclip"
 
 
 def warn_of_nothing(text: str = _NOTHING) -> None:
-    """Warn the caller of gradclip (or of PyTorch, rerouted) that there was no gradient to write to."""
+    """Warn the caller of gradclip that there was no gradient to write to."""
+    warn_caller(text)
+
+
+def warn_caller(text: str) -> None:
+    """Warn the caller of gradclip (or of PyTorch, rerouted)."""
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and _is_inside(frame.f_globals.get("__name__", "")):
         level, frame = level + 1, frame.f_back
