@@ -38,6 +38,7 @@ from flower_calls import (
 )
 from gradclip.flower._update import view
 from matrices import REAL_NAMES, values
+from processes import output_of
 
 pytestmark = pytest.mark.usefixtures("task")
 STRATEGIES = ("DifferentialPrivacyServerSideFixedClipping", "DifferentialPrivacyServerSideAdaptiveClipping")
@@ -338,8 +339,8 @@ def test_a_strategy_refuses_what_is_not_finite(api: Any, name: str, logged: list
     assert wrapped[0].clipping_norm == 1.0
     call, key = ("aggregate_train", "'w'") if api.name == "messages" else ("aggregate_fit", "'0'")
     assert (
-        f"ERROR: {call}: client 11: expected an update of finite elements: {key} holds 0 NaN and 150 inf. It is "
-        "refused, and the round left out."
+        f"ERROR: {call}: client 11: expected an update of finite elements: {key} holds 0 NaN and 150 inf. "
+        "It is refused, and the round left out."
     ) in logged
 
 
@@ -606,6 +607,25 @@ def test_the_older_mods_pass_what_does_not_train(name: str) -> None:
     message = Message(RecordDict(), dst_node_id=1, message_type="evaluate")
     mod = _mod(APIS[1].ours, name, 1.0)
     assert mod(message, no_context(), lambda message, context: message) is message
+
+
+def test_a_version_that_was_not_tried() -> None:
+    """One warning, of whoever imports."""
+    code = """
+    import importlib.metadata, warnings
+    warnings.simplefilter("default")
+    import flwr.clientapp
+    version = importlib.metadata.version
+    importlib.metadata.version = lambda package: "1.420.0" if package == "flwr" else version(package)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        import gradclip.flower.compat
+    found = [w for w in caught if issubclass(w.category, UserWarning)]
+    print(*((w.message, w.filename) for w in found))
+    """
+    assert output_of(code) == (
+        "(UserWarning('flwr: expected 1.42, which gradclip was tried with, got 1.420.0'), '<string>')"
+    )
 
 
 # --- memory -------------------------------------------------------------------------------------------

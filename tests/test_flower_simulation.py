@@ -1,4 +1,4 @@
-"""Trainings on Flower's own engine, by gradclip's mods and strategies and by Flower's (flower_simulation.py)."""
+"""Trainings on Flower's own engine, by gradclip and by Flower's own: what flower_simulation.py found."""
 
 from __future__ import annotations
 

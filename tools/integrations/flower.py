@@ -73,9 +73,11 @@ class _Update:
         rng = np.random.default_rng(0)
         base = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
         self.base = ArrayRecord({name: Array(array) for name, array in base.items()})
-        for name in base:
-            base[name] = base[name] + np.float32(0.01) * rng.standard_normal(base[name].shape, np.float32)
-        self.new = {name: Array(array) for name, array in base.items()}
+        step = np.float32(0.01)
+        self.new = {
+            name: Array(array + step * rng.standard_normal(array.shape, np.float32))
+            for name, array in base.items()
+        }
         self.size = sum(array.size for array in base.values())
         self.replies: list[Message] = []
 
