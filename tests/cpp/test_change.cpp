@@ -73,6 +73,40 @@ TEST_CASE("scale") {
   });
 }
 
+TEST_CASE("accumulate") {
+  with_each_span(Values::any_finite, [](Matrix& matrix, bool strided, const auto& spans,
+                                        const cpu::ChunkPlan& plan) {
+    const Span& x = spans[0];
+    Random random(2);
+    std::vector<BFloat16> added =
+        sample<BFloat16>(Values::ordinary, static_cast<std::size_t>(x.numel), random);
+    const PairFormula formula{0.3};
+    PairTable pairs{formula, {}, {0}, {}};
+    pairs.add(
+        {{x.data, 1, 0, x.numel, x.layout, x.dtype},
+         {reinterpret_cast<std::byte*>(added.data()), 1, 0, x.numel, nullptr, DType::bfloat16},
+         formula,
+         DType::float64});
+    auto next = added.begin();
+    const auto sum = changed(matrix.memory, strided, [&](float& element) {
+      element = static_cast<float>(static_cast<double>(element) + 0.3 * to_double(*next++));
+    });
+    const Table<NormSum> measured = cpu::accumulate(spans, pairs, plan);
+    CHECK(same_bits(matrix.memory, sum));
+    const Table<NormSum> again = cpu::measure(spans, plan, NormOrder{});
+    CHECK(measured[0].value == again[0].value);
+    CHECK(measured[0].exponent == again[0].exponent);
+    // Without a second array it is measured as it is.
+    PairTable nothing{formula, {}, {0}, {}};
+    nothing.add({{nullptr, 1, 0, 0, nullptr, x.dtype},
+                 {nullptr, 1, 0, 0, nullptr, x.dtype},
+                 formula,
+                 DType::float64});
+    CHECK(cpu::accumulate(spans, nothing, plan)[0].value == again[0].value);
+    CHECK(same_bits(matrix.memory, sum));
+  });
+}
+
 TEST_CASE("set to zero") {
   with_each_span(Values::any_pattern, [](Matrix& matrix, bool strided, const auto& spans,
                                          const cpu::ChunkPlan& plan) {

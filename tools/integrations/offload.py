@@ -16,8 +16,8 @@ from tools.integrations.timing import Comparison, compare
 __all__ = ["measure"]
 
 _MAX_NORM = 1.0  # below what is added, so that every clip has something to do
-# Bytes of each element that a pass reads or writes: one of the sums; and AdamW's step, which reads sum, weight and
-# two moments and writes all but the sum (that, too, where it has clipped it).
+# Bytes of each element: of a pass that reads or writes the sums; and of AdamW's step, which reads sum, weight
+# and two moments and writes all but the sum (that, too, where it has clipped it).
 _SUM, _STEP = 4, 28
 _WIDTHS = {torch.bfloat16: 2, torch.float32: 4}
 
