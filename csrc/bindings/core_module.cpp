@@ -148,7 +148,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       .def_property_readonly(
           "nonfinite_counts",
           [](const Measured& measured) { return gb::to_array(measured.nonfinite_counts()); })
-      .def("join", &Measured::join, py::arg("words"), py::arg("counts"))
+      .def("join", &Measured::join_words, py::arg("words"), py::arg("counts"))
       .def_property_readonly("total_norm",
                              [](const Measured& measured) { return measured.norms().total; })
       .def_property_readonly(

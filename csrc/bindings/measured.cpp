@@ -297,7 +297,7 @@ Table<std::int64_t> Measured::nonfinite_counts() const {
   return counts;
 }
 
-void Measured::join(const WordArray& words, const WordArray& counts) {
+void Measured::join_words(const WordArray& words, const WordArray& counts) {
   const std::size_t count = grads_->spans().size(), width = words_of_one();
   const auto has = [](const WordArray& array, std::size_t size) {
     return array.ndim() == 1 && array.shape(0) == static_cast<py::ssize_t>(size);

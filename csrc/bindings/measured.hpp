@@ -41,7 +41,7 @@ class Measured {
   Measured(std::shared_ptr<const Gradients> grads, double norm);
 
   // Of shards: this process's part of every gradient. Its sums are words, which all processes that have a part add
-  // as integers (for the maximum norm: of which they take the greatest), and `join` takes. `is_wide`: the places of
+  // as integers (for the maximum norm: of which they take the greatest), and `join_words` takes. `is_wide`: the places of
   // any sum, not of 16 and 32 bits alone. `sums`: what somebody else has measured; or None.
   static Measured of_shards(const std::shared_ptr<const Gradients>& grads, const py::object& ord,
                             const py::object& groups, const py::object& grad_scale, bool is_wide,
@@ -49,7 +49,7 @@ class Measured {
   const Table<std::int64_t>& sum_words() const { return words_; }
   // This process's elements of every gradient that are NaN, and that are infinite, in turns.
   Table<std::int64_t> nonfinite_counts() const;
-  void join(const WordArray& words, const WordArray& counts);
+  void join_words(const WordArray& words, const WordArray& counts);
 
   // All arguments of a clip are checked before anything is measured.
   static py::object clip(const std::shared_ptr<const Gradients>& grads, const py::object& max_norm,
