@@ -375,6 +375,15 @@ def test_what_is_no_optimizer_of_keras_is_refused() -> None:
         type("Behind", (keras.optimizers.Adam, gradclip.keras.ClippingMixin), {})
 
 
+def test_a_mixin_of_ones_own() -> None:
+    class Mine(gradclip.keras.ClippingMixin):
+        pass
+
+    optimizer = type("MySGD", (Mine, keras.optimizers.SGD), {})(1.0, clipnorm=2.5)
+    assert _step(optimizer, [torch.tensor([3.0, 4.0])])[0].tolist() == [1.5, 2.0]
+    assert gradclip.keras.last_result(optimizer).clipped
+
+
 def test_what_one_optimizer_is_given_is_checked() -> None:
     with pytest.raises(
         ValueError, match="expected clipnorm, global_clipnorm or clipvalue, or a transformation"

@@ -48,7 +48,7 @@ class ClippingMixin:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         behind = cls.__mro__[cls.__mro__.index(ClippingMixin) + 1 :]
-        if behind == (object,):  # a mixin, too
+        if cls.__mro__[1:] == (ClippingMixin, object):  # a mixin, too
             return
         if keras.optimizers.Optimizer not in behind:
             bases = ", ".join(base.__qualname__ for base in cls.__bases__)
