@@ -158,7 +158,7 @@ def test_a_compiled_step() -> None:
     variables = _variables((2,), (1,))
     optimizer = _sgd(global_clipnorm=6.5)
     optimizer.build(variables)
-    step = torch.compile(optimizer.apply, backend="eager")
+    step: Any = torch.compile(optimizer.apply, backend="eager")
     with gradclip.keras.patched() as counts, torch.no_grad():
         step(grads, variables)
     assert [(-_numpy(v)).tolist() for v in variables] == [[1.5, 2.0], [6.0]]
@@ -366,13 +366,22 @@ def test_what_is_no_optimizer_of_keras_is_refused() -> None:
                 TypeError, match=f"optimizer: expected a keras.optimizers.Optimizer, got a {name}"
             ):
                 call(other)
-    for bases in ((gradclip.keras.ClippingMixin, torch.optim.Adam), (gradclip.keras.ClippingMixin,)):
-        with pytest.raises(
-            TypeError, match=r"Other: expected ClippingMixin before a keras\.optimizers\.Optimizer"
-        ):
-            type("Other", bases, {})
+    with pytest.raises(
+        TypeError,
+        match=r"Other: expected ClippingMixin before a keras\.optimizers\.Optimizer, got Cl.*, Adam",
+    ):
+        type("Other", (gradclip.keras.ClippingMixin, torch.optim.Adam), {})
     with pytest.raises(TypeError, match=r"before a keras\.optimizers\.Optimizer, got Adam, ClippingMixin"):
         type("Behind", (keras.optimizers.Adam, gradclip.keras.ClippingMixin), {})
+
+
+def test_a_mixin_of_ones_own() -> None:
+    class Mine(gradclip.keras.ClippingMixin):
+        pass
+
+    optimizer = type("MySGD", (Mine, keras.optimizers.SGD), {})(1.0, clipnorm=2.5)
+    assert _step(optimizer, [torch.tensor([3.0, 4.0])])[0].tolist() == [1.5, 2.0]
+    assert gradclip.keras.last_result(optimizer).clipped
 
 
 def test_what_one_optimizer_is_given_is_checked() -> None:

@@ -20,6 +20,7 @@ import json, sys, warnings
 warnings.filterwarnings("ignore", "__array__ implementation doesn't accept a copy keyword")
 import numpy as np
 import keras
+sys.modules["optax"] = None  # which is needed for transformations alone
 before = set(sys.modules)
 import gradclip, gradclip.keras as ours
 results = {"imported": sorted(set(sys.modules) - before)}
@@ -76,6 +77,7 @@ results["no optimizer"] = error_of(lambda: ours.clipping("adam"))
 
 # Deep, and far from its targets: every step clips, where anything clips.
 _TRAININGS = """
+del sys.modules["optax"]
 import gradclip.jax
 from gradclip.policies import AdaGC
 
@@ -261,6 +263,21 @@ def test_no_other_framework_is_imported(on_numpy: dict[str, Any]) -> None:
         "tensorflow",
     }
     assert not {"gradclip.jax", "gradclip.torch"} & set(on_numpy["imported"])
+
+
+def test_without_keras_it_says_what_to_install() -> None:
+    code = """
+    import sys
+    sys.modules["keras"] = None
+    import gradclip
+    try:
+        import gradclip.keras
+    except ModuleNotFoundError as error:
+        print(error.name, error)
+    """
+    assert output_of(code) == (
+        "keras gradclip.keras: expected Keras 3 to be installed: pip install 'gradclip[keras]'"
+    )
 
 
 # --- JAX ------------------------------------------------------------------------------------------------

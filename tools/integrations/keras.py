@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -48,7 +49,7 @@ def _in_torch(originals: list[Any], clips: list[Any]) -> tuple[Callable[[], None
     def prepare() -> None:
         torch._foreach_copy_(grads, originals)
 
-    return prepare, [lambda clip=clip: clip(grads) for clip in clips]
+    return prepare, [functools.partial(clip, grads) for clip in clips]
 
 
 def _in_jax(originals: list[Any], clips: list[Any]) -> tuple[Callable[[], None], list[Callable[[], Any]]]:
@@ -59,5 +60,7 @@ def _in_jax(originals: list[Any], clips: list[Any]) -> tuple[Callable[[], None],
     def prepare() -> None:
         grads[:] = jax.block_until_ready([jax.numpy.array(original, copy=True) for original in originals])
 
-    compiled = [jax.jit(clip, donate_argnums=0) for clip in clips]
-    return prepare, [lambda run=run: jax.block_until_ready(run(list(grads))) for run in compiled]
+    def run(compiled: Callable[..., Any]) -> Any:
+        return jax.block_until_ready(compiled(list(grads)))
+
+    return prepare, [functools.partial(run, jax.jit(clip, donate_argnums=0)) for clip in clips]

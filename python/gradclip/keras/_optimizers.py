@@ -35,8 +35,8 @@ class ClippingMixin:
     classes all together, and those of any subclass one by one: :func:`clipping` keeps the class.)
 
     Raises:
-        TypeError: For a class that does not come from ``keras.optimizers.Optimizer``, or has that before the
-            mixin, or a ``_clip_gradients`` of its own behind it.
+        TypeError: For a class that comes from others than ``keras.optimizers.Optimizer``, or has that before
+            the mixin, or a ``_clip_gradients`` of its own behind it.
 
     Example:
         >>> import keras, gradclip.keras
@@ -48,6 +48,8 @@ class ClippingMixin:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         behind = cls.__mro__[cls.__mro__.index(ClippingMixin) + 1 :]
+        if cls.__mro__[1:] == (ClippingMixin, object):  # a mixin, too
+            return
         if keras.optimizers.Optimizer not in behind:
             bases = ", ".join(base.__qualname__ for base in cls.__bases__)
             raise TypeError(
