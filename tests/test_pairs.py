@@ -18,6 +18,7 @@ from exact import pair_model, written_beside, written_from
 from gradclip import _core
 from matrices import (
     COMPLEX_NAMES,
+    EXPONENTS,
     ISAS,
     LAYOUTS,
     NAMES,
@@ -93,6 +94,23 @@ def test_a_difference_is_moved_towards_its_base(name: str, isa: str) -> None:
         assert result.penalty == 0.0
         for got, z, y in zip(memory, wide, bases, strict=True):
             assert _same(got, written_beside(z, result.coefficient, y, rounding))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", ["float16", "float32", "float64"])
+def test_a_difference_among_the_smallest_numbers(name: str, isa: str) -> None:
+    """Subnormal numbers, zeros and the smallest normal ones beside each other."""
+    _core.set_isa(isa)
+    lowest = EXPONENTS[name][0]
+    digits = {"float16": 10, "float32": 23, "float64": 52}[name]
+    for low in (lowest, lowest + digits - 3, lowest + digits + 2):
+        new, base = (values(name, 1500, seed=seed, low=low, high=low + 5) for seed in (1, 2))
+        base[:200:3], new[100:300:7], new[300:320] = 0, 0, base[300:320]
+        z = pair_model(new, base, -1.0)
+        limit = 0.4 * gradclip.global_norm([z])
+        memory = new.copy()
+        result = gradclip.clip_difference_([memory], [base], limit, rounding="down")
+        assert _same(memory, written_beside(z, result.coefficient, base, "down"))
 
 
 def test_bits_do_not_depend_on_threads_offsets_or_company() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import tracemalloc
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any, TypeAlias
@@ -176,11 +177,11 @@ def measure() -> Iterator[Comparison]:
                 _mod_job(update, where.LocalDpMod(*local) if local else where.fixedclipping_mod, message)
                 for where in (their_mods, ours)
             ]
-            yield _compare(what, load, update, jobs, lambda u=update, m=message: u.prepare(m))
+            yield _compare(what, load, update, jobs, partial(update.prepare, message))
         if load == "ResNet-18":
             message = update.message(1.0)
             jobs = [_server_job(update, where, 4) for where in (their_strategies, ours)]
             yield _compare(
                 "`DifferentialPrivacyServerSideFixedClipping`, 4 clients", load, update, jobs,
-                lambda u=update, m=message: u.prepare(m, 4),
+                partial(update.prepare, message, 4),
             )  # fmt: skip
