@@ -23,12 +23,12 @@ _aten = torch.ops.aten
 class Apart(Tensor):
     """A tensor on the device."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     held: Tensor
 
 
 def _put(held: Tensor) -> Apart:
-    made: Any = torch._C._acc.create_empty_tensor(held.shape, held.dtype)  # type: ignore[attr-defined]
+    made: Any = torch._C._acc.create_empty_tensor(held.shape, held.dtype)
     made.__class__ = Apart
     made.held = held
     placed: Apart = made
@@ -56,7 +56,7 @@ class _Group(dist.ProcessGroup):
     """Sends what lies on the device, and refuses all else, as ProcessGroupNCCL does."""
 
     def __init__(self, gloo: Any, rank: int, size: int) -> None:
-        super().__init__(rank, size)
+        super().__init__(rank, size)  # type: ignore[call-arg]
         self._gloo = gloo
 
     # As PyTorch finds them in groups of its own.
@@ -66,10 +66,10 @@ class _Group(dist.ProcessGroup):
     def getBackendName(self) -> str:
         return "apart"
 
-    def allreduce(self, tensors: list[Tensor], options: Any = None) -> Any:
+    def allreduce(self, tensors: Any, options: Any = None) -> Any:  # type: ignore[override]
         return self._gloo.allreduce(_held(tensors), options)
 
-    def allgather(self, results: list[list[Tensor]], tensors: list[Tensor], options: Any = None) -> Any:
+    def allgather(self, results: Any, tensors: Any, options: Any = None) -> Any:
         return self._gloo.allgather([_held(each) for each in results], _held(tensors))
 
 
@@ -87,7 +87,8 @@ def _make_group(store: Any, rank: int, size: int, timeout: timedelta) -> _Group:
 def register() -> torch.library.Library:
     """Make the device "apart" and the backend "apart", for as long as what is returned lives."""
     _setup_privateuseone_for_python_backend("apart")
-    library = torch.library.Library("_", "IMPL")
-    library.fallback(_compute, "PrivateUse1")
+    make: Any = torch.library.Library
+    library: torch.library.Library = make("_", "IMPL")
+    library.fallback(_compute, "PrivateUse1")  # type: ignore[no-untyped-call]
     dist.Backend.register_backend("apart", _make_group, devices=["apart"])
     return library

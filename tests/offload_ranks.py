@@ -40,7 +40,8 @@ def _sharded(mesh: Any, rank: int) -> nn.Parameter:
     spec = DTensorSpec(mesh, (Shard(0),), tensor_meta=TensorMeta(_WHOLE.shape, (3, 1), _WHOLE.dtype))
 
     def on_host(local: Tensor) -> Any:
-        return DTensor(local, spec, requires_grad=False)  # type: ignore[call-arg]
+        make: Any = DTensor
+        return make(local, spec, requires_grad=False)
 
     parameter = nn.Parameter(on_host(torch.zeros(2, 3)))
     parameter.grad = on_host(_WHOLE[_ROWS[rank]].clone())
@@ -80,7 +81,8 @@ def check_dtensors(rank: int) -> None:
         assert math.isclose(norm, _expected(order), rel_tol=1e-6), (norm, order)
         clipped = _WHOLE[_ROWS[rank]] * (MAX_NORM / _expected(order))
         torch.testing.assert_close(_local(weight.grad), clipped, rtol=2e-6, atol=0)
-        assert _value(gradclip.torch.get_total_norm([_sharded(mesh, rank).grad], order)) == norm
+        grad: Any = _sharded(mesh, rank).grad
+        assert _value(gradclip.torch.get_total_norm([grad], order)) == norm
 
 
 def check_errors(rank: int) -> None:

@@ -110,7 +110,7 @@ def test_any_layout(into_layout: str, grad_layout: str) -> None:
 
 def test_a_broadcast_gradient_is_only_read() -> None:
     into = np.zeros((4, 3), np.float32)
-    gradclip.accumulate_([into], [np.broadcast_to(np.float32([1, 2, 3]), (4, 3))])
+    gradclip.accumulate_([into], [np.broadcast_to(np.array([1, 2, 3], np.float32), (4, 3))])
     assert into.tolist() == [[1, 2, 3]] * 4
 
 
@@ -169,7 +169,7 @@ def test_norms_over_processes() -> None:
         assert into[0].tolist() == [3.0, 4.0]  # the new ones
         return sums + 144.0
 
-    measured = gradclip.accumulate_(into, [np.float32([3, 4]), None], reduce=reduce)
+    measured = gradclip.accumulate_(into, [np.array([3, 4], np.float32), None], reduce=reduce)
     assert seen == [[25.0]]
     assert measured.total_norm == 13.0
     assert measured.norms.tolist() == [5.0, 0.0]
@@ -205,7 +205,7 @@ def test_gradients_that_require_grad_are_read() -> None:
 
 def test_infinities_and_nan_are_added_and_reported() -> None:
     into = [np.ones(5000, np.float32), np.ones(3, np.float32), np.full(2, 3e38, np.float32)]
-    grads = [np.ones(5000, np.float16), np.ones(3, np.float16), np.full(2, 3e38, np.float32)]
+    grads: list[Array] = [np.ones(5000, np.float16), np.ones(3, np.float16), np.full(2, 3e38, np.float32)]
     grads[0][4500] = np.inf
     grads[1][1] = np.nan
     measured = gradclip.accumulate_(into, grads)

@@ -245,11 +245,12 @@ def test_fully_sharded_with_offload_to_the_cpu_under_nccl(tmp_path: Path) -> Non
             optimizer.step()
             optimizer.zero_grad()
         # One rank needs no collective: numbers of the CPU, through the group itself.
-        there = device_for(dist.group.WORLD, torch.device("cpu"))
+        group: Any = dist.group.WORLD
+        there = device_for(group, torch.device("cpu"))
         assert there.type == "cuda"
         for order in (2.0, math.inf):
             numbers = torch.tensor([3.0, 4.0], dtype=torch.float64)
-            assert reduced(numbers.to(there), order, dist.group.WORLD).tolist() == [3.0, 4.0]
+            assert reduced(numbers.to(there), order, group).tolist() == [3.0, 4.0]
         reduce = gradclip.distributed.process_group(ord=2)
         measured = gradclip.accumulate_([torch.zeros(2)], [torch.tensor([3.0, 4.0])], reduce=reduce)
         assert measured.total_norm == 5.0
