@@ -250,7 +250,8 @@ _CLIPS: dict[str, int | None] = {  # None: there is no code
     "torch.compile": 0,
     "Who clipped?": 0,
     "Flower": 0,
-    "What it saves": None,
+    "Offloaded training": 0,
+    "Many ranks": None,
 }
 
 

@@ -1,7 +1,8 @@
 """Measure all integrations, or print what was measured into the page.
 
     python -m tools.integrations                 # measures, writes docs/frameworks.json and the page's table
-    python -m tools.integrations --only keras    # one of them; the others' rows stay
+    python -m tools.integrations --only offload  # one of them; the others' rows stay
+    python -m tools.integrations --table         # measures nothing
 
 A ratio compares two ways within one process, in turns, so that it means the same on any machine.
 """
@@ -46,7 +47,7 @@ def table(kept: dict[str, dict[str, object]]) -> str:
             row = Comparison(**fields)
             times = (readable_time(statistics.median(samples)) for samples in (row.theirs, row.ours))
             lines.append([row.where, row.what, row.load, *times, f"{number(row.ratio)} x", row.note])
-    header = ["in", "what", "of", "its own", "with gradclip", "ratio", ""]
+    header = ["in", "what", "of", "its own", "with gradclip", "ratio", "also"]
     machine = "; ".join(dict.fromkeys(machines))
     return f"\n{markdown_table(header, lines)}\n\nMedians, taken in turns; {machine}.\n\n"
 
@@ -67,13 +68,15 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", choices=list(PARTS), help="measure this one")
+    parser.add_argument("--table", action="store_true", help="measure nothing: the table of what was")
     parser.add_argument("--here", choices=list(PARTS), help=argparse.SUPPRESS)  # the process of one
     options = parser.parse_args(arguments)
     if options.here:
         json.dump(_measure(options.here), sys.stdout)
         return 0
     kept = json.loads(FILE.read_text()) if FILE.exists() else {}
-    for part in [options.only] if options.only else PARTS:
+    parts = [] if options.table else [options.only] if options.only else PARTS
+    for part in parts:
         command = [sys.executable, "-m", "tools.integrations", "--here", part]
         run = subprocess.run(
             command, env=os.environ | PARTS[part][1], cwd=ROOT, check=True, stdout=subprocess.PIPE
