@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -240,7 +242,7 @@ def test_clipping_by_value() -> None:
 
 _PAGE = Path(__file__).parent.parent / "docs" / "frameworks.md"
 # How many clips by norm the code under a heading makes.
-_CLIPS: dict[str, int | None] = {  # None: there is no code
+_CLIPS: dict[str, int | None] = {  # None: its code runs on two ranks
     "A plain loop": 4,
     "Lightning: Trainer": 4,
     "Lightning: Fabric": 4,
@@ -264,10 +266,9 @@ def test_the_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
         for section in (first, *sections):
             before = gradclip.torch.stats().taken.copy() if section is not first else None
             blocks = re.findall(r"^```python\n(.*?)^```", section, flags=re.MULTILINE | re.DOTALL)
-            if _CLIPS.get(section.splitlines()[0], 0) is None:
-                assert not blocks
-                continue
             assert len(blocks) == 1
+            if _CLIPS.get(section.splitlines()[0], 0) is None:
+                continue
             exec(compile(blocks[0], str(_PAGE), "exec"), namespace)
             if before is not None:
                 clips = _CLIPS[section.splitlines()[0]]
@@ -282,3 +283,24 @@ def test_the_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
     finally:
         gradclip.torch.uninstall()
         gradclip.keras.uninstall()
+
+
+def test_the_code_of_many_ranks_runs_on_two(tmp_path: Path) -> None:
+    section = _PAGE.read_text().split("## Many ranks\n")[1]
+    script = tmp_path / "many_ranks.py"
+    script.write_text(section.split("```python\n")[1].split("```")[0])
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(script),
+    ]
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    norms = f"{{'weight': {4 * 8**0.5}, 'bias': 4.0}}"
+    assert done.stdout.splitlines() == [norms, norms]
