@@ -1,4 +1,4 @@
-"""``python -m tools.docs FILE``: the figures of README.md and docs/performance.md, out of a result file.
+"""``python -m tools.docs FILE``: the figures of README.md and of the pages on speed, out of a result file.
 
 No figure of a run is written by hand: what stands between two markers is made here, and a test compares
 it with the file that it names. The plots that the pages show are written beside them.
@@ -21,7 +21,7 @@ from bench.rows import Row, rows
 from gradclip._report.html import save_png
 from gradclip._report.tables import markdown, markdown_table, number, readable_time
 
-__all__ = ["MARKS", "ROOT", "main", "replaced", "results_section", "speed_section"]
+__all__ = ["MARKS", "ROOT", "main", "replaced", "results_section", "speed_section", "tables_section"]
 
 ROOT = Path(__file__).resolve().parent.parent
 _IMAGES = Path("docs/images/bench")
@@ -34,6 +34,7 @@ _SHOWN = (
 MARKS = {
     "README.md": ("<!-- speed: python -m tools.docs -->\n", "<!-- end of speed -->\n"),
     "docs/performance.md": ("<!-- results: python -m tools.docs -->\n", "<!-- end of results -->\n"),
+    "docs/performance-tables.md": ("<!-- tables: python -m tools.docs -->\n", "<!-- end of tables -->\n"),
 }
 _SPEED_LOADS = (
     "gpt2/float32",
@@ -51,7 +52,7 @@ def speed_section(results: Results, path: Path) -> str:
     """README's table: times of gradclip and what the others take."""
     ours = OURS[CPU]
     found = {(row.load, row.job, row.peer): row for row in rows(results)}
-    header = ["", "", "gradclip", *(PEERS[peer].title for peer in _SPEED_PEERS)]
+    header = ["gradients", "job", "gradclip", *(PEERS[peer].title for peer in _SPEED_PEERS)]
     lines = []
     for name in _SPEED_LOADS:
         for job in _SPEED_JOBS:
@@ -102,25 +103,34 @@ def _of_roofline(found: Mapping[tuple[str, str, str], Row]) -> str:
         parts.append(f"{100 * row.of_roofline:.0f} %")
     return (
         "From memory (GPT-2), gradclip's norms reach {} of the speed of a plain read of the same bytes, a\n"
-        "clip that clips {} of a read and a read-modify-write, one that has nothing to clip {} of a read."
+        "clip that clips {} of a read and a read-modify-write, one that has nothing to clip {} of a read.\n"
+        "(A clip's second pass begins with what the first left in the cache, so that it may come out above.)"
     ).format(*parts)
 
 
 def results_section(results: Results, path: Path) -> str:
     """The results of docs/performance.md."""
-    link = f"[{path.as_posix()}](../{path.as_posix()})"
     first = [table for table in (tables.promises(results), tables.training(results)) if table]
-    traffic = tables.traffic(results)
     parts = [
-        f"The run in {link}, {results.machine['seconds']} s:\n\n{tables.headline(results.machine)}",
+        f"The run in {_link(path)}, {results.machine['seconds']} s:\n\n{tables.headline(results.machine)}",
         *map(markdown, first),
         "### Where gradclip is not first",
         markdown(tables.losses(results), titled=False),
-        "### The rule of traffic, measured",
+        "What each contender moves, all times and the plots: [all tables of the run](performance-tables.md).",
+    ]
+    return "\n" + "\n\n".join(parts) + "\n\n"
+
+
+def tables_section(results: Results, path: Path) -> str:
+    """All of docs/performance-tables.md."""
+    traffic = tables.traffic(results)
+    parts = [
+        f"Of the run in {_link(path)}, on the machine that [Performance](performance.md#results) describes.",
+        "## The rule of traffic, measured",
         markdown(traffic, titled=False) if traffic else "This run had no load from memory.",
-        "### Plots",
+        "## Plots",
         *(f"![{what}]({_IMAGES.relative_to('docs') / name}.png)" for name, what in _captions(results)),
-        "### All times",
+        "## All times",
         "Median time, and over gradclip's with a list.",
         *(markdown(tables.summary(results, name)) for name in results.loads),
         tables.NOTE,
@@ -128,6 +138,10 @@ def results_section(results: Results, path: Path) -> str:
     if results.left_out:
         parts.append("Left out: " + "; ".join(results.left_out) + ".")
     return "\n" + "\n\n".join(parts) + "\n\n"
+
+
+def _link(path: Path) -> str:
+    return f"[{path.as_posix()}](../{path.as_posix()})"
 
 
 def _captions(results: Results) -> list[tuple[str, str]]:
@@ -144,11 +158,15 @@ def replaced(text: str, marks: tuple[str, str], section: str) -> str:
 
 def sections(results: Results, path: Path) -> dict[str, str]:
     """What is made here, by file."""
-    return {"README.md": speed_section(results, path), "docs/performance.md": results_section(results, path)}
+    return {
+        "README.md": speed_section(results, path),
+        "docs/performance.md": results_section(results, path),
+        "docs/performance-tables.md": tables_section(results, path),
+    }
 
 
 def main() -> int:
-    """Write both pages and their plots."""
+    """Write the pages and their plots."""
     parser = argparse.ArgumentParser(prog="python -m tools.docs", description=__doc__)
     parser.add_argument("file", type=Path, help="a result of python -m bench in bench/results")
     path = parser.parse_args().file.resolve()
