@@ -169,9 +169,18 @@ def dtensor() -> Iterator[Any]:
 
 
 def test_torch_dtensor(dtensor: Any) -> None:
-    _refused(dtensor, TypeError, "DTensor")
+    """Measured and clipped over its ranks, here one; refused where that is not done."""
+    with pytest.raises(
+        TypeError, match=r"^grads: expected plain tensors for a clip by value .* got DTensors"
+    ):
+        gradclip.clip_by_value_([dtensor], 0.5)
+    with pytest.raises(TypeError, match=r"^grads\[0\]: expected .+, got .*DTensor"):
+        gradclip.Plan([dtensor])
     assert dtensor.to_local().tolist() == [3.0] * 4
-    assert gradclip.global_norm([dtensor.to_local()]) == 6.0
+    assert gradclip.global_norm([dtensor.to_local()]) == gradclip.global_norm([dtensor]) == 6.0
+    gradclip.scale_([dtensor], 2.0)
+    assert gradclip.clip_by_global_norm_([dtensor], 6.0).total_norm == 12.0
+    assert dtensor.to_local().tolist() == [3.0] * 4
 
 
 @pytest.mark.parametrize("ord", ORDS)

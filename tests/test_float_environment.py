@@ -140,6 +140,12 @@ def _beside(grads: dict[str, Any]) -> dict[str, Any]:
     return {name: np.ascontiguousarray(array[::-1]) for name, array in grads.items()}
 
 
+def _accumulated(grads: dict[str, Any], scale: float) -> Any:
+    into = {name: array.astype(np.result_type(array, np.float32)) for name, array in _beside(grads).items()}
+    measured = gradclip.accumulate_(into, grads, scale)
+    return [measured.norms, *into.values()]
+
+
 _THRESHOLDS = (1.0, 1e-309, 3e-40, 0.3)
 
 CORE: dict[str, Any] = {
@@ -157,6 +163,7 @@ CORE: dict[str, Any] = {
         _each(lambda g: gradclip.clip_by_global_norm_(g, 0.7, grad_scale=3e-308, nonfinite="zero")),
         _each(lambda g: gradclip.clip_by_global_norm_(g, 0.7, ord=3, reduce=_sums, nonfinite="skip")),
     ],
+    "accumulate_": _over(_THRESHOLDS, _accumulated),
     "clip_by_norm_": _over(_THRESHOLDS, gradclip.clip_by_norm_),
     "clip_by_value_": _over(_THRESHOLDS, gradclip.clip_by_value_, True),
     "measure": [
