@@ -47,6 +47,14 @@ def test_examples(module: str) -> None:
     assert failed == 0
 
 
+@pytest.mark.parametrize("thing", [param for param in _PUBLIC if inspect.isclass(param.values[0])])
+def test_examples_of_classes(thing: type) -> None:
+    """Which are not those of the modules that hold their code (gradclip/_public.py)."""
+    runner = doctest.DocTestRunner(optionflags=_FLAGS)
+    for test in doctest.DocTestFinder().find(thing, thing.__name__, module=False, globs={}):
+        assert runner.run(test).failed == 0
+
+
 @pytest.mark.parametrize("page", ["jax.md", "torch.md", "policies.md", "monitor.md"])
 def test_examples_of_the_documentation(page: str) -> None:
     failed, attempted = doctest.testfile(str(_DOCS / page), module_relative=False, optionflags=_FLAGS)

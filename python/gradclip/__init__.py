@@ -22,6 +22,7 @@ from gradclip._api import (
 )
 from gradclip._measured import Measured
 from gradclip._plan import Plan
+from gradclip._public import claim
 from gradclip._result import ClipResult, NonFiniteGradientError, RowNames
 
 __all__ = [
@@ -45,6 +46,8 @@ __all__ = [
     "show_config",
     "tensor_norms",
 ]
+
+claim(__name__)
 
 __version__ = "0.1.0"
 

@@ -270,6 +270,3 @@ def clip(
         measured = Measured(read.measure(ord, groups, grad_scale, reduce))
         return measured.clip_by_formula_(max_norm, nonfinite, formula)
     return read.clip(max_norm, ord, groups, grad_scale, nonfinite, reduce, formula)
-
-
-Measured.__module__ = "gradclip"

@@ -302,9 +302,6 @@ class NonFiniteGradientError(FloatingPointError):
 
 
 # Where people find and import it; also what a traceback prints.
-NonFiniteGradientError.__module__ = "gradclip"
-ClipResult.__module__ = "gradclip"
-RowNames.__module__ = "gradclip"
 
 
 def warn_of_nothing(text: str = _NOTHING) -> None:

@@ -9,6 +9,7 @@ These are for messages with records (``flwr.clientapp.mod``, ``flwr.serverapp.st
 older API are in :mod:`gradclip.flower.compat`. Which promise is kept where: ``docs/flower.md``.
 """
 
+from gradclip._public import claim
 from gradclip._versions import warn_if_untried
 
 warn_if_untried("flwr", ["1.42"])
@@ -34,3 +35,5 @@ __all__ = [
     "adaptiveclipping_mod",
     "fixedclipping_mod",
 ]
+
+claim(__name__)

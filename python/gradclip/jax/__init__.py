@@ -1,5 +1,6 @@
 """gradclip inside of compiled JAX programs, and as transformations of optax. See ``docs/jax.md``."""
 
+from gradclip._public import claim
 from gradclip.jax._functions import ClipResult, Measured, clip, global_norm, measure, named_norms, tree_norms
 from gradclip.jax._transforms import (
     ClipState,
@@ -27,3 +28,5 @@ __all__ = [
     "per_example_global_norm_clip",
     "tree_norms",
 ]
+
+claim(__name__)

@@ -13,6 +13,7 @@ except ModuleNotFoundError as _error:
         "gradclip.keras: expected Keras 3 to be installed: pip install 'gradclip[keras]'", name="keras"
     ) from None
 
+from gradclip._public import claim
 from gradclip._reroute import Stats
 from gradclip.keras._install import install, patched, stats, uninstall
 from gradclip.keras._optimizers import ClippingMixin, clip_state, clipping, last_result, named_norms
@@ -29,3 +30,5 @@ __all__ = [
     "stats",
     "uninstall",
 ]
+
+claim(__name__)

@@ -12,6 +12,7 @@ GradientMonitor(2 gradients, 3 steps, 0 alerts)
 
 from typing import TYPE_CHECKING, Any
 
+from gradclip._public import claim
 from gradclip.monitor._alerts import Alert, GradientAlertError
 from gradclip.monitor._monitor import GradientMonitor, Writer
 from gradclip.monitor._noise import NoiseScale
@@ -34,10 +35,13 @@ __all__ = [
     "Writer",
 ]
 
+claim(__name__)
+
 
 def __getattr__(name: str) -> Any:
     if name == "LiveView":  # needs rich
         from gradclip.monitor._view import LiveView  # noqa: PLC0415
 
+        LiveView.__module__ = __name__
         return LiveView
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,6 +15,7 @@ twice, and on a GPU nothing waits.
 """
 
 from gradclip._measured import Policy
+from gradclip._public import claim
 from gradclip.policies._adaptive import SPAM, AdaGC, AutoClip, Percentile, SkipStep, ZClip
 from gradclip.policies._base import StatefulPolicy
 from gradclip.policies._composed import FirstMatch, Lowest, WarmUp
@@ -36,3 +37,5 @@ __all__ = [
     "WarmUp",
     "ZClip",
 ]
+
+claim(__name__)

@@ -13,6 +13,7 @@ except ModuleNotFoundError as _error:
         "gradclip.torch: expected PyTorch to be installed: pip install 'gradclip[torch]'", name="torch"
     ) from None
 
+from gradclip._public import claim
 from gradclip.torch._amp import unscale_and_clip_
 from gradclip.torch._deferred import defer_clip_
 from gradclip.torch._functional import (
@@ -43,3 +44,5 @@ __all__ = [
     "uninstall",
     "unscale_and_clip_",
 ]
+
+claim(__name__)

@@ -38,9 +38,6 @@ class UnsupportedGradientError(TypeError):
     """A gradient of a kind that only PyTorch itself can clip, if anybody can."""
 
 
-UnsupportedGradientError.__module__ = "gradclip.torch"
-
-
 class OnDevice(NamedTuple):
     """The gradients of one device, read by its engine."""
 

@@ -19,9 +19,6 @@ class NonFiniteNormError(NonFiniteGradientError, RuntimeError):
     """A :class:`gradclip.NonFiniteGradientError` that is a ``RuntimeError`` too, as PyTorch raises."""
 
 
-NonFiniteNormError.__module__ = "gradclip.torch"
-
-
 def count_nonfinite(grads: Tensors) -> _Counts:
     """Position, NaNs and infinities of those that have any."""
     counts = [(i, int(g.isnan().sum()), int(g.isinf().sum())) for i, g in enumerate(grads) if g is not None]
