@@ -1,4 +1,4 @@
-"""What is public: its names and signatures, as text. ``python tests/public_api.py`` writes public_api.txt anew."""
+"""What is public: names, signatures, as text. ``python tests/public_api.py`` writes public_api.txt anew."""
 
 from __future__ import annotations
 

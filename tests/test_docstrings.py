@@ -55,7 +55,9 @@ def test_examples_of_classes(thing: type) -> None:
         assert runner.run(test).failed == 0
 
 
-@pytest.mark.parametrize("page", ["jax.md", "torch.md", "policies.md", "monitor.md"])
+@pytest.mark.parametrize(
+    "page", ["start.md", "cookbook.md", "jax.md", "torch.md", "policies.md", "monitor.md"]
+)
 def test_examples_of_the_documentation(page: str) -> None:
     failed, attempted = doctest.testfile(str(_DOCS / page), module_relative=False, optionflags=_FLAGS)
     assert failed == 0

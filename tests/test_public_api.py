@@ -1,4 +1,4 @@
-"""What is public is listed once, in public_api.txt: nothing is renamed, lost or added without a line there."""
+"""What is public is listed in public_api.txt: nothing is renamed, lost or added without a line there."""
 
 from __future__ import annotations
 

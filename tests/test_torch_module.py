@@ -96,11 +96,14 @@ def test_groups(groups: Any, group_of: Any) -> None:
         torch.testing.assert_close(grad, before[name] * factor)
 
 
-def test_groups_of_names_with_a_threshold_each() -> None:
+@pytest.mark.parametrize(
+    "groups", [["first", "second", "first"], {"c": "first", "b": "second", "a": "first"}]
+)
+def test_groups_of_names_with_a_threshold_each(groups: Any) -> None:
     named = [(name, nn.Parameter(torch.zeros(1))) for name in "abc"]
     for _, parameter in named:
         parameter.grad = torch.tensor([4.0])
-    result = gradclip.torch.clip_module_(named, [2.0, 1e9], groups=["first", "second", "first"])
+    result = gradclip.torch.clip_module_(named, [2.0, 1e9], groups=groups)
     assert result.group_names == ("first", "second")
     assert np.asarray(result.coefficient) == pytest.approx([2 / math.sqrt(32), 1.0])
     assert named[1][1].grad is not None
@@ -194,6 +197,13 @@ def test_autograd_is_told_of_what_was_written() -> None:
         (0, ValueError, "groups: expected a depth of at least 1, got 0"),
         (True, TypeError, "groups: expected .* got True"),
         (["a"], ValueError, "groups: expected a name for each of the 2 parameters, got 1"),
+        (
+            {"weight": "a"},
+            ValueError,
+            "groups: expected an entry for each of the parameters, got none for 'bias'",
+        ),
+        ({"weight": "a", "bias": "a", "c": "a"}, ValueError, "groups: expected the names of .*, got 'c'"),
+        ({"weight": 0, "bias": 1}, TypeError, r"groups: expected .* got \[0, 1\]"),
         ([0, 1], TypeError, r"groups: expected .* got \[0, 1\]"),
         (2.0, TypeError, "groups: expected .* got 2.0"),
     ],

@@ -422,7 +422,7 @@ def accumulate_(
             gradients have been added.
 
     Returns:
-        What was measured of the new ``into``, as :func:`measure` would, to the last bit: norms, and the way
+        What was measured of the new ``into``, as :func:`measure` would, to the last bit, norms, and the way
         to clip or scale by them. Infinities and NaN are no error here: they have been added. ``nonfinite``
         says where they are, and ``clip_`` raises unless told otherwise.
 

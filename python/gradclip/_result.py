@@ -94,7 +94,7 @@ class ClipResult:
         """The norm of every group by its name.
 
         Returns:
-            Name to norm. Groups without names are called by their labels: ``"0"``, ``"1"``, ….
+            Name to norm. Groups without names are called by their labels, ``"0"``, ``"1"``, ….
         """
         return by_name(self.group_norms, self.group_names)
 

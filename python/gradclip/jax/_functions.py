@@ -451,7 +451,7 @@ class Measured:
             rounding: As of :func:`clip`.
 
         Returns:
-            As :func:`clip`. There is no derivative: use that.
+            As :func:`clip`. There is no derivative, unlike there.
 
         Raises:
             TypeError, ValueError: As :func:`clip` does, and for other gradients than were measured.
@@ -508,7 +508,7 @@ def measure(
         axis_name: As of :func:`clip`.
 
     Returns:
-        A :class:`Measured`, a pytree. It has no derivative: that of norms is with :func:`global_norm`,
+        A :class:`Measured`, a pytree. It has no derivative; that of norms is with :func:`global_norm`,
         :func:`tree_norms` and :func:`clip`.
 
     Raises:

@@ -1,7 +1,9 @@
 """``clipnorm``, ``global_clipnorm`` and ``clipvalue`` of any optimizer of Keras 3, through gradclip.
 
-import gradclip.keras
-gradclip.keras.install()     # all optimizers of the process, before or after they are made
+Example::
+
+    import gradclip.keras
+    gradclip.keras.install()     # all optimizers of the process, before or after they are made
 """
 
 try:

@@ -1,7 +1,9 @@
 """Gradient clipping for PyTorch: drop-ins for its functions, and what they do not offer.
 
-import gradclip.torch
-gradclip.torch.clip_grad_norm_(model.parameters(), 1.0)     # as torch.nn.utils.clip_grad_norm_
+Example::
+
+    import gradclip.torch
+    gradclip.torch.clip_grad_norm_(model.parameters(), 1.0)     # as torch.nn.utils.clip_grad_norm_
 """
 
 try:

@@ -64,7 +64,7 @@ def clip_grad_norm_(
             their groups: ``None``. See ``docs/scaling.md``.
 
     Returns:
-        The norm before clipping: a 0-d tensor on the device of the first gradient, of dtype float64 if
+        The norm before clipping, a 0-d tensor on the device of the first gradient, of dtype float64 if
         that is among the gradients' dtypes, else float32 (which says ``inf`` of a norm above 3.4e38;
         gradients are clipped by what it is). A DTensor, replicated, if DTensors are among the gradients.
         The same bits on every rank.

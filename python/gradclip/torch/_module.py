@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -21,7 +21,11 @@ from gradclip.torch._spread import SpreadGradients
 __all__ = ["ModuleGroups", "by_name", "clip_module_", "clip_named_", "clip_param_groups_", "groups_of"]
 
 ModuleGroups: TypeAlias = (
-    Literal["tensor", "module", "row", "sample", "unit", "unit_last"] | int | Sequence[str] | None
+    Literal["tensor", "module", "row", "sample", "unit", "unit_last"]
+    | int
+    | Sequence[str]
+    | Mapping[str, str]
+    | None
 )
 
 
@@ -56,7 +60,7 @@ def clip_module_(
             those of one submodule, ``h.0.attn.weight`` and ``h.0.attn.bias``. A depth: those whose names
             begin with the same so many parts; at 2, ``h.0.attn.weight`` and ``h.0.mlp.bias``. ``"row"``,
             ``"sample"``, ``"unit"``, ``"unit_last"``: as for :func:`gradclip.clip_by_global_norm_`. Or a name
-            of a group for each parameter.
+            of a group for each parameter, in their order or by their names.
         grad_scale: As for :func:`gradclip.clip_by_global_norm_`. The gradients are unscaled then, which a
             ``GradScaler`` does not know: not with ``scaler.get_scale()`` before ``scaler.step(optimizer)``,
             which would unscale them again. For that there is :func:`unscale_and_clip_` with ``module=``.
@@ -221,13 +225,25 @@ def groups_of(groups: ModuleGroups, names: Sequence[str]) -> Sequence[str] | Non
         if groups < 1:
             raise ValueError(f"groups: expected a depth of at least 1, got {groups}")
         return [".".join(name.split(".")[:groups]) for name in names]
+    if isinstance(groups, Mapping):
+        groups = _in_order(groups, names)
     if isinstance(groups, Sequence) and all(isinstance(group, str) for group in groups):
         if len(groups) != len(names):
             raise ValueError(
                 f"groups: expected a name for each of the {len(names)} parameters, got {len(groups)}"
             )
         return groups
-    raise TypeError(f"groups: expected None, 'tensor', 'module', a depth or names, got {groups!r}")
+    raise TypeError(f"groups: expected None, 'tensor', 'module', a depth, names or a mapping, got {groups!r}")
+
+
+def _in_order(groups: Mapping[str, str], names: Sequence[str]) -> list[str]:
+    """The parameters' groups, which were given by their names."""
+    for name in names:
+        if name not in groups:
+            raise ValueError(f"groups: expected an entry for each of the parameters, got none for {name!r}")
+    for name in groups.keys() - set(names):
+        raise ValueError(f"groups: expected the names of parameters, got {name!r}")
+    return [groups[name] for name in names]
 
 
 @untraced
