@@ -19,6 +19,7 @@ release = version = gradclip.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 root_doc = "README"
 include_patterns = ["*.md", "docs/*.md", "docs/api/*.md"]
+exclude_patterns = ["docs/package.md"]
 
 myst_heading_anchors = 4  # as hosts of repositories make them
 myst_enable_extensions = ["colon_fence"]

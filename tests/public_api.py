@@ -35,7 +35,7 @@ def lines() -> Iterator[str]:
 
 def _members(kind: type) -> list[str]:
     """Of the class and those that it has them from, as far as they are ours."""
-    found = {}
+    found: dict[str, Any] = {}
     for base in reversed(kind.__mro__):
         if base.__module__.startswith("gradclip"):
             found.update(vars(base))

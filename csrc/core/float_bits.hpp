@@ -2,6 +2,7 @@
 // on every machine, with or without hardware for them.
 #pragma once
 
+#include <bit>
 #include <cstdint>
 #include <cstring>
 
@@ -9,6 +10,8 @@
 #include "core/platform.hpp"
 
 namespace gradclip {
+
+static_assert(std::endian::native == std::endian::little, "numbers are taken apart as they lie in memory");
 
 template <class To, class From>
 GRADCLIP_INLINE To bit_copy(From from) {

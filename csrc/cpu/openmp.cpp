@@ -89,7 +89,9 @@ void look(const Runtime& runtime, BorrowedTeam& team) {
         auto& to = *static_cast<Seen*>(data);
         const auto thread = static_cast<std::size_t>(to.runtime.thread_number());
         if (thread == 0 || thread >= to.clocks.size()) return;
+#if defined(__linux__)  // macOS has no such clock: nobody is borrowed there
         if (pthread_getcpuclockid(pthread_self(), &to.clocks[thread]) == 0) ++to.threads;
+#endif
       },
       &seen, 0, 0);
   if (seen.threads != clocks.size()) return;  // not all came: dynamic, or nested

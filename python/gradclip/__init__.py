@@ -49,7 +49,7 @@ __all__ = [
 
 claim(__name__)
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # GRADCLIP_ISA, GRADCLIP_NUM_THREADS, OMP_NUM_THREADS: a mistake is reported here, not at the first clip.
 _core.read_environment()
