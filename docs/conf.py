@@ -33,6 +33,8 @@ napoleon_use_ivar = True  # attributes of named tuples are members already
 
 html_theme = "furo"
 html_title = f"gradclip {release}"
+html_static_path = ["static"]
+html_css_files = ["wide.css"]
 html_extra_path = ["site"]  # index.html, which leads to README.html
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
