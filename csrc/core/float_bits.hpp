@@ -11,7 +11,8 @@
 
 namespace gradclip {
 
-static_assert(std::endian::native == std::endian::little, "numbers are taken apart as they lie in memory");
+static_assert(std::endian::native == std::endian::little,
+              "numbers are taken apart as they lie in memory");
 
 template <class To, class From>
 GRADCLIP_INLINE To bit_copy(From from) {
