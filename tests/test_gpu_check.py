@@ -40,10 +40,9 @@ def test_a_part_that_fails_or_hangs_is_reported(tmp_path: Path) -> None:
     """The second command of a part does not run where the first has failed."""
     parts = [_part("build", "print(5)"), _part("tests", "raise SystemExit(9)"), _part("torch", "print(6)")]
     parts[1] = replace(parts[1], commands=[*parts[1].commands, *parts[2].commands])
-    results = [gpu_check.judge(gpu_check.run(part, tmp_path), dry=False) for part in parts]
-    with mock.patch.object(gpu_check, "TIMEOUT", 0.2):
-        late = gpu_check.run(_part("sweep", "import time; time.sleep(60)"), tmp_path)
-    absent = gpu_check.run(gpu_check.Part("memcheck", [["no-such-tool"]], "memcheck.log"), tmp_path)
+    results = [gpu_check.judge(gpu_check.run(part, tmp_path, 60), dry=False) for part in parts]
+    late = gpu_check.run(_part("sweep", "import time; time.sleep(60)"), tmp_path, 0.2)
+    absent = gpu_check.run(gpu_check.Part("memcheck", [["no-such-tool"]], "memcheck.log"), tmp_path, 60)
     results += [gpu_check.judge(each, dry=False) for each in (late, absent)]
     assert [each["status"] for each in results] == [0, 9, 0, -1, gpu_check.FAILED]
     assert [each["passed"] for each in results] == [True, False, True, False, False]
@@ -65,8 +64,7 @@ def test_what_a_late_part_has_started_is_ended_too(tmp_path: Path) -> None:
         "print(child.pid, flush=True)\n"
         "time.sleep(60)\n"
     )
-    with mock.patch.object(gpu_check, "TIMEOUT", 3):
-        assert gpu_check.run(_part("late", code), tmp_path)["status"] == -1
+    assert gpu_check.run(_part("late", code), tmp_path, 3)["status"] == -1
     status = Path("/proc", (tmp_path / "late.log").read_text().strip(), "status")
     deadline = time.monotonic() + 10
     while status.exists() and "zombie" not in status.read_text() and time.monotonic() < deadline:
@@ -100,7 +98,7 @@ def test_parts_are_reported_one_by_one_beside_those_of_before(tmp_path: Path) ->
     """A report has what ran before, of the same commit and GPU."""
     seen: list[list[str]] = []
 
-    def run(part: gpu_check.Part, out: Path) -> dict[str, Any]:
+    def run(part: gpu_check.Part, out: Path, _: float) -> dict[str, Any]:
         report = out / "report.json"
         before = json.loads(report.read_text())["parts"] if report.exists() else []
         seen.append([part["title"] for part in before])
