@@ -97,7 +97,7 @@ def test_groups(groups: Any, group_of: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "groups", [["first", "second", "first"], {"c": "first", "b": "second", "a": "first"}]
+    "groups", [["first", "second", "first"], {"b": "second", "c": "first", "a": "first"}]
 )
 def test_groups_of_names_with_a_threshold_each(groups: Any) -> None:
     named = [(name, nn.Parameter(torch.zeros(1))) for name in "abc"]
