@@ -70,17 +70,26 @@ def package_page(readme: str) -> str:
     return re.sub(r"<!--.*?-->\n*", "", page, flags=re.S)
 
 
+def newest_heading() -> str:
+    """The changelog's first heading of a version."""
+    found = re.search(r"^## .*$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    if found is None:
+        raise CheckFailed("CHANGELOG.md: expected a heading of a version")
+    return found[0]
+
+
 def check_versions() -> str:
     """One version everywhere, and the changelog begins with it."""
     version = project()["version"]
     places = {
         "python/gradclip/__init__.py": rf'^__version__ = "{version}"$',
         "CITATION.cff": rf"^version: {version}$",
-        "CHANGELOG.md": rf"\A[^\[]*(?:\[[^\[]*\]\([^)]*\)[^\[]*)*## \[{version}\]",
     }
     for place, pattern in places.items():
         if not re.search(pattern, (ROOT / place).read_text(), re.M):
             raise CheckFailed(f"{place}: expected version {version} of pyproject.toml")
+    if not newest_heading().startswith(f"## [{version}]"):
+        raise CheckFailed(f"CHANGELOG.md: expected version {version} of pyproject.toml first")
     return str(version)
 
 
@@ -100,10 +109,10 @@ def check_address() -> str:
 
 def check_dated() -> str:
     """The changelog says when."""
-    heading = re.search(r"^## \[.*$", (ROOT / "CHANGELOG.md").read_text(), re.M)
-    if heading is None or not re.search(r"- \d{4}-\d\d-\d\d$", heading[0]):
-        raise CheckFailed(f"CHANGELOG.md: expected a date, got {heading and heading[0]!r}")
-    return heading[0]
+    heading = newest_heading()
+    if not re.search(r"- \d{4}-\d\d-\d\d$", heading):
+        raise CheckFailed(f"CHANGELOG.md: expected a date, got {heading!r}")
+    return heading
 
 
 def check_tree() -> str:
