@@ -66,8 +66,7 @@ def speed_section(results: Results, path: Path) -> str:
     return f"""
 Time of a call with a plain list of arrays, and how many times as long the others take: medians of one run
 with {machine["threads"]} threads on {machine["cpu"]}, {machine["isa"]}, every answer checked first.
-(optax's `jit` knows its arrays beforehand; gradclip's `Plan` does too and takes about half the time of the
-list where there are many small arrays.)
+(optax's `jit` knows its arrays beforehand; gradclip's `Plan` does too, and need not read the list.)
 
 {markdown_table(header, lines)}
 
