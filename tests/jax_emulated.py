@@ -33,7 +33,7 @@ KINDS = (None, "tensor", "row", "sample", "unit", "unit_last")
 
 def tree_of(groups: Any, seed: int) -> dict[str, Any]:
     tree = {name: values(name, (4, 3, 5), seed + i) for i, name in enumerate(NAMES)}
-    tree |= {"large": values("float32", (2, 9001), seed), "column": values("bfloat16", (4,), seed)}
+    tree |= {"large": values("float32", (4, 9001), seed), "column": values("bfloat16", (4,), seed)}
     if groups in (None, "tensor"):
         tree |= {"empty": np.zeros((0, 3), np.float32), "scalar": values("float32", (), seed)}
     return tree

@@ -66,8 +66,8 @@ def test_layouts_and_rows(device: Device, layout: str, groups: str | None) -> No
         grads: list[Array | None] = [lay_out(layout, values("float32", shape, seed=1))[0], None]
         params: list[Array | None] = [lay_out(beside, values("bfloat16", shape, seed=2))[0], None]
         if beside == "C":  # more than a tile, once
-            grads.append(values("complex64", (2, 4000), seed=3))
-            params.append(values("complex128", (2, 4000), seed=4))
+            grads.append(values("complex64", (5, 4000), seed=3))
+            params.append(values("complex128", (5, 4000), seed=4))
         check_pair(device, grads, params, 1.5, l2=0.37, groups=groups, grad_scale=3.0)
 
 
