@@ -1,6 +1,9 @@
 """Federated trainings on Flower's own engine: a script, which writes what came to a file.
 
     python tests/flower_simulation.py FOLDER_OF_RAY FILE.json
+    python tests/flower_simulation.py FOLDER_OF_RAY PAGE.md
+
+The second line runs the code of a page, which prints what came.
 
 Three clients hold a third of scikit-learn's digits each and train a softmax regression. One simulation, since
 its engine (Ray) takes longer to start than all trainings.
@@ -9,8 +12,10 @@ its engine (Ray) takes longer to start than all trainings.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -173,7 +178,11 @@ def start_engine(folder: str) -> None:
 
 if __name__ == "__main__":
     start_engine(sys.argv[1])
-    one_each = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
-    run_simulation(server, app, CLIENTS, backend_config=one_each)  # type: ignore[arg-type]
-    with open(sys.argv[2], "w") as file:
-        json.dump(found, file)
+    path = Path(sys.argv[2])
+    if path.suffix == ".md":
+        for code in re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL):
+            exec(code, {"__name__": "__main__"})
+    else:
+        one_each = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
+        run_simulation(server, app, CLIENTS, backend_config=one_each)  # type: ignore[arg-type]
+        path.write_text(json.dumps(found))

@@ -25,14 +25,12 @@ _TRAININGS = (
 )
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What came of all trainings of one simulation."""
-    path = tmp_path_factory.mktemp("flower")
+def simulate(home: Path, file: Path) -> str:
+    """Run flower_simulation.py with ``file``; what it printed."""
     ray = tempfile.mkdtemp(prefix="ray")  # the path of a socket must be short
     environment = {
         "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_HOME": str(path),
+        "FLWR_HOME": str(home),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on 127.0.0.1 alone
         "OMP_NUM_THREADS": "1",
@@ -40,7 +38,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
     script = Path(__file__).with_name("flower_simulation.py")
     try:
         done = subprocess.run(
-            [sys.executable, script, ray, path / "found.json"],
+            [sys.executable, script, ray, file],
             env=os.environ | environment,
             capture_output=True,
             text=True,
@@ -50,7 +48,20 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
     finally:
         shutil.rmtree(ray, ignore_errors=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What came of all trainings of one simulation."""
+    path = tmp_path_factory.mktemp("flower")
+    simulate(path, path / "found.json")
     return json.loads((path / "found.json").read_text())
+
+
+def test_the_first_clip_of_the_page(tmp_path: Path) -> None:
+    said = simulate(tmp_path, Path(__file__).parent.parent / "docs" / "flower.md")
+    assert "[array([0.99999994, 0.99999994, 0.99999994, 0.99999994], dtype=float32)]" in said
 
 
 @pytest.mark.parametrize("training", _TRAININGS)
