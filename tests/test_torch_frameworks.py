@@ -303,4 +303,6 @@ def test_the_code_of_many_ranks_runs_on_two(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     norms = f"{{'weight': {4 * 8**0.5}, 'bias': 4.0}}"
-    assert done.stdout.splitlines() == [norms, norms]
+    # Both write to one pipe, and an end of line is written by itself: the lines may run into each other.
+    assert done.stdout.count(norms) == 2
+    assert done.stdout.replace(norms, "").split() == []
