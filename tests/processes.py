@@ -10,7 +10,7 @@ import textwrap
 _OURS = ("GRADCLIP_NUM_THREADS", "GRADCLIP_ISA", "OMP_NUM_THREADS")
 
 
-def run_python(code: str, timeout: float = 60, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_python(code: str, timeout: float = 180, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run ``code`` with no gradclip variable set but those given; the caller looks at the outcome."""
     env = {key: value for key, value in os.environ.items() if key not in _OURS}
     return subprocess.run(
@@ -23,7 +23,7 @@ def run_python(code: str, timeout: float = 60, **environment: str) -> subprocess
     )
 
 
-def output_of(code: str, timeout: float = 60, **environment: str) -> str:
+def output_of(code: str, timeout: float = 180, **environment: str) -> str:
     """Standard output of ``code``, which must end well."""
     done = run_python(code, timeout, **environment)
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}{done.stderr}"

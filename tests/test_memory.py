@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -158,23 +159,34 @@ def _torch_grads() -> list[Any]:
     return [torch.ones(20), torch.ones(4, 5).T, torch.ones(7, dtype=torch.bfloat16)]
 
 
-@pytest.mark.parametrize("make", [_numpy_grads, _torch_grads])
-def test_reference_counts_and_objects(make: Callable[[], list[Any]]) -> None:
-    grads = make()
+def check_references_and_blocks(grads: list[Any]) -> None:
     for call in _calls(grads):
         for _ in range(20):  # caches fill
             call()
     gc.collect()
+    gc.disable()  # what it collects, and the free lists that it empties, are not what a call leaves
     for number, call in enumerate(_calls(grads)):
         references = [sys.getrefcount(grad) for grad in grads]
         grown = []
-        for _ in range(4):  # what other libraries do meanwhile comes once, a leak every time
+        for _ in range(4):  # free lists fill once, a leak comes every time
             blocks = sys.getallocatedblocks()
             for _ in range(100):
                 call()
             grown.append(sys.getallocatedblocks() - blocks)
         assert [sys.getrefcount(grad) for grad in grads] == references, f"call {number}"
         assert min(grown) < 50, f"call {number} leaves {grown} blocks in 100 rounds each"
+        assert gc.collect() == 0, f"call {number} leaves cycles"
+
+
+@pytest.mark.parametrize("make", [_numpy_grads, _torch_grads])
+def test_reference_counts_and_objects(make: Callable[[], list[Any]]) -> None:
+    """In a process of its own: the threads that other tests have left allocate as well."""
+    code = f"""
+    import test_memory
+    test_memory.check_references_and_blocks(test_memory.{make.__name__}())
+    print("nothing left")
+    """
+    assert output_of(code, PYTHONPATH=str(Path(__file__).parent)) == "nothing left"
 
 
 def test_jax_arrays_are_let_go() -> None:
