@@ -54,6 +54,7 @@ VALUES: dict[str, tuple[str, ...]] = {
     "kBlocksPerMultiprocessor": ("1", "2", "3", "4"),
     "kTileEndCost": ("1", "4", "8", "16", "32"),
     "kLeastCostPerBlock": tuple(f"{n} * kTileCost" for n in (1, 2, 4, 8)),
+    "kTilesToKeepBack": ("5", "20", "1000000"),  # the last: nothing is kept back
     "kFewEntries": ("32", "96", "320"),
     "kMostEntries": ("320", "960"),
     "kChangesBackward": ("false", "true"),

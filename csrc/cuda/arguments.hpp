@@ -33,9 +33,10 @@ struct Largest {
 // Memory of one call at a time. The counters are 0 between calls: whoever is last sets them back.
 struct Scratch {
   std::uint32_t* blocks_done;
-  std::uint32_t* tiles_done;  // of every part that is spread over blocks
+  std::uint32_t* shares_taken;  // of those kept back
+  std::uint32_t* tiles_done;    // of every part that is spread over blocks
   Accumulated*
-      partials;  // two per block: of the tensor it ends, or is inside; of the one it begins
+      partials;  // two per share: of the tensor it ends, or is inside; of the one it begins
   Accumulated* block_totals;
   NormSum* sums;               // of every part
   Largest* units;              // of every part, in the slow orders

@@ -1,5 +1,5 @@
 // From the sums of tiles to the sums of tensors (or rows, which are tensors here): through the warps of a block,
-// then through blocks.
+// then through blocks (through shares, rather: a block may have several).
 //
 // Only a tensor that a warp does not have whole comes here. Each warp leaves what it has of its first
 // and its last tensor in two slots; the block joins neighbours; what is still not whole goes to global
@@ -31,7 +31,8 @@ struct CombineShared {  // raw memory: what is read has been assigned before
   };
   Piece piece_of[kSlots];
   Ways ways;
-  std::uint32_t to_merge[2];  // tensors of which this block brought the last tiles
+  std::uint32_t to_merge[2];  // tensors of which this share brought the last tiles
+  std::uint32_t share;        // which this block is at
   bool is_last_block;
 };
 static_assert(kWarps + kSlots <= 32);
@@ -71,7 +72,23 @@ __device__ __forceinline__ void prepare(CombineShared<Accumulator>& shared) {
   if (t < kSlots) shared.piece_of[t].tensor = kNoTensor;
   if (t < 32) shared.totals[t] = Accumulator{};
   if (t < 2) shared.to_merge[t] = kNoTensor;
+  if (t == 0) shared.share = blockIdx.x;
   __syncthreads();
+}
+
+// To the next share that is kept back; false if there is none.
+template <class Accumulator>
+__device__ __noinline__ bool take_share(CombineShared<Accumulator>& shared, std::int64_t cost,
+                                        const Scratch& scratch) {
+  const Shares shares(cost, gridDim.x);
+  if (shares.kept_back == 0) return false;
+  const int t = static_cast<int>(threadIdx.x);
+  __syncthreads();
+  if (t < kSlots) shared.piece_of[t].tensor = kNoTensor;
+  if (t < 2) shared.to_merge[t] = kNoTensor;
+  if (t == 0) shared.share = gridDim.x + atomicAdd(scratch.shares_taken, 1u);
+  __syncthreads();
+  return shared.share < shares.count();
 }
 
 // The piece of a tensor that this warp has, for the block to join. By one thread.
@@ -106,7 +123,7 @@ __device__ __forceinline__ void combine(CombineShared<Accumulator>& shared, cons
       } else {
         const int place = tiles.begin == 0;
         static_assert(sizeof(Accumulator) <= sizeof(Accumulated));
-        memcpy(&scratch.partials[2 * blockIdx.x + place], &shared.pieces[t], sizeof(Accumulator));
+        memcpy(&scratch.partials[2 * shared.share + place], &shared.pieces[t], sizeof(Accumulator));
         __threadfence();
         const std::uint32_t brought = tiles.end - tiles.begin;
         const std::uint32_t before = atomicAdd(&scratch.tiles_done[tensor], brought);
@@ -120,14 +137,12 @@ __device__ __forceinline__ void combine(CombineShared<Accumulator>& shared, cons
     const std::uint32_t tensor = shared.to_merge[m];
     if (tensor == kNoTensor) continue;
     const TensorEntry& entry = entry_of_part(table, entries, tensor);
-    const std::int64_t warps = static_cast<std::int64_t>(gridDim.x) * kWarps;
+    const Shares shares(table.cost, gridDim.x);
     const std::int64_t last_tile = entry.first_cost + (tiles_of(entry.bytes) - 1) * kTileCost;
-    const std::int64_t first_block = warp_at(table.cost, entry.first_cost, warps) / kWarps;
-    const std::int64_t last_block = warp_at(table.cost, last_tile, warps) / kWarps;
+    const std::int64_t first = shares.at(entry.first_cost), last = shares.at(last_tile);
     shared.threads[t] = Accumulator{};
-    for (std::int64_t b = first_block + t; b <= last_block; b += kThreads) {
-      add_fresh(shared.threads[t], &scratch.partials[2 * b + (b == first_block)]);
-    }
+    for (std::int64_t s = first + t; s <= last; s += kThreads)
+      add_fresh(shared.threads[t], &scratch.partials[2 * s + (s == first)]);
     fold_in_block(shared.threads, kThreads);
     if (t == 0) {
       scratch.tiles_done[tensor] = 0;
@@ -152,7 +167,7 @@ __device__ __forceinline__ bool is_last_block(CombineShared<Accumulator>& shared
   }
   __syncthreads();
   if (!shared.is_last_block) return false;
-  if (t == 0) *scratch.blocks_done = 0;
+  if (t == 0) *scratch.blocks_done = *scratch.shares_taken = 0;
   shared.threads[t] = Accumulator{};
   for (unsigned b = threadIdx.x; b < gridDim.x; b += kThreads) {
     add_fresh(shared.threads[t], &scratch.block_totals[b]);

@@ -286,7 +286,9 @@ void List::State::place(Stream on) {
   const std::size_t at_members = all.add(members.size() * sizeof(std::uint32_t));
   const std::size_t at_begin = all.add(group_begin.size() * sizeof(std::uint32_t));
   table_bytes = all.end();
-  const std::size_t at_partials = all.add(2 * blocks * sizeof(Accumulated));
+  const auto shares = static_cast<std::size_t>(std::max(
+      Shares(table.cost, blocks).count(), Shares(table.cost, blocks_of_large_kernels).count()));
+  const std::size_t at_partials = all.add(2 * shares * sizeof(Accumulated));
   const std::size_t at_totals = all.add(blocks * sizeof(Accumulated));
   const std::size_t at_sums = all.add(parts * sizeof(NormSum));
   const std::size_t at_units = all.add(parts * sizeof(Largest));
@@ -305,6 +307,7 @@ void List::State::place(Stream on) {
   table.members = labelled ? words(at_members) : nullptr;
   table.group_begin = labelled ? words(at_begin) : nullptr;
   scratch.blocks_done = workspace->counters();
+  scratch.shares_taken = workspace->counters() + 1;
   scratch.tiles_done = workspace->counters() + 4;
   scratch.partials = reinterpret_cast<Accumulated*>(memory + at_partials);
   scratch.block_totals = reinterpret_cast<Accumulated*>(memory + at_totals);

@@ -214,8 +214,13 @@ __device__ __forceinline__ bool accumulate(CombineShared<Accumulator>& shared,
     else
       leave_piece(shared, i, tiles);
   };
-  walk(table, entries, shared.ways, visit);
-  combine(shared, table, entries, scratch, finish);
+  do {
+    if (lane_id() == 0)
+      shared.ways.range() = Shares(table.cost, gridDim.x).range(shared.share, warp_id());
+    __syncwarp();
+    walk_range(table, entries, shared.ways, visit);
+    combine(shared, table, entries, scratch, finish);
+  } while (take_share(shared, table.cost, scratch));
   end();
   return is_last_block(shared, scratch);
 }

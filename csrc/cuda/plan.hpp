@@ -2,8 +2,8 @@
 //
 // The work of a tensor is its tiles, one after the other; a tile costs its rows and a little more.
 // Warp w of W takes the tiles that begin at costs [total * w / W, total * (w + 1) / W): no table of
-// chunks, only the cost at which every tensor begins. Tile sums are added exactly, so none of this
-// can change a result. The twin of cpu/plan.hpp.
+// chunks, only the cost at which every tensor begins. Of a long list the last tenth is shared out to those who
+// are done. Tile sums are added exactly, so none of this can change a result. The twin of cpu/plan.hpp.
 #pragma once
 
 #include <cstddef>
@@ -100,6 +100,34 @@ GRADCLIP_INLINE std::int64_t warp_at(std::int64_t total, std::int64_t cost, std:
   while (first_cost_of_warp(total, warp + 1, warps) <= cost) ++warp;
   return warp;
 }
+
+// How the cost of a list is cut into shares, each for the warps of a block: one for every block, and of a long list
+// those that are kept back, each for the block that comes first.
+struct Shares {
+  std::int64_t own, rest;  // cost of the shares of the blocks, of those kept back
+  std::int64_t blocks, kept_back;
+
+  GRADCLIP_INLINE Shares(std::int64_t cost, std::int64_t block_count)
+      : own(cost), rest(0), blocks(block_count), kept_back(0) {
+    constexpr std::int64_t kLeast = kWarps * kTileCost;  // a tile for each warp
+    if (cost / blocks < kTilesToKeepBack * kLeast) return;
+    rest = cost / kPartKeptBack;
+    own = cost - rest;
+    kept_back = rest / kLeast;
+    if (kept_back > kMostKeptBack * blocks) kept_back = kMostKeptBack * blocks;
+  }
+  GRADCLIP_INLINE std::int64_t count() const { return blocks + kept_back; }
+  GRADCLIP_INLINE CostRange range(std::int64_t share, std::int64_t warp) const {
+    if (share < blocks) return cost_range(own, share * kWarps + warp, blocks * kWarps);
+    const CostRange range = cost_range(rest, (share - blocks) * kWarps + warp, kept_back * kWarps);
+    return {own + range.begin, own + range.end};
+  }
+  // The share that has `cost`.
+  GRADCLIP_INLINE std::int64_t at(std::int64_t cost) const {
+    return cost < own ? warp_at(own, cost, blocks * kWarps) / kWarps
+                      : blocks + warp_at(rest, cost - own, kept_back * kWarps) / kWarps;
+  }
+};
 
 // Tiles [begin, end) of a tensor, all of `all`. No tensor has 2^32 of them.
 struct TileRange {

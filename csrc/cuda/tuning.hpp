@@ -40,6 +40,14 @@ inline constexpr std::int64_t kTileCost =
 // third of a large GPU's multiprocessors busy. At least kTileCost, so that no block has nothing.
 inline constexpr std::int64_t kLeastCostPerBlock = 2 * kTileCost;
 
+// Multiprocessors are not equally fast, so that blocks with equal work end at different times. Of a list with at least
+// so many tiles for each warp, the last part is kept back: blocks that are done take more of it. A warp has a
+// tile in about 10 us whatever is done (all of them have so many bytes in flight), which of less work is all the
+// difference that there is.
+inline constexpr std::int64_t kTilesToKeepBack = 20;
+inline constexpr std::int64_t kPartKeptBack = 10;  // one part of so many
+inline constexpr std::int64_t kMostKeptBack = 4;   // shares, for each block
+
 // Of kernels over sums alone, at most: with more decisions or sums a block takes several. Work memory of decisions
 // grows with it.
 inline constexpr std::size_t kMostBlocksOfSums = 512;

@@ -35,11 +35,6 @@ __device__ __forceinline__ std::uint32_t find_tensor(const TableView& table,
   return low;
 }
 
-__device__ __forceinline__ CostRange range_of_this_warp(const TableView& table) {
-  return cost_range(table.cost, static_cast<std::int64_t>(blockIdx.x) * kWarps + warp_id(),
-                    static_cast<std::int64_t>(gridDim.x) * kWarps);
-}
-
 // The tensor, or the row, that a warp is at, of a list in memory.
 struct Cursor {
   TensorEntry part;
@@ -53,7 +48,7 @@ struct Ways {
   CostRange ranges[kWarps];
   Cursor cursors[kWarps];
 
-  __device__ __forceinline__ const CostRange& range() { return ranges[warp_id()]; }
+  __device__ __forceinline__ CostRange& range() { return ranges[warp_id()]; }
   __device__ __forceinline__ Cursor& cursor() { return cursors[warp_id()]; }
 };
 
@@ -138,13 +133,11 @@ __device__ __noinline__ bool first_part(Ways& ways, const TableView& table, bool
   return cursor.left != 0;
 }
 
-// visit(i, part, entry, tiles) for every part of tensor i of which a warp has tiles: in order, or from the last
-// to the first.
+// visit(i, part, entry, tiles) for every part of tensor i of which a warp has tiles in its range of `ways`: in
+// order, or from the last to the first.
 template <bool kBackward = false, class Visit>
-__device__ __forceinline__ void walk(const TableView& table, EntriesInMemory, Ways& ways,
-                                     Visit visit) {
-  if (lane_id() == 0) ways.ranges[warp_id()] = range_of_this_warp(table);
-  __syncwarp();
+__device__ __forceinline__ void walk_range(const TableView& table, EntriesInMemory, Ways& ways,
+                                           Visit visit) {
   if (!first_part(ways, table, kBackward)) return;
   do {
     const Cursor& cursor = ways.cursor();
@@ -152,10 +145,8 @@ __device__ __forceinline__ void walk(const TableView& table, EntriesInMemory, Wa
   } while (next_part(ways, table, kBackward));
 }
 template <bool kBackward = false, class Visit>
-__device__ __forceinline__ void walk(const TableView& table, EntriesInArgument entries, Ways& ways,
-                                     Visit visit) {
-  if (lane_id() == 0) ways.ranges[warp_id()] = range_of_this_warp(table);
-  __syncwarp();
+__device__ __forceinline__ void walk_range(const TableView& table, EntriesInArgument entries,
+                                           Ways& ways, Visit visit) {
   const CostRange& range = ways.range();
   if (range.begin >= range.end) return;
   std::uint32_t i = find_tensor(table, entries, kBackward ? range.end - 1 : range.begin);
@@ -166,6 +157,18 @@ __device__ __forceinline__ void walk(const TableView& table, EntriesInArgument e
                   : i + 1 >= table.tensors || entries[i + 1].first_cost >= range.end)
       break;
   }
+}
+
+// All of the list, shared out beforehand.
+template <bool kBackward = false, class Entries, class Visit>
+__device__ __forceinline__ void walk(const TableView& table, Entries entries, Ways& ways,
+                                     Visit visit) {
+  if (lane_id() == 0)
+    ways.range() =
+        cost_range(table.cost, static_cast<std::int64_t>(blockIdx.x) * kWarps + warp_id(),
+                   static_cast<std::int64_t>(gridDim.x) * kWarps);
+  __syncwarp();
+  walk_range<kBackward>(table, entries, ways, visit);
 }
 
 // The tensor that a part is, or is a row of.

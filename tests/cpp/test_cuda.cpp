@@ -135,6 +135,27 @@ TEST_CASE("every grid and schedule") {
   }
 }
 
+TEST_CASE("shares that are kept back, in one tensor and in many") {
+  for (const Settings& settings : kSettings) {
+    set({1, settings.schedule});
+    const std::int64_t blocks = cuda::kBlocksPerMultiprocessor;
+    const std::int64_t tiles = blocks * cuda::kWarps * (cuda::kTilesToKeepBack + 1);
+    for (const int tensors : {1, 40}) {
+      List list;
+      std::int64_t cost = 0;
+      for (int i = 0; i < tensors; ++i) {
+        list.emplace_back(DType::float32, tiles * 4096 / tensors + 5 * i);
+        list.back().fill(static_cast<unsigned>(i), 1.0);
+        cost += cuda::cost_of(list.back().span.nbytes());
+      }
+      CHECK(cuda::Shares(cost, blocks).kept_back >= 2 * blocks);
+      compare(list, {}, false);
+      compare(list, {.order = {NormOrder::infinity, 2.0}, .max_norm = 1e30}, false);
+      compare(list, {.max_norm = 1e30, .kept = true}, false);  // counters were set back
+    }
+  }
+}
+
 TEST_CASE("groups by label, other orders, grad_scale") {
   set(kSettings[2]);
   List list;
@@ -381,23 +402,25 @@ TEST_CASE("every tile has one warp, in order, also beyond 2^32 bytes and 2^16 te
   sizes.push_back(std::int64_t{3} << 31);
   std::int64_t total = 0;
   for (const std::int64_t bytes : sizes) total += cuda::cost_of(bytes);
-  for (const std::int64_t warps : {8, 3 * 132 * 8, 3 * 160 * 8}) {
+  for (const std::int64_t blocks : {1, 3 * 132, 3 * 160}) {
+    const cuda::Shares shares(total, blocks);
+    CHECK(shares.kept_back == cuda::kMostKeptBack * blocks);
     std::int64_t cost = 0;
     for (const std::int64_t bytes : sizes) {
       const cuda::TensorEntry entry{nullptr, bytes, cost, 0, 0, DType::float16};
       cost += cuda::cost_of(bytes);
       const std::int64_t tiles = cuda::tiles_of(bytes);
       const std::int64_t last_tile = entry.first_cost + (tiles - 1) * cuda::kTileCost;
-      const std::int64_t first = cuda::warp_at(total, entry.first_cost, warps);
-      const std::int64_t last = cuda::warp_at(total, last_tile, warps);
+      const std::int64_t first = shares.at(entry.first_cost), last = shares.at(last_tile);
       std::int64_t next = 0, wrong = 0;
-      for (std::int64_t w = std::max(first - 1, std::int64_t{0}); w < warps && w <= last + 1; ++w) {
-        const cuda::TileRange range = cuda::tile_range(entry, cuda::cost_range(total, w, warps));
-        if (range.empty()) continue;
-        wrong += w < first || w > last || range.begin != next || range.all != tiles;
-        next = range.end;
-        if (range.end == range.all) wrong += range.end_byte(bytes) != bytes;
-      }
+      for (std::int64_t s = std::max(first - 1, std::int64_t{0}); s <= last + 1; ++s)
+        for (int w = 0; s < shares.count() && w < cuda::kWarps; ++w) {
+          const cuda::TileRange range = cuda::tile_range(entry, shares.range(s, w));
+          if (range.empty()) continue;
+          wrong += s < first || s > last || range.begin != next || range.all != tiles;
+          next = range.end;
+          if (range.end == range.all) wrong += range.end_byte(bytes) != bytes;
+        }
       if (wrong != 0 || next != tiles) {
         CAPTURE(bytes);
         CHECK(wrong == 0);
