@@ -335,7 +335,7 @@ def _torch() -> Any:
     import torch  # noqa: PLC0415 (only here)
 
     if not torch.cuda.is_available():
-        pytest.skip("no PyTorch with CUDA")
+        pytest.skip("no GPU: this PyTorch has no CUDA")
     return torch
 
 
