@@ -32,9 +32,13 @@ def test_the_stub_of_the_cuda_module() -> None:
     assert len(functions) >= 8
     for name, parameters in functions.items():
         assert _parameters(getattr(module, name)) == parameters, name
-    (gradients,) = (node for node in stub.body if isinstance(node, ast.ClassDef) and node.name == "Gradients")
-    for name, parameters in _signatures(gradients.body).items():
-        if name != "__len__":  # of which pybind11 says "arg0"
-            assert _parameters(getattr(module.Gradients, name)) == parameters, name
-    public = {name for name in vars(module.Gradients) if not name.startswith("_")}
-    assert public <= {node.name for node in gradients.body if isinstance(node, ast.FunctionDef)}
+    classes = {node.name: node for node in stub.body if isinstance(node, ast.ClassDef)}
+    for name in ("Gradients", "Pair", "Measured"):
+        bases = [classes[base.id] for base in classes[name].bases if isinstance(base, ast.Name)]
+        body = [line for node in (*bases, classes[name]) for line in node.body]
+        real = getattr(module, name)
+        for method, parameters in _signatures(body).items():
+            if method != "__len__":  # of which pybind11 says "arg0"
+                assert _parameters(getattr(real, method)) == parameters, f"{name}.{method}"
+        public = {member for member in vars(real) if not member.startswith("_")}
+        assert public <= {node.name for node in body if isinstance(node, ast.FunctionDef)}

@@ -60,6 +60,54 @@ py::object group_sizes(const NamedGroups& named, const Gradients& grads);
 // What was measured is for gradients as they were: it has been used.
 [[noreturn]] void refuse_second_use();
 
+// How gradients are to be measured, and clipped, as it was given.
+struct MeasureCall {
+  const py::object &ord, &groups, &grad_scale, &reduce;
+
+  template <class Reader>
+  void recheck(const Gradients& grads, Reader&& reader) const {
+    grads.recheck(reader, ord, groups, grad_scale);
+  }
+};
+struct ClipCall {
+  MeasureCall measure;
+  const py::object &max_norm, &nonfinite, &formula;
+
+  template <class Reader>
+  void recheck(const Gradients& grads, Reader&& reader) const {
+    grads.recheck(reader, max_norm, measure.ord, measure.groups, measure.grad_scale, nonfinite);
+  }
+};
+
+// The methods "measure" and "clip" of a class: function(object, call, more ...), of which `more` have `names`.
+template <class Class, class Result, class T, class... More, class... Names>
+void def_measure(Class& type,
+                 Result (*function)(const std::shared_ptr<T>&, const MeasureCall&, More...),
+                 const Names&... names) {
+  type.def(
+      "measure",
+      [function](const typename Class::type& self, const py::object& ord, const py::object& groups,
+                 const py::object& grad_scale, const py::object& reduce, More... more) -> Result {
+        return function(self.object, {ord, groups, grad_scale, reduce}, more...);
+      },
+      py::arg("ord"), py::arg("groups"), py::arg("grad_scale"), py::arg("reduce"), names...);
+}
+template <class Class, class Result, class T, class... More, class... Names>
+void def_clip(Class& type, Result (*function)(const std::shared_ptr<T>&, const ClipCall&, More...),
+              const Names&... names) {
+  type.def(
+      "clip",
+      [function](const typename Class::type& self, const py::object& max_norm,
+                 const py::object& ord, const py::object& groups, const py::object& grad_scale,
+                 const py::object& nonfinite, const py::object& reduce, const py::object& formula,
+                 More... more) -> Result {
+        return function(self.object,
+                        {{ord, groups, grad_scale, reduce}, max_norm, nonfinite, formula}, more...);
+      },
+      py::arg("max_norm"), py::arg("ord"), py::arg("groups"), py::arg("grad_scale"),
+      py::arg("nonfinite"), py::arg("reduce"), py::arg("formula"), names...);
+}
+
 // What says how gradients are measured.
 struct MeasureArguments {
   NormOrder order;
@@ -67,12 +115,11 @@ struct MeasureArguments {
   double grad_scale;
   py::object reduce;
 
-  MeasureArguments(const Gradients& grads, const py::object& ord, const py::object& group_of,
-                   const py::object& scale, py::object reduce_with)
-      : order(norm_order(ord)),
-        groups(group_labels(group_of, grads)),
-        grad_scale(grad_scale_number(scale)),
-        reduce(std::move(reduce_with)) {
+  MeasureArguments(const Gradients& grads, const MeasureCall& call)
+      : order(norm_order(call.ord)),
+        groups(group_labels(call.groups, grads)),
+        grad_scale(grad_scale_number(call.grad_scale)),
+        reduce(call.reduce) {
     check_reduce(reduce, order);
   }
 };

@@ -43,14 +43,17 @@ SharedPair with_base(const std::shared_ptr<const Gradients>& grads, const py::ob
   return {std::make_shared<gb::Pair>(grads, base, terms, gb::HostReader{}, gb::second_reader())};
 }
 
-Measured measure_pair(const std::shared_ptr<const gb::Pair>& pair, const py::object& ord,
-                      const py::object& groups, const py::object& grad_scale,
-                      const py::object& reduce) {
-  const std::shared_ptr<const Gradients>& grads = pair->gradients();
-  const gb::MeasureArguments arguments(*grads, ord, groups, grad_scale, reduce);
-  grads->recheck(gb::HostReader{}, ord, groups, grad_scale);
-  pair->second().recheck(gb::second_reader(), ord, groups, grad_scale);
-  return {grads, arguments, pair};
+Measured measure(const std::shared_ptr<const Gradients>& grads, const gb::MeasureCall& call) {
+  return Measured::measure(grads, nullptr, call);
+}
+Measured measure_pair(const std::shared_ptr<const gb::Pair>& pair, const gb::MeasureCall& call) {
+  return Measured::measure(pair->gradients(), pair, call);
+}
+py::object clip(const std::shared_ptr<const Gradients>& grads, const gb::ClipCall& call) {
+  return Measured::clip(grads, nullptr, call);
+}
+py::object clip_pair(const std::shared_ptr<const gb::Pair>& pair, const gb::ClipCall& call) {
+  return Measured::clip(pair->gradients(), pair, call);
 }
 
 // What was measured, and how many gradients were given.
@@ -63,13 +66,6 @@ py::tuple accumulate(const py::object& into, const py::object& grads, const py::
   pair.require_writable();
   const std::size_t missing = pair.second().missing().size();
   return py::make_tuple(Measured(pair, reduce), pair.second().spans().size() - missing);
-}
-
-Measured measure(const std::shared_ptr<const Gradients>& grads, const py::object& ord,
-                 const py::object& groups, const py::object& grad_scale, const py::object& reduce) {
-  const gb::MeasureArguments arguments(*grads, ord, groups, grad_scale, reduce);
-  grads->recheck(gb::HostReader{}, ord, groups, grad_scale);
-  return {grads, arguments};
 }
 
 int checked_thread_count(const py::object& n) {
@@ -93,13 +89,12 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   gradients.def("tensor_norms", method(&gb::tensor_norms), py::arg("ord"))
       .def("row_norms", method(&gb::row_norms), py::arg("ord"))
       .def("global_norm", method(&gb::global_norm), py::arg("ord"))
-      .def("measure", method(&measure), py::arg("ord"), py::arg("groups"), py::arg("grad_scale"),
-           py::arg("reduce"))
       .def(
           "measure_shards",
           [](const SharedGradients& grads, const py::object& ord, const py::object& groups,
              const py::object& grad_scale, bool is_wide, const py::object& sums) {
-            return Measured::of_shards(grads.object, ord, groups, grad_scale, is_wide, sums);
+            return Measured::of_shards(grads.object, {ord, groups, grad_scale, py::none()}, is_wide,
+                                       sums);
           },
           py::arg("ord"), py::arg("groups"), py::arg("grad_scale"), py::arg("is_wide"),
           py::arg("sums") = py::none())
@@ -107,9 +102,6 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
           "with_norm",
           [](const SharedGradients& grads, double norm) { return Measured(grads.object, norm); },
           py::arg("norm"))
-      .def("clip", method(&Measured::clip), py::arg("max_norm"), py::arg("ord"), py::arg("groups"),
-           py::arg("grad_scale"), py::arg("nonfinite"), py::arg("reduce"),
-           py::arg("formula") = "nearest")
       .def("clip_by_value", method(&gb::clip_by_value), py::arg("limit"),
            py::arg("to_nearest") = false)
       .def("scale", method(&gb::scale), py::arg("factor"))
@@ -123,25 +115,24 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
                              [](const SharedGradients& grads) { return grads.object->nbytes(); })
       .def_property_readonly("num_elements", method(&Gradients::elements));
 
+  gb::def_measure(gradients, &measure);
+  gb::def_clip(gradients, &clip);
   gradients
       .def("with_params", method(&with_params), py::arg("params"), py::arg("l2"), py::arg("l1"))
       .def("with_base", method(&with_base), py::arg("base"));
 
   py::class_<SharedPair> pair(m, "Pair");
   gb::close_class(pair);
-  pair.def("measure", method(&measure_pair), py::arg("ord"), py::arg("groups"),
-           py::arg("grad_scale"), py::arg("reduce"))
-      .def("clip", method(&Measured::clip_pair), py::arg("max_norm"), py::arg("ord"),
-           py::arg("groups"), py::arg("grad_scale"), py::arg("nonfinite"), py::arg("reduce"),
-           py::arg("formula") = "nearest")
-      .def_property_readonly(
-          "names", [](const SharedPair& both) { return both.object->gradients()->names(); });
+  gb::def_measure(pair, &measure_pair);
+  gb::def_clip(pair, &clip_pair);
+  pair.def_property_readonly(
+      "names", [](const SharedPair& both) { return both.object->gradients()->names(); });
 
   py::class_<Measured> measured_class(m, "Measured");
   gb::close_class(measured_class);
   measured_class
       .def("clip", &Measured::clip_measured, py::arg("max_norm"), py::arg("nonfinite"),
-           py::arg("formula") = "nearest")
+           py::arg("formula"))
       .def("scale", &Measured::scale_measured, py::arg("coefficients"), py::arg("nonfinite"))
       .def_property_readonly(
           "sum_words", [](const Measured& measured) { return gb::to_array(measured.sum_words()); })

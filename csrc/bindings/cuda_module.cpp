@@ -28,12 +28,21 @@ using SharedPair = gb::Shared<gb::DevicePair>;
 
 namespace {
 
-DeviceMeasured measure(const std::shared_ptr<DeviceGradients>& grads, const py::object& ord,
-                       const py::object& groups, const py::object& grad_scale,
-                       const py::object& reduce, std::uintptr_t stream) {
-  const gb::MeasureArguments arguments(grads->gradients(), ord, groups, grad_scale, reduce);
-  grads->gradients().recheck(grads->reader(), ord, groups, grad_scale);
-  return {grads, arguments, stream};
+DeviceMeasured measure(const std::shared_ptr<DeviceGradients>& grads, const gb::MeasureCall& call,
+                       std::uintptr_t stream) {
+  return DeviceMeasured::measure(grads, nullptr, call, stream);
+}
+DeviceMeasured measure_pair(const std::shared_ptr<gb::DevicePair>& pair,
+                            const gb::MeasureCall& call, std::uintptr_t stream) {
+  return DeviceMeasured::measure(pair->gradients(), pair, call, stream);
+}
+py::tuple clip(const std::shared_ptr<DeviceGradients>& grads, const gb::ClipCall& call,
+               std::uintptr_t stream, const py::object& make) {
+  return DeviceMeasured::clip(*grads, nullptr, call, stream, make);
+}
+py::tuple clip_pair(const std::shared_ptr<gb::DevicePair>& pair, const gb::ClipCall& call,
+                    std::uintptr_t stream, const py::object& make) {
+  return DeviceMeasured::clip(*pair->gradients(), pair.get(), call, stream, make);
 }
 
 SharedPair with_params(const std::shared_ptr<DeviceGradients>& grads, const py::object& params,
@@ -45,16 +54,6 @@ SharedPair with_base(const std::shared_ptr<DeviceGradients>& grads, const py::ob
                      std::uintptr_t stream) {
   const gb::Pair::Terms terms = gb::Pair::Terms::of_base();
   return {std::make_shared<gb::DevicePair>(grads, base, terms, stream)};
-}
-
-DeviceMeasured measure_pair(const std::shared_ptr<gb::DevicePair>& pair, const py::object& ord,
-                            const py::object& groups, const py::object& grad_scale,
-                            const py::object& reduce, std::uintptr_t stream) {
-  const std::shared_ptr<DeviceGradients>& grads = pair->gradients();
-  const gb::MeasureArguments arguments(grads->gradients(), ord, groups, grad_scale, reduce);
-  grads->gradients().recheck(grads->reader(), ord, groups, grad_scale);
-  pair->pair().second().recheck(pair->reader(), ord, groups, grad_scale);
-  return {grads, arguments, stream, pair};
 }
 
 DeviceMeasured with_norm(const std::shared_ptr<DeviceGradients>& grads, const py::object& norm,
@@ -79,12 +78,7 @@ PYBIND11_MODULE(GRADCLIP_MODULE, m, py::mod_gil_not_used()) {
   py::class_<SharedGradients> gradients(m, "Gradients", py::module_local());
   gb::close_class(gradients);
   gradients.def("norms", method(&DeviceGradients::norms), py::arg("ord"), py::arg("stream"))
-      .def("measure", method(&measure), py::arg("ord"), py::arg("groups"), py::arg("grad_scale"),
-           py::arg("reduce"), py::arg("stream"))
       .def("with_norm", method(&with_norm), py::arg("norm"), py::arg("stream"))
-      .def("clip", method(&DeviceMeasured::clip), py::arg("max_norm"), py::arg("ord"),
-           py::arg("groups"), py::arg("grad_scale"), py::arg("nonfinite"), py::arg("reduce"),
-           py::arg("stream"), py::arg("formula"), py::arg("make"))
       .def("clip_by_value", method(&DeviceGradients::clip_by_value), py::arg("limit"),
            py::arg("to_nearest"), py::arg("stream"), py::arg("make"))
       .def("scale", method(&DeviceGradients::scale), py::arg("factor"), py::arg("stream"))
@@ -99,6 +93,8 @@ PYBIND11_MODULE(GRADCLIP_MODULE, m, py::mod_gil_not_used()) {
           "nbytes", [](const SharedGradients& grads) { return grads.object->gradients().nbytes(); })
       .def_property_readonly("num_elements", of_list(&Gradients::elements));
 
+  gb::def_measure(gradients, &measure, py::arg("stream"));
+  gb::def_clip(gradients, &clip, py::arg("stream"), py::arg("make"));
   gradients
       .def("with_params", method(&with_params), py::arg("params"), py::arg("l2"), py::arg("l1"),
            py::arg("stream"))
@@ -106,17 +102,14 @@ PYBIND11_MODULE(GRADCLIP_MODULE, m, py::mod_gil_not_used()) {
 
   py::class_<SharedPair> pair(m, "Pair", py::module_local());
   gb::close_class(pair);
-  pair.def("measure", method(&measure_pair), py::arg("ord"), py::arg("groups"),
-           py::arg("grad_scale"), py::arg("reduce"), py::arg("stream"))
-      .def("clip", method(&DeviceMeasured::clip_pair), py::arg("max_norm"), py::arg("ord"),
-           py::arg("groups"), py::arg("grad_scale"), py::arg("nonfinite"), py::arg("reduce"),
-           py::arg("stream"), py::arg("formula"), py::arg("make"));
+  gb::def_measure(pair, &measure_pair, py::arg("stream"));
+  gb::def_clip(pair, &clip_pair, py::arg("stream"), py::arg("make"));
 
   py::class_<DeviceMeasured> measured(m, "Measured", py::module_local());
   gb::close_class(measured);
   measured
       .def("clip", &DeviceMeasured::clip_measured, py::arg("max_norm"), py::arg("nonfinite"),
-           py::arg("stream"), py::arg("formula"), py::arg("make"))
+           py::arg("formula"), py::arg("stream"), py::arg("make"))
       .def("scale", &DeviceMeasured::scale_measured, py::arg("coefficients"), py::arg("nonfinite"),
            py::arg("stream"), py::arg("make"))
       .def_property_readonly("memory", &DeviceMeasured::memory)

@@ -148,45 +148,30 @@ py::tuple finish(DeviceCall& call, const DeviceGradients& grads, const py::objec
 
 }  // namespace
 
-py::tuple DeviceMeasured::clip(const std::shared_ptr<DeviceGradients>& grads,
-                               const py::object& max_norm, const py::object& ord,
-                               const py::object& groups, const py::object& grad_scale,
-                               const py::object& nonfinite, const py::object& reduce,
-                               std::uintptr_t stream, const py::object& formula,
-                               const py::object& make) {
-  return clip_measuring(*grads, nullptr, max_norm, ord, groups, grad_scale, nonfinite, reduce,
-                        stream, formula, make);
+DeviceMeasured DeviceMeasured::measure(std::shared_ptr<DeviceGradients> grads,
+                                       std::shared_ptr<DevicePair> pair, const MeasureCall& call,
+                                       std::uintptr_t stream) {
+  const MeasureArguments arguments(grads->gradients(), call);
+  call.recheck(grads->gradients(), grads->reader());
+  if (pair) call.recheck(pair->pair().second(), pair->reader());
+  return {std::move(grads), arguments, stream, std::move(pair)};
 }
 
-py::tuple DeviceMeasured::clip_pair(const std::shared_ptr<DevicePair>& pair,
-                                    const py::object& max_norm, const py::object& ord,
-                                    const py::object& groups, const py::object& grad_scale,
-                                    const py::object& nonfinite, const py::object& reduce,
-                                    std::uintptr_t stream, const py::object& formula,
-                                    const py::object& make) {
-  return clip_measuring(*pair->gradients(), pair.get(), max_norm, ord, groups, grad_scale,
-                        nonfinite, reduce, stream, formula, make);
-}
-
-py::tuple DeviceMeasured::clip_measuring(DeviceGradients& grads, DevicePair* pair,
-                                         const py::object& max_norm, const py::object& ord,
-                                         const py::object& groups, const py::object& grad_scale,
-                                         const py::object& nonfinite, const py::object& reduce,
-                                         std::uintptr_t stream, const py::object& formula,
-                                         const py::object& make) {
+py::tuple DeviceMeasured::clip(DeviceGradients& grads, DevicePair* pair, const ClipCall& given,
+                               std::uintptr_t stream, const py::object& make) {
   const cuda::DeviceGuard guard(grads.device());
   const Gradients& list = grads.gradients();
-  const MeasureArguments measure(list, ord, groups, grad_scale, reduce);
-  const LimitsArgument limits(max_norm, measure.groups, grads, as_stream(stream), false);
-  cuda::Decision decision{*limits,
-                          clip_options(nonfinite, formula, measure.grad_scale, measure.order,
-                                       reduce.is_none() && (pair || list.has_only_float64()))};
+  const MeasureArguments measure(list, given.measure);
+  const LimitsArgument limits(given.max_norm, measure.groups, grads, as_stream(stream), false);
+  const bool is_alone = measure.reduce.is_none();
+  cuda::Decision decision{
+      *limits, clip_options(given.nonfinite, given.formula, measure.grad_scale, measure.order,
+                            is_alone && (pair || list.has_only_float64()))};
   decision.options.always_changes = always_changes(pair);
   const NonFinite policy = decision.options.nonfinite;
   require_writable(grads, pair);
-  list.recheck(grads.reader(), max_norm, ord, groups, grad_scale, nonfinite);
-  if (pair)
-    pair->pair().second().recheck(pair->reader(), max_norm, ord, groups, grad_scale, nonfinite);
+  given.recheck(list, grads.reader());
+  if (pair) given.recheck(pair->pair().second(), pair->reader());
 
   const auto pairs = table_of(pair, measure);
   DeviceCall call(grads, stream, measure.groups, pair, pairs.get());
@@ -197,7 +182,7 @@ py::tuple DeviceMeasured::clip_measuring(DeviceGradients& grads, DevicePair* pai
   // Before anything is written, so that nothing can fail after.
   const py::object made =
       make(memory, layout.groups, measure.groups.groups.kind == Groups::all, measure.groups.names);
-  if (reduce.is_none()) {
+  if (is_alone) {
     list.mark_written();  // for all that is known here
     const GilRelease release;
     call.list().measure(measure.order, measure.grad_scale, result, call.stream(), &decision);
@@ -207,7 +192,7 @@ py::tuple DeviceMeasured::clip_measuring(DeviceGradients& grads, DevicePair* pai
       const GilRelease release;
       call.list().measure(measure.order, measure.grad_scale, result, call.stream());
     }
-    const DeviceArgument sums = reduced_sums(reduce, memory, layout, grads, call.stream());
+    const DeviceArgument sums = reduced_sums(measure.reduce, memory, layout, grads, call.stream());
     require_unchanged(grads, pair);
     list.mark_written();
     {
@@ -272,7 +257,7 @@ DeviceMeasured::DeviceMeasured(std::shared_ptr<DeviceGradients> grads, const py:
 }
 
 py::tuple DeviceMeasured::clip_measured(const py::object& max_norm, const py::object& nonfinite,
-                                        std::uintptr_t stream, const py::object& formula,
+                                        const py::object& formula, std::uintptr_t stream,
                                         const py::object& make) {
   return apply(max_norm, false,
                clip_options(nonfinite, formula, grad_scale_, order_,

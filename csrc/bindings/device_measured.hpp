@@ -15,24 +15,19 @@ class DeviceMeasured {
  public:
   // `pair`: as of Measured.
   DeviceMeasured(std::shared_ptr<DeviceGradients> grads, const MeasureArguments& arguments,
-                 std::uintptr_t stream, std::shared_ptr<DevicePair> pair = nullptr);
+                 std::uintptr_t stream, std::shared_ptr<DevicePair> pair);
   // `norm`: a float64 number on the device.
   DeviceMeasured(std::shared_ptr<DeviceGradients> grads, const py::object& norm,
                  std::uintptr_t stream);
 
+  static DeviceMeasured measure(std::shared_ptr<DeviceGradients> grads,
+                                std::shared_ptr<DevicePair> pair, const MeasureCall& call,
+                                std::uintptr_t stream);
   // These return what `make` has made and, if asked to raise, what count_nonfinite() returns, else None.
-  static py::tuple clip(const std::shared_ptr<DeviceGradients>& grads, const py::object& max_norm,
-                        const py::object& ord, const py::object& groups,
-                        const py::object& grad_scale, const py::object& nonfinite,
-                        const py::object& reduce, std::uintptr_t stream, const py::object& formula,
-                        const py::object& make);
-  static py::tuple clip_pair(const std::shared_ptr<DevicePair>& pair, const py::object& max_norm,
-                             const py::object& ord, const py::object& groups,
-                             const py::object& grad_scale, const py::object& nonfinite,
-                             const py::object& reduce, std::uintptr_t stream,
-                             const py::object& formula, const py::object& make);
+  static py::tuple clip(DeviceGradients& grads, DevicePair* pair, const ClipCall& call,
+                        std::uintptr_t stream, const py::object& make);
   py::tuple clip_measured(const py::object& max_norm, const py::object& nonfinite,
-                          std::uintptr_t stream, const py::object& formula, const py::object& make);
+                          const py::object& formula, std::uintptr_t stream, const py::object& make);
   py::tuple scale_measured(const py::object& coefficients, const py::object& nonfinite,
                            std::uintptr_t stream, const py::object& make);
 
@@ -43,12 +38,6 @@ class DeviceMeasured {
   py::object group_sizes() const { return bindings::group_sizes(named_, grads_->gradients()); }
 
  private:
-  static py::tuple clip_measuring(DeviceGradients& grads, DevicePair* pair,
-                                  const py::object& max_norm, const py::object& ord,
-                                  const py::object& groups, const py::object& grad_scale,
-                                  const py::object& nonfinite, const py::object& reduce,
-                                  std::uintptr_t stream, const py::object& formula,
-                                  const py::object& make);
   py::tuple apply(const py::object& limits, bool are_coefficients, ClipOptions options,
                   std::uintptr_t stream, const py::object& make);
 

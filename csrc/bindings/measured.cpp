@@ -235,10 +235,9 @@ Measured::Measured(std::shared_ptr<const Gradients> grads, double norm) : grads_
   norms_.groups.assign(1, norm);
 }
 
-Measured Measured::of_shards(const std::shared_ptr<const Gradients>& grads, const py::object& ord,
-                             const py::object& groups, const py::object& grad_scale, bool is_wide,
-                             const py::object& sums) {
-  const MeasureArguments arguments(*grads, ord, groups, grad_scale, py::none());
+Measured Measured::of_shards(const std::shared_ptr<const Gradients>& grads, const MeasureCall& call,
+                             bool is_wide, const py::object& sums) {
+  const MeasureArguments arguments(*grads, call);
   if (arguments.groups.rows)
     throw py::value_error(
         "groups: expected groups of whole gradients where ranks hold shards, got rows");
@@ -327,35 +326,24 @@ void Measured::join_words(const WordArray& words, const WordArray& counts) {
   }
 }
 
-py::object Measured::clip(const std::shared_ptr<const Gradients>& grads, const py::object& max_norm,
-                          const py::object& ord, const py::object& groups,
-                          const py::object& grad_scale, const py::object& nonfinite,
-                          const py::object& reduce, const py::object& formula) {
-  return clip_measuring(grads, nullptr, max_norm, ord, groups, grad_scale, nonfinite, reduce,
-                        formula);
+Measured Measured::measure(std::shared_ptr<const Gradients> grads, std::shared_ptr<const Pair> pair,
+                           const MeasureCall& call) {
+  const MeasureArguments arguments(*grads, call);
+  call.recheck(*grads, HostReader{});
+  if (pair) call.recheck(pair->second(), second_reader());
+  return {std::move(grads), arguments, std::move(pair)};
 }
 
-py::object Measured::clip_pair(const std::shared_ptr<const Pair>& pair, const py::object& max_norm,
-                               const py::object& ord, const py::object& groups,
-                               const py::object& grad_scale, const py::object& nonfinite,
-                               const py::object& reduce, const py::object& formula) {
-  return clip_measuring(pair->gradients(), pair, max_norm, ord, groups, grad_scale, nonfinite,
-                        reduce, formula);
-}
-
-py::object Measured::clip_measuring(std::shared_ptr<const Gradients> grads,
-                                    std::shared_ptr<const Pair> pair, const py::object& max_norm,
-                                    const py::object& ord, const py::object& groups,
-                                    const py::object& grad_scale, const py::object& nonfinite,
-                                    const py::object& reduce, const py::object& formula) {
-  const MeasureArguments measure(*grads, ord, groups, grad_scale, reduce);
-  const ClipArguments clip(max_norm, nonfinite, formula, measure.groups, *grads, pair.get(),
-                           measure.grad_scale, measure.order, reduce.is_none());
+py::object Measured::clip(std::shared_ptr<const Gradients> grads, std::shared_ptr<const Pair> pair,
+                          const ClipCall& call) {
+  const MeasureArguments measure(*grads, call.measure);
+  const ClipArguments clip(call.max_norm, call.nonfinite, call.formula, measure.groups, *grads,
+                           pair.get(), measure.grad_scale, measure.order, measure.reduce.is_none());
   pair ? pair->require_writable() : grads->require_writable();
-  grads->recheck(HostReader{}, max_norm, ord, groups, grad_scale, nonfinite);
-  if (pair) pair->second().recheck(second_reader(), max_norm, ord, groups, grad_scale, nonfinite);
+  call.recheck(*grads, HostReader{});
+  if (pair) call.recheck(pair->second(), second_reader());
   Measured measured(std::move(grads), measure, std::move(pair));
-  if (!reduce.is_none()) measured.require_unchanged();
+  if (!measure.reduce.is_none()) measured.require_unchanged();
   return measured.apply(clip.thresholds, clip.options);
 }
 

@@ -31,10 +31,10 @@ py::object make_result(double total, const Table<double>& norms, const py::objec
 
 class Measured {
  public:
-  // In one pass. Calls `reduce`, unless it is None, with the sums of the groups. `pair`: what is measured and
-  // written is made of the gradients and what it has beside them.
+  // In one pass. Calls `reduce`, unless it is None, with the sums of the groups. `pair`, here and below: what is
+  // measured and written is made of the gradients and what it has beside them.
   Measured(std::shared_ptr<const Gradients> grads, const MeasureArguments& arguments,
-           std::shared_ptr<const Pair> pair = nullptr);
+           std::shared_ptr<const Pair> pair);
   // What accumulators become, in one pass: written, and measured as they are then. Calls `reduce` as above.
   Measured(const Pair& accumulation, const py::object& reduce);
   // As somebody has measured: all gradients together have this norm. Those of tensors are not known.
@@ -43,23 +43,18 @@ class Measured {
   // Of shards: this process's part of every gradient. Its sums are words, which all processes that have a part add
   // as integers (for the maximum norm: of which they take the greatest), and `join_words` takes. `is_wide`: the places of
   // any sum, not of 16 and 32 bits alone. `sums`: what somebody else has measured; or None.
-  static Measured of_shards(const std::shared_ptr<const Gradients>& grads, const py::object& ord,
-                            const py::object& groups, const py::object& grad_scale, bool is_wide,
-                            const py::object& sums);
+  static Measured of_shards(const std::shared_ptr<const Gradients>& grads, const MeasureCall& call,
+                            bool is_wide, const py::object& sums);
   const Table<std::int64_t>& sum_words() const { return words_; }
   // This process's elements of every gradient that are NaN, and that are infinite, in turns.
   Table<std::int64_t> nonfinite_counts() const;
   void join_words(const WordArray& words, const WordArray& counts);
 
-  // All arguments of a clip are checked before anything is measured.
-  static py::object clip(const std::shared_ptr<const Gradients>& grads, const py::object& max_norm,
-                         const py::object& ord, const py::object& groups,
-                         const py::object& grad_scale, const py::object& nonfinite,
-                         const py::object& reduce, const py::object& formula);
-  static py::object clip_pair(const std::shared_ptr<const Pair>& pair, const py::object& max_norm,
-                              const py::object& ord, const py::object& groups,
-                              const py::object& grad_scale, const py::object& nonfinite,
-                              const py::object& reduce, const py::object& formula);
+  // All arguments are checked before anything is measured.
+  static Measured measure(std::shared_ptr<const Gradients> grads, std::shared_ptr<const Pair> pair,
+                          const MeasureCall& call);
+  static py::object clip(std::shared_ptr<const Gradients> grads, std::shared_ptr<const Pair> pair,
+                         const ClipCall& call);
 
   // Once: what is in memory afterwards was not measured.
   py::object clip_measured(const py::object& max_norm, const py::object& nonfinite,
@@ -83,11 +78,6 @@ class Measured {
   std::size_t words_of_one() const {
     return order_.kind == NormOrder::infinity ? 1 : grid().words();
   }
-  static py::object clip_measuring(std::shared_ptr<const Gradients> grads,
-                                   std::shared_ptr<const Pair> pair, const py::object& max_norm,
-                                   const py::object& ord, const py::object& groups,
-                                   const py::object& grad_scale, const py::object& nonfinite,
-                                   const py::object& reduce, const py::object& formula);
   void require_unchanged() const;
   void require_first_use() const;
   void join(const py::object& reduce);

@@ -10,11 +10,7 @@ import numpy.typing as npt
 
 from gradclip._result import ClipResult
 
-class Pair:
-    """Gradients and a second list of arrays, one for each."""
-
-    @property
-    def names(self) -> tuple[str, ...] | None: ...
+class _Measurable:
     def measure(self, ord: object, groups: object, grad_scale: object, reduce: object) -> Measured: ...
     def clip(
         self,
@@ -24,10 +20,16 @@ class Pair:
         grad_scale: object,
         nonfinite: object,
         reduce: object,
-        formula: object = "nearest",
+        formula: object,
     ) -> ClipResult: ...
 
-class Gradients:
+class Pair(_Measurable):
+    """Gradients and a second list of arrays, one for each."""
+
+    @property
+    def names(self) -> tuple[str, ...] | None: ...
+
+class Gradients(_Measurable):
     """Gradients that have been read."""
 
     def tensor_norms(self, ord: object) -> npt.NDArray[np.float64]: ...
@@ -37,7 +39,6 @@ class Gradients:
     # is written beside base.
     def with_params(self, params: object, l2: object, l1: object) -> Pair: ...
     def with_base(self, base: object) -> Pair: ...
-    def measure(self, ord: object, groups: object, grad_scale: object, reduce: object) -> Measured: ...
     # Of shards of gradients; `is_wide`: in words for any sum, not of 16 and 32 bits alone. `sums`: what
     # somebody else has measured of each.
     def measure_shards(
@@ -50,16 +51,6 @@ class Gradients:
     ) -> Measured: ...
     # As somebody has measured all of them together; the norms of tensors are NaN.
     def with_norm(self, norm: float) -> Measured: ...
-    def clip(
-        self,
-        max_norm: object,
-        ord: object,
-        groups: object,
-        grad_scale: object,
-        nonfinite: object,
-        reduce: object,
-        formula: object = "nearest",
-    ) -> ClipResult: ...
     def clip_by_value(self, limit: object, to_nearest: bool = False) -> ClipResult: ...
     def scale(self, factor: object) -> None: ...
     # Seconds to read, or to read and write, dense arrays with the threads of a call.
@@ -80,7 +71,7 @@ class Measured:
     """What was measured of gradients."""
 
     # Once: the second time raises ValueError.
-    def clip(self, max_norm: object, nonfinite: object, formula: object = "nearest") -> ClipResult: ...
+    def clip(self, max_norm: object, nonfinite: object, formula: object) -> ClipResult: ...
     def scale(self, coefficients: object, nonfinite: object) -> ClipResult: ...
     # Of shards: words of every sum, which processes add (for the maximum norm: of which they take the
     # greatest), and the elements of each that are NaN and infinite; and norms of what comes back.

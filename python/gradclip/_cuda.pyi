@@ -13,38 +13,10 @@ class _Memory(Protocol):
     ptr: int
     def float64(self, offset: int, count: int) -> object: ...
 
-class Pair:
-    """Gradients and a second list of arrays, one for each."""
-
-    # As of Gradients.
+class _Measurable:
     def measure(
         self, ord: object, groups: object, grad_scale: object, reduce: object, stream: int
     ) -> Measured: ...
-    def clip(
-        self,
-        max_norm: object,
-        ord: object,
-        groups: object,
-        grad_scale: object,
-        nonfinite: object,
-        reduce: object,
-        stream: int,
-        formula: object,
-        make: Callable[..., Any],
-    ) -> tuple[Any, list[tuple[int, int, int]] | None]: ...
-
-class Gradients:
-    """Gradients that have been read."""
-
-    def with_params(self, params: object, l2: object, l1: object, stream: int) -> Pair: ...
-    def with_base(self, base: object, stream: int) -> Pair: ...
-    # Results are memory from `allocate`, laid out as `result_layout` says.
-    def norms(self, ord: object, stream: int) -> _Memory: ...
-    def measure(
-        self, ord: object, groups: object, grad_scale: object, reduce: object, stream: int
-    ) -> Measured: ...
-    # As somebody has measured all of them together: a float64 number on the device.
-    def with_norm(self, norm: object, stream: int) -> Measured: ...
     # `make` is called with memory, the number of groups, whether groups is None, and the names of groups
     # or None, before anything is written. Returns what it made and, if asked to raise, per gradient that is
     # not finite (index, NaN count, infinity count). nonfinite="raise" waits.
@@ -56,10 +28,23 @@ class Gradients:
         grad_scale: object,
         nonfinite: object,
         reduce: object,
-        stream: int,
         formula: object,
+        stream: int,
         make: Callable[..., Any],
     ) -> tuple[Any, list[tuple[int, int, int]] | None]: ...
+
+class Pair(_Measurable):
+    """Gradients and a second list of arrays, one for each."""
+
+class Gradients(_Measurable):
+    """Gradients that have been read."""
+
+    def with_params(self, params: object, l2: object, l1: object, stream: int) -> Pair: ...
+    def with_base(self, base: object, stream: int) -> Pair: ...
+    # Results are memory from `allocate`, laid out as `result_layout` says.
+    def norms(self, ord: object, stream: int) -> _Memory: ...
+    # As somebody has measured all of them together: a float64 number on the device.
+    def with_norm(self, norm: object, stream: int) -> Measured: ...
     def clip_by_value(
         self, limit: object, to_nearest: bool, stream: int, make: Callable[..., Any]
     ) -> Any: ...
@@ -85,7 +70,7 @@ class Measured:
 
     # As of Gradients; once: the second time raises ValueError.
     def clip(
-        self, max_norm: object, nonfinite: object, stream: int, formula: object, make: Callable[..., Any]
+        self, max_norm: object, nonfinite: object, formula: object, stream: int, make: Callable[..., Any]
     ) -> tuple[Any, list[tuple[int, int, int]] | None]: ...
     def scale(
         self, coefficients: object, nonfinite: object, stream: int, make: Callable[..., Any]

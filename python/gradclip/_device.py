@@ -214,11 +214,11 @@ class GpuMeasured(DeviceClipResult):
         object.__setattr__(self, "_gradients", gradients)
         object.__setattr__(self, "_measured", measured)
 
-    def clip(self, max_norm: object, nonfinite: object, formula: object = "nearest") -> DeviceClipResult:
+    def clip(self, max_norm: object, nonfinite: object, formula: object) -> DeviceClipResult:
         stream = self._gradients.stream()
         return self._gradients.finished(
             *self._measured.clip(
-                max_norm, nonfinite, stream[0], formula, self._gradients.maker(stream, self._is_pair)
+                max_norm, nonfinite, formula, stream[0], self._gradients.maker(stream, self._is_pair)
             )
         )
 
@@ -259,14 +259,14 @@ class _GpuMeasurable:
         grad_scale: object,
         nonfinite: object,
         reduce: object,
-        formula: object = "nearest",
+        formula: object,
     ) -> DeviceClipResult:
         """``formula``: how what is written is rounded, or a float that is added to norms, as PyTorch does."""
         source, gradients, is_pair = self._source()
         stream = gradients.stream()
         make = gradients.maker(stream, is_pair)
         return gradients.finished(
-            *source.clip(max_norm, ord, groups, grad_scale, nonfinite, reduce, stream[0], formula, make)
+            *source.clip(max_norm, ord, groups, grad_scale, nonfinite, reduce, formula, stream[0], make)
         )
 
 

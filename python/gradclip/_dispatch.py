@@ -34,7 +34,7 @@ _CUDA, _CUDA_MANAGED = 2, 13  # of DLPack's device types
 class MeasuredGradients(Protocol):
     """What an engine has measured: of a CPU, numbers; of a GPU, arrays there."""
 
-    def clip(self, max_norm: object, nonfinite: object, formula: object = ...) -> ClipResult: ...
+    def clip(self, max_norm: object, nonfinite: object, formula: object) -> ClipResult: ...
     def scale(self, coefficients: object, nonfinite: object) -> ClipResult: ...
     @property
     def total_norm(self) -> Any: ...
@@ -77,7 +77,7 @@ class Measurable(Protocol):
         grad_scale: object,
         nonfinite: object,
         reduce: object,
-        formula: object = ...,
+        formula: object,
     ) -> ClipResult: ...
 
 

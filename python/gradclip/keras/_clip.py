@@ -121,7 +121,7 @@ def _clip(option: str, threshold: Any, grads: list[Any]) -> tuple[list[Any], Cli
     if option == "clipvalue":
         return grads, gradients.clip_by_value(threshold, to_nearest=True)  # as PyTorch and NumPy round it
     groups = "tensor" if option == "clipnorm" else None
-    return grads, gradients.clip(threshold, 2, groups, 1.0, "propagate", None)
+    return grads, gradients.clip(threshold, 2, groups, 1.0, "propagate", None, "nearest")
 
 
 if BACKEND == "torch":

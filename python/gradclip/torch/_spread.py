@@ -89,7 +89,7 @@ class SpreadGradients:
         grad_scale: object,
         nonfinite: object,
         reduce: object,
-        formula: object = "nearest",
+        formula: object,
     ) -> ClipResult:
         def check() -> None:  # as if there were nothing to measure
             self._empty().clip(max_norm, ord, groups, grad_scale, nonfinite, None, formula)
@@ -301,7 +301,7 @@ class _Measured:
     def __init__(self, grads: SpreadGradients, measured: Any, groups: object, grad_scale: object) -> None:
         self._grads, self._measured, self._groups, self._grad_scale = grads, measured, groups, grad_scale
 
-    def clip(self, max_norm: object, nonfinite: object, formula: object = "nearest") -> ClipResult:
+    def clip(self, max_norm: object, nonfinite: object, formula: object) -> ClipResult:
         if formula == "down":
             self._grads._refuse_down()
         return self._finish(self._measured.clip(max_norm, nonfinite, formula))
