@@ -285,8 +285,8 @@ def clip_by_global_norm_(
         (array([1.5, 2. ]), array([6.]))
     """
     gradients, has_any = read_and_see(grads)
-    regularised = with_params(gradients, params, l2, l1)
-    result = clip(regularised, max_norm, ord, groups, grad_scale, nonfinite, reduce, formula_of(rounding))
+    formula = formula_of(rounding)
+    result = clip(gradients, max_norm, ord, groups, grad_scale, nonfinite, reduce, formula, params, l2, l1)
     if not has_any and reduce is None:  # else other processes may have some
         warn_of_nothing()
     return result
@@ -333,8 +333,8 @@ def clip_by_norm_(
         array([0.2, 1. ])
     """
     gradients, has_any = read_and_see(grads)
-    regularised = with_params(gradients, params, l2, l1)
-    result = clip(regularised, max_norm, ord, "tensor", grad_scale, nonfinite, reduce, formula_of(rounding))
+    formula = formula_of(rounding)
+    result = clip(gradients, max_norm, ord, "tensor", grad_scale, nonfinite, reduce, formula, params, l2, l1)
     if not has_any and reduce is None:  # else other processes may have some
         warn_of_nothing()
     return result

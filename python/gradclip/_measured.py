@@ -250,7 +250,7 @@ def with_params(read: ReadGradients, params: Any, l2: Any, l1: Any) -> Measurabl
 
 
 def clip(
-    read: Measurable,
+    read: Any,
     max_norm: Any,
     ord: object,
     groups: object,
@@ -258,15 +258,21 @@ def clip(
     nonfinite: Any,
     reduce: object,
     formula: str | float,
+    params: Any = None,
+    l2: Any = 0.0,
+    l1: Any = 0.0,
 ) -> ClipResult:
     """Measure, decide and clip: in one call of the engine, unless a policy decides in between.
 
     ``formula``: how what is written is rounded, or a float that is added to norms, as PyTorch does.
+    ``params``, ``l2``, ``l1``: as of :func:`with_params`.
     """
+    is_regularised = params is not None or l2 != 0 or l1 != 0
+    source: Measurable = with_params(read, params, l2, l1) if is_regularised else read
     if is_policy(max_norm):
         if groups is None:
             groups = getattr(max_norm, "groups", None)
-            groups = groups(read.names) if callable(groups) else groups
-        measured = Measured(read.measure(ord, groups, grad_scale, reduce))
+            groups = groups(source.names) if callable(groups) else groups
+        measured = Measured(source.measure(ord, groups, grad_scale, reduce))
         return measured.clip_by_formula_(max_norm, nonfinite, formula)
-    return read.clip(max_norm, ord, groups, grad_scale, nonfinite, reduce, formula)
+    return source.clip(max_norm, ord, groups, grad_scale, nonfinite, reduce, formula)

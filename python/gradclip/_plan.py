@@ -112,8 +112,8 @@ class Plan:
         l1: float = 0.0,
     ) -> ClipResult:
         """As :func:`gradclip.clip_by_global_norm_`."""
-        regularised = with_params(self._plan, params, l2, l1)
-        return clip(regularised, max_norm, ord, groups, grad_scale, nonfinite, reduce, formula_of(rounding))
+        formula = formula_of(rounding)
+        return clip(self._plan, max_norm, ord, groups, grad_scale, nonfinite, reduce, formula, params, l2, l1)
 
     def clip_by_norm_(
         self,
@@ -128,8 +128,10 @@ class Plan:
         l1: float = 0.0,
     ) -> ClipResult:
         """As :func:`gradclip.clip_by_norm_`."""
-        regularised = with_params(self._plan, params, l2, l1)
-        return clip(regularised, max_norm, ord, "tensor", grad_scale, nonfinite, reduce, formula_of(rounding))
+        formula = formula_of(rounding)
+        return clip(
+            self._plan, max_norm, ord, "tensor", grad_scale, nonfinite, reduce, formula, params, l2, l1
+        )
 
     def clip_difference_(
         self,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradclip._api import NonFinite, Reduce, Rounding, Thresholds
-from gradclip._measured import Policy, clip, formula_of, is_policy, with_params
+from gradclip._measured import Policy, clip, formula_of, is_policy
 from gradclip._result import ClipResult
 from gradclip.torch._arguments import Tensors, warn_if_nothing
 from gradclip.torch._dtensor import any_dtensor
@@ -265,16 +265,17 @@ def clip_named_(
     if any_dtensor(list(parameters.values())):
         spread = SpreadGradients(grads, list(parameters.values()), [f"{name}.grad" for name in names])
         beside = parameters if l2 != 0 or l1 != 0 else None
-        regularised = with_params(spread, beside, l2, l1)
-        return clip(regularised, max_norm, ord, group_of, grad_scale, nonfinite, reduce, formula)
+        return clip(spread, max_norm, ord, group_of, grad_scale, nonfinite, reduce, formula, beside, l2, l1)
 
     def clip_read(found: list[OnDevice], read: Tensors) -> ClipResult:
         beside = None
         if l2 != 0 or l1 != 0:
             pairs = zip(parameters.items(), read, strict=True)
             beside = {name: None if grad is None else parameter for (name, parameter), grad in pairs}
-        regularised = with_params(found[0].read, beside, l2, l1)
-        return clip(regularised, max_norm, ord, group_of, grad_scale, nonfinite, reduce, formula)
+        gradients = found[0].read
+        return clip(
+            gradients, max_norm, ord, group_of, grad_scale, nonfinite, reduce, formula, beside, l2, l1
+        )
 
     plain = list(grads.values())
     result = read_or_convert(plain, [f"{name}.grad" for name in names], WRITING, clip_read, names)
