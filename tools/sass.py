@@ -5,7 +5,9 @@ resident at once, and no hot loop accesses local memory. For sm_90 no kernel kee
 stack (of pairs 256), and the hot loops of every dtype read (and write) 16 bytes a thread at a time, several
 before the first is used. What a kernel writes it does not read through the read-only cache.
 
-    python -m tools.sass FILE      # an object file, a library, or the module
+    python -m tools.sass FILE sm_90 [sm_75 ...]
+
+FILE is an object file, a library, or the module; what it has code for follows.
 """
 
 from __future__ import annotations
@@ -157,10 +159,11 @@ def check_loops(file: str, architecture: str) -> list[str]:
     return problems
 
 
-def main(file: str) -> int:
-    """Check every kernel; 1 if one is not as expected."""
-    problems = [] if LOOPS_OF in architectures(file) else [f"expected code for {LOOPS_OF}"]
-    for architecture in architectures(file):
+def main(file: str, *expected: str) -> int:
+    """Check every kernel for every GPU that is expected; 1 if one is not as it should be."""
+    found_for = architectures(file)
+    problems = [] if found_for == sorted(expected) else [f"expected code for {expected}, got {found_for}"]
+    for architecture in found_for:
         found = check_usage(file, architecture) + check_memory(file, architecture)
         if architecture == LOOPS_OF:
             found += check_loops(file, architecture)
@@ -170,4 +173,4 @@ def main(file: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(*sys.argv[1:]))
