@@ -116,7 +116,7 @@ def check_accumulation(rank: int) -> None:
 def main(store: str, rank: int) -> None:
     library = apart.register()
     dist.init_process_group(
-        "apart", init_method=f"file://{store}", rank=rank, world_size=WORLD, timeout=timedelta(seconds=60)
+        "apart", init_method=f"file://{store}", rank=rank, world_size=WORLD, timeout=timedelta(seconds=300)
     )
     for check in (check_dtensors, check_errors, check_accumulation):
         check(rank)

@@ -18,8 +18,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TypeAlias
 
-SECONDS_TO_WAIT = 20  # of one rank for the others in a collective
-SECONDS_PER_WORLD = 120
+from processes import HANGS_AFTER
+
+SECONDS_TO_WAIT = 300  # of one rank for the others in a collective
 
 Check: TypeAlias = Callable[[], None]
 # check -> what went wrong on each rank: "" is well.
@@ -32,7 +33,7 @@ def outcomes_of(directory: Path, *worlds: int) -> dict[int, Outcomes]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     with subprocess.Popen(command, env=environment, start_new_session=True) as launcher:
         try:
-            launcher.wait(SECONDS_PER_WORLD * len(worlds) + 60)
+            launcher.wait(HANGS_AFTER * (len(worlds) + 1))
         finally:
             if launcher.poll() is None:
                 os.killpg(launcher.pid, signal.SIGKILL)
@@ -89,10 +90,12 @@ def _run_world(directory: Path, world: int, checks: list[Check]) -> None:
                 sys.stderr.flush()
                 os._exit(0)
         children.append(child)
-    deadline = time.monotonic() + SECONDS_PER_WORLD
+    deadline = time.monotonic() + HANGS_AFTER
     while children and time.monotonic() < deadline:
         children = [child for child in children if os.waitpid(child, os.WNOHANG) == (0, 0)]
         time.sleep(0.05)
+    if children:
+        print(f"{world} ranks: {len(children)} killed after {HANGS_AFTER} s", file=sys.stderr, flush=True)
     for child in children:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import gradclip
-from processes import output_of
+from processes import HANGS_AFTER, output_of
 
 pytest.importorskip("sklearn")
 pytest.importorskip("rich")
@@ -56,7 +56,7 @@ def gradclip_command(
         encoding="utf-8",
         capture_output=True,
         cwd=cwd,
-        timeout=120,
+        timeout=HANGS_AFTER,
         check=False,
     )
 
@@ -429,7 +429,7 @@ def test_an_interrupted_demo_reports_on_the_steps_that_were_done(tmp_path: Path)
         while not process.stdout.readline().startswith("step "):
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
-        text, errors = process.communicate(timeout=60)
+        text, errors = process.communicate(timeout=HANGS_AFTER)
     assert errors == ""
     assert process.returncode == 130
     interrupted = re.search(r"Interrupted after step (\d+) of 100000", text)

@@ -20,7 +20,7 @@ import torch.distributed as dist
 import gradclip
 import gradclip.torch
 from gradclip.distributed import mpi, process_group
-from processes import output_of
+from processes import HANGS_AFTER, output_of
 
 _RANKS = 2
 
@@ -52,7 +52,7 @@ def test_under_open_mpi() -> None:
         start_new_session=True,
     ) as process:
         try:
-            output, _ = process.communicate(timeout=90)
+            output, _ = process.communicate(timeout=HANGS_AFTER)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)

@@ -22,7 +22,7 @@ from torch.nn import utils
 import gradclip
 import gradclip.distributed
 import gradclip.torch
-from processes import output_of
+from processes import HANGS_AFTER, output_of
 
 
 def _leaf(grad: Tensor | None, size: int = 2) -> nn.Parameter:
@@ -266,7 +266,7 @@ def test_a_nan_in_a_pool_comes_back(function: Callable[[int], None]) -> None:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         result = pool.apply_async(function, (0,))
         with pytest.raises(gradclip.NonFiniteGradientError) as caught:
-            result.get(timeout=120)
+            result.get(timeout=HANGS_AFTER)
     assert caught.value.entries == [("w" if function is _raise_nan else "parameters[0].grad", 1, 0)]
     assert np.isnan(caught.value.norms[0])
 

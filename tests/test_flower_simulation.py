@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from processes import HANGS_AFTER
+
 _NORM = 3.0
 _CLIENT, _SERVER = "DifferentialPrivacyClientSide{}Clipping", "DifferentialPrivacyServerSide{}Clipping"
 _TRAININGS = (
@@ -42,7 +44,7 @@ def simulate(home: Path, file: Path) -> str:
             env=os.environ | environment,
             capture_output=True,
             text=True,
-            timeout=600,
+            timeout=HANGS_AFTER,
             check=False,
         )
     finally:

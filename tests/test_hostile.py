@@ -265,4 +265,4 @@ def test_a_subinterpreter_is_refused(first: str) -> None:
         found = error
     print(getattr(found, "formatted", found))
     """
-    assert "gradclip: expected the main interpreter of the process" in output_of(code, timeout=30)
+    assert "gradclip: expected the main interpreter of the process" in output_of(code)

@@ -20,7 +20,6 @@ def shards() -> Any:
     return json.loads(
         output_of(
             "import jax_shards; jax_shards.main()",
-            300,
             PYTHONPATH=paths,
             XLA_FLAGS=flags,
             JAX_PLATFORMS="cpu",

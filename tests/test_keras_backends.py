@@ -190,7 +190,7 @@ def _results(where: Path, backend: str, *parts: str) -> dict[str, Any]:
     """All that Keras does on a backend, in one process."""
     there = f"import os; os.chdir({str(where)!r})"
     code = "\n".join([there, _START, *parts, "print(json.dumps(results))"])
-    results: dict[str, Any] = json.loads(output_of(code, timeout=240, KERAS_BACKEND=backend))
+    results: dict[str, Any] = json.loads(output_of(code, KERAS_BACKEND=backend))
     return results
 
 

@@ -33,6 +33,7 @@ from gradclip._lab.experiment import Settings, merged  # noqa: E402
 from gradclip._lab.questions import QUESTIONS  # noqa: E402
 from gradclip._lab.store import Store  # noqa: E402
 from made_up_runs import die, made_up_row  # noqa: E402
+from processes import HANGS_AFTER  # noqa: E402
 
 # Five runs, one step each: their report is short.
 FEW: dict[str, Any] = {"only": ["growth"], "where": {"activation": ["relu"]}, "quick": True}
@@ -530,13 +531,13 @@ def run_clipping(folder: Path, interrupt_after: int | None = None) -> Ended:
     )  # fmt: skip
     try:
         if interrupt_after is not None:
-            end = time.monotonic() + 100
+            end = time.monotonic() + HANGS_AFTER
             while not rows.exists() or rows.read_bytes().count(b"\n") < interrupt_after:
                 assert process.poll() is None, process.communicate()[0]
                 assert time.monotonic() < end
                 time.sleep(0.02)
             os.killpg(process.pid, signal.SIGINT)
-        text, _ = process.communicate(timeout=120)
+        text, _ = process.communicate(timeout=HANGS_AFTER)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

@@ -15,7 +15,7 @@ from torch import nn
 
 import gradclip
 import gradclip.torch
-from processes import output_of
+from processes import HANGS_AFTER, output_of
 
 _TESTS = Path(__file__).parent
 _PAGE = _TESTS.parent / "docs" / "offload.md"
@@ -28,13 +28,13 @@ def test_the_page_runs() -> None:
         print(doctest.testfile({str(_PAGE)!r}, module_relative=False, optionflags=flags), flush=True)
         os._exit(0)  # threads of PyTorch's process groups end a process by std::terminate, now and then
     """
-    done = output_of(code, timeout=120)
+    done = output_of(code)
     assert done.startswith("TestResults(failed=0, attempted=2"), done
 
 
 def test_gradients_on_the_cpu_over_a_group_without_a_backend_for_it(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "error", str(_TESTS / "offload_ranks.py"), str(tmp_path / "store")]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=HANGS_AFTER, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     checks = ("check_dtensors", "check_errors", "check_accumulation")
     assert sorted(run.stdout.split("\n")[:-1]) == sorted(f"{c} on rank {r}" for c in checks for r in (0, 1))

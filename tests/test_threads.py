@@ -171,7 +171,7 @@ def test_the_child_of_a_fork_borrows_nobody() -> None:
             break
     pid = os.fork()
     if pid == 0:
-        signal.alarm(20)
+        signal.alarm(600)
         fine = True
         for _ in range(200):
             fine = fine and gradclip.tensor_norms(grads).tobytes() == expected
@@ -196,10 +196,10 @@ grads = [rng.standard_normal(n).astype(np.float32) for n in (5, 3_000_001, 1_500
 norms = gradclip.tensor_norms(grads).tobytes()
 
 def in_child(work):
-    "Run work in a forked child; the child has 20 s and must end well."
+    "Run work in a forked child; the child has 600 s and must end well."
     pid = os.fork()
     if pid == 0:
-        signal.alarm(20)
+        signal.alarm(600)
         try:
             work()
         except BaseException:
@@ -227,7 +227,7 @@ def clip_serially():
 
 def test_fork_after_use() -> None:
     code = _FORK + "in_child(clip_serially)\nclip_and_compare()\nin_child(lambda: in_child(clip_serially))\n"
-    output_of(code + "print('fine')", timeout=120)
+    output_of(code + "print('fine')")
 
 
 def test_fork_of_a_plan() -> None:
@@ -240,7 +240,7 @@ def work():
 in_child(work)
 assert plan.tensor_norms().tobytes() == norms
 """
-    output_of(_FORK + code, timeout=120)
+    output_of(_FORK + code)
 
 
 def test_fork_while_other_threads_are_in_a_call() -> None:
@@ -262,7 +262,7 @@ for worker in workers:
     worker.join()
 assert gradclip.tensor_norms(grads).tobytes() == norms
 """
-    output_of(_FORK + code, timeout=300)
+    output_of(_FORK + code)
 
 
 def test_exit_while_a_thread_is_in_a_call() -> None:

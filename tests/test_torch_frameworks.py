@@ -25,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 import gradclip.keras
 import gradclip.torch
+from processes import HANGS_AFTER
 
 pytestmark = [
     # Lightning 2.6 asks PyTorch's trees in a way that 2.13 would like to be asked in another.
@@ -299,7 +300,13 @@ def test_the_code_of_many_ranks_runs_on_two(tmp_path: Path) -> None:
     ]
     environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+        command,
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=HANGS_AFTER,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     norms = f"{{'weight': {4 * 8**0.5}, 'bias': 4.0}}"

@@ -177,7 +177,7 @@ TEST_CASE("the child of a fork works alone") {
     const pid_t child = fork();
     REQUIRE(child >= 0);
     if (child == 0) {
-      alarm(30);  // a hang ends as a failure
+      alarm(250);  // a hang ends as a failure
       _exit(each_ran_once(100, 4) && cpu::team::num_started() == 0 ? 0 : 1);
     }
     int status = 0;
