@@ -93,6 +93,38 @@ def test_the_gil_is_released() -> None:
     assert sum(start + third < t < end - third for t in ticks) >= 3
 
 
+def test_a_small_call_keeps_the_gil() -> None:
+    """To get it back from a thread that computes would take 5 ms."""
+    output_of(
+        """
+        import sys, threading
+        import numpy as np
+        import gradclip
+        small, large = [[np.ones(n, np.float32)] * 3 for n in (64, 4_000_000)]
+        seen = []
+        waits = threading.Lock()
+
+        def see():
+            with waits:
+                seen.append(1)
+
+        plan = gradclip.Plan([np.ones(64, np.float32)])
+        sys.setswitchinterval(1000)  # nobody is asked for the GIL: who has it gives it up
+        with waits:
+            other = threading.Thread(target=see)
+            other.start()
+        for _ in range(10_000):
+            gradclip.global_norm(small)
+            plan.clip_by_global_norm_(1e-3)
+        assert not seen, "a small call has given the GIL up"
+        for _ in range(1000):
+            gradclip.global_norm(large)
+        assert seen, "nobody was waiting: nothing is shown"
+        other.join()
+        """
+    )
+
+
 def test_set_and_get() -> None:
     for n in (1, 2, 3, 8, 1024):
         gradclip.set_num_threads(n)

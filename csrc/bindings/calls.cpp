@@ -13,7 +13,7 @@ namespace gradclip::bindings {
 namespace {
 
 Table<NormSum> measure(const Gradients& grads, const NormOrder& order) {
-  return run([&] { return cpu::measure(grads.spans(), grads.plan(), order); });
+  return run(grads.nbytes(), [&] { return cpu::measure(grads.spans(), grads.plan(), order); });
 }
 
 Table<double> norms_of_tensors(const NormOrder& order, const Table<NormSum>& sums) {
@@ -43,7 +43,8 @@ py::object row_norms(const Gradients& grads, const py::object& ord) {
   grads.recheck(HostReader{}, ord);
   const py::array_t<double> norms = py::module_::import("numpy").attr("zeros")(rows.count());
   auto* const first = reinterpret_cast<double*>(py::detail::array_proxy(norms.ptr())->data);
-  run([&] { cpu::row_norms(rows, cpu::make_plan(rows), order, {first, rows.count()}); });
+  run(grads.nbytes(),
+      [&] { cpu::row_norms(rows, cpu::make_plan(rows), order, {first, rows.count()}); });
   py::list views;
   for (std::size_t i = 0; i < rows.gradients.size(); ++i)
     views.append(norms[py::slice(static_cast<py::ssize_t>(rows.first[i]),
@@ -63,7 +64,7 @@ py::object clip_by_value(const Gradients& grads, const py::object& limit, bool t
   grads.require_writable();
   grads.recheck(HostReader{}, limit);
   const cpu::ValueClip found =
-      run([&] { return cpu::measure_values(grads.spans(), grads.plan(), bound); });
+      run(grads.nbytes(), [&] { return cpu::measure_values(grads.spans(), grads.plan(), bound); });
   const NormOrder order{NormOrder::infinity, INFINITY};
   const Table<double> norms = norms_of_tensors(order, found.largest);
   const double total = norm_of_all(order, found.largest);
@@ -74,7 +75,8 @@ py::object clip_by_value(const Gradients& grads, const py::object& limit, bool t
                                   py::none(), py::none());
   if (found.clipped) {
     grads.mark_written();
-    run([&] { cpu::clip_by_value(grads.spans(), grads.plan(), bound, found.tiles); });
+    run(grads.nbytes(),
+        [&] { cpu::clip_by_value(grads.spans(), grads.plan(), bound, found.tiles); });
   }
   return result;
 }
@@ -86,7 +88,7 @@ void scale(const Gradients& grads, const py::object& factor) {
   if (number == 1.0) return;
   const Table<double> factors(grads.spans().size(), number);
   grads.mark_written();
-  run([&] { cpu::scale(grads.spans(), grads.plan(), factors); });
+  run(grads.nbytes(), [&] { cpu::scale(grads.spans(), grads.plan(), factors); });
 }
 
 namespace {
@@ -96,7 +98,7 @@ double seconds_of(const Gradients& grads, Work work) {
   for (const Span& span : grads.spans())
     if (span.layout) throw py::value_error("grads: expected dense arrays for a probe");
   grads.recheck(HostReader{});
-  return run([&] {
+  return run(grads.nbytes(), [&] {
     const auto start = std::chrono::steady_clock::now();
     work();
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();

@@ -54,7 +54,7 @@ std::vector<NonFiniteEntry> count_nonfinite(const Gradients& grads, const PairTa
                                             const std::vector<std::size_t>& tensors) {
   std::vector<NonFiniteEntry> counts;
   if (tensors.empty()) return counts;
-  run([&] {
+  run(grads.nbytes(), [&] {
     for (const std::size_t i : tensors) {
       const cpu::NonFiniteCounts count = pairs ? cpu::count_nonfinite(pairs->gradients[i])
                                                : cpu::count_nonfinite(grads.spans()[i]);
@@ -161,16 +161,17 @@ Measured::Measured(std::shared_ptr<const Gradients> grads, const MeasureArgument
   if (pair_) {
     measure_pair(sums);
   } else if (!named_.rows) {
-    sums = run([&] { return cpu::measure(grads_->spans(), grads_->plan(), order_); });
+    sums = run(grads_->nbytes(),
+               [&] { return cpu::measure(grads_->spans(), grads_->plan(), order_); });
     sums_ = decide([&] { return sums_of_groups(order_, sums, named_.groups); });
   } else if (named_.groups.kind == Groups::row && order_.kind == NormOrder::two && is_alone_) {
-    cpu::RowNorms norms = run([&] {
+    cpu::RowNorms norms = run(grads_->nbytes(), [&] {
       return cpu::measure_row_norms(*named_.rows, cpu::make_plan(*named_.rows), grad_scale_);
     });
     sums = std::move(norms.tensors);
     of_rows = std::move(norms.rows);
   } else {
-    RowSums both = run([&] {
+    RowSums both = run(grads_->nbytes(), [&] {
       const RowTable& rows = *named_.rows;
       return sums_of_rows(order_, cpu::measure_rows(rows, cpu::make_plan(rows), order_), rows.first,
                           named_.groups);
@@ -196,7 +197,7 @@ void Measured::join(const py::object& reduce) {
 void Measured::measure_pair(Table<NormSum>& sums) {
   pairs_ = std::make_shared<const PairTable>(pair_->table(grad_scale_, named_.rows.get()));
   PairSums second;
-  run([&] {
+  run(grads_->nbytes(), [&] {
     Table<NormSum> parts = cpu::measure_pairs(*pairs_, cpu::make_plan(*pairs_), order_, second);
     if (named_.groups.are_of_rows()) {
       RowSums both = sums_of_rows(order_, std::move(parts), pairs_->first, named_.groups);
@@ -217,7 +218,7 @@ Measured::Measured(const Pair& accumulation, const py::object& reduce)
     : grads_(accumulation.gradients()), is_alone_(reduce.is_none()) {
   const PairTable pairs = accumulation.table(1.0, nullptr);
   if (accumulation.adds_something()) grads_->mark_written();
-  const Table<NormSum> sums = run([&] {
+  const Table<NormSum> sums = run(grads_->nbytes(), [&] {
     return accumulation.adds_something() ? cpu::accumulate(grads_->spans(), pairs, grads_->plan())
                                          : cpu::measure(grads_->spans(), grads_->plan(), order_);
   });
@@ -251,7 +252,7 @@ Measured Measured::of_shards(const std::shared_ptr<const Gradients>& grads, cons
   Table<ExactSum> exact(count);
   Table<NormSum> tensors;
   if (sums.is_none()) {
-    tensors = run([&] {
+    tensors = run(grads->nbytes(), [&] {
       return cpu::measure(grads->spans(), grads->plan(), measured.order_, std::span(exact));
     });
   } else {
@@ -398,7 +399,7 @@ py::object Measured::apply(const Table<double>& limits, const ClipOptions& optio
   is_used_ = true;
   if (decision.action == Action::nothing) return result;
   grads_->mark_written();
-  run([&] { write(decision, options); });
+  run(grads_->nbytes(), [&] { write(decision, options); });
   return result;
 }
 

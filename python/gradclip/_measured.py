@@ -227,9 +227,7 @@ class Measured:
 
 
 def is_policy(max_norm: object) -> bool:
-    return type(max_norm) is not float and (
-        hasattr(max_norm, "thresholds") or hasattr(max_norm, "coefficients")
-    )
+    return hasattr(max_norm, "thresholds") or hasattr(max_norm, "coefficients")
 
 
 def formula_of(rounding: object) -> str:
@@ -267,9 +265,10 @@ def clip(
     ``formula``: how what is written is rounded, or a float that is added to norms, as PyTorch does.
     ``params``, ``l2``, ``l1``: as of :func:`with_params`.
     """
-    is_regularised = params is not None or l2 != 0 or l1 != 0
+    # The usual call, without one of Python's: 0.0 is compared with a float at once, and a float is no policy.
+    is_regularised = params is not None or l2 != 0.0 or l1 != 0.0
     source: Measurable = with_params(read, params, l2, l1) if is_regularised else read
-    if is_policy(max_norm):
+    if type(max_norm) is not float and is_policy(max_norm):
         if groups is None:
             groups = getattr(max_norm, "groups", None)
             groups = groups(source.names) if callable(groups) else groups
