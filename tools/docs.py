@@ -39,48 +39,62 @@ MARKS = {
 _SPEED_LOADS = (
     "gpt2/float32",
     "mixtral-16th/float32",
-    "mlp-product/float32",
     "mlp/float32",
     "tiny/float32",
     "many/float32",
 )
+# As a training step has them, and the run that README shows them of.
+_BETWEEN_LOADS = ("mlp-pause/float32", "mlp-product/float32")
+_BETWEEN = Path("bench/results/amd-epyc-zen4-2-threads-avx512.json")
 _SPEED_PEERS = ("torch", "optax-donated", "numpy-dot", "numba")
 _SPEED_JOBS = (NORMS, CLIP, NO_CLIP)
 
 
 def speed_section(results: Results, path: Path) -> str:
-    """README's table: times of gradclip and what the others take."""
-    ours = OURS[CPU]
+    """README's tables: times of gradclip and what the others take."""
+    between = load(ROOT / _BETWEEN)
     found = {(row.load, row.job, row.peer): row for row in rows(results)}
-    header = ["gradients", "job", "gradclip", *(PEERS[peer].title for peer in _SPEED_PEERS)]
-    lines = []
-    for name in _SPEED_LOADS:
-        for job in _SPEED_JOBS:
-            row = found.get((name, job, ours))
-            if row and row.seconds:
-                first = _describe(results, name) if job == _SPEED_JOBS[0] else ""
-                others = (_times(found.get((name, job, peer))) for peer in _SPEED_PEERS)
-                time = readable_time(row.seconds.median)
-                lines.append([first, JOBS[job].title, time, *others])
     machine = results.machine
     return f"""
 Time of a call with a plain list of arrays, and how many times as long the others take: medians of one run
 with {machine["threads"]} threads on {machine["cpu"]}, {machine["isa"]}, every answer checked first.
 (optax's `jit` knows its arrays beforehand; gradclip's `Plan` does too, and need not read the list.)
 
-{markdown_table(header, lines)}
+{_times_table(results, _SPEED_LOADS)}
 
 {_of_roofline(found)}
+
+In a training step other work stands between two calls. A pause, after which threads sleep, and a product of
+PyTorch's, whose threads wait for more, in [a run]({_BETWEEN.as_posix()})
+on {between.machine["cpu"]}:
+
+{_times_table(between, _BETWEEN_LOADS)}
 
 ![Each contender's speed as a part of the machine's own]({_IMAGES / _README_PLOT}.png)
 
 ![Time against the number of tensors]({_IMAGES / _README_CURVES}.png)
 
 `pip install '.[bench]' && python -m bench` measures it again and writes a report to look at;
-[the run of this table]({path.as_posix()}) holds every sample.
+[the run of the first table]({path.as_posix()}) holds every sample.
 [Where gradclip is not first](docs/performance.md#where-gradclip-is-not-first) is said there.
 
 """
+
+
+def _times_table(results: Results, loads: tuple[str, ...]) -> str:
+    """The median times of gradclip with a list, and over these those of others."""
+    found = {(row.load, row.job, row.peer): row for row in rows(results)}
+    header = ["gradients", "job", "gradclip", *(PEERS[peer].title for peer in _SPEED_PEERS)]
+    lines = []
+    for name in loads:
+        for job in _SPEED_JOBS:
+            row = found.get((name, job, OURS[CPU]))
+            if row and row.seconds:
+                first = _describe(results, name) if job == _SPEED_JOBS[0] else ""
+                others = (_times(found.get((name, job, peer))) for peer in _SPEED_PEERS)
+                time = readable_time(row.seconds.median)
+                lines.append([first, JOBS[job].title, time, *others])
+    return markdown_table(header, lines)
 
 
 def _describe(results: Results, name: str) -> str:

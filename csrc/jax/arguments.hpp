@@ -1,6 +1,7 @@
 // What XLA passes to the handlers of both engines, and what it means.
 #pragma once
 
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <exception>
@@ -15,6 +16,7 @@
 #include "core/span.hpp"
 #include "core/sum_words.hpp"
 #include "cpu/float_environment.hpp"
+#include "jax/handlers.hpp"
 #include "xla/ffi/api/ffi.h"
 
 namespace gradclip::jax {
@@ -153,6 +155,15 @@ struct Decider {
     if (flag("down")) options.norm_error = norm_error_bound(order, flag("all_float64"));
   }
 };
+
+// The handlers of an engine, by the names that both have.
+inline std::array<Handler, 4> named(XLA_FFI_Handler* measure, XLA_FFI_Handler* combine,
+                                    XLA_FFI_Handler* decide, XLA_FFI_Handler* scale) {
+  return {{{"gradclip_measure", reinterpret_cast<void*>(measure)},
+           {"gradclip_combine", reinterpret_cast<void*>(combine)},
+           {"gradclip_decide", reinterpret_cast<void*>(decide)},
+           {"gradclip_scale", reinterpret_cast<void*>(scale)}}};
+}
 
 // --- What the handlers of both engines take, behind what each has of its own ----------------------------
 

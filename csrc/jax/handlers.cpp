@@ -196,12 +196,8 @@ XLA_FFI_DEFINE_HANDLER(scale_handler, scale,
 }  // namespace
 
 std::span<const Handler> handlers() {
-  static const std::array<Handler, 4> all = {{
-      {"gradclip_measure", reinterpret_cast<void*>(measure_handler)},
-      {"gradclip_combine", reinterpret_cast<void*>(combine_handler)},
-      {"gradclip_decide", reinterpret_cast<void*>(decide_handler)},
-      {"gradclip_scale", reinterpret_cast<void*>(scale_handler)},
-  }};
+  static const std::array all =
+      named(measure_handler, combine_handler, decide_handler, scale_handler);
   return all;
 }
 
