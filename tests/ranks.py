@@ -42,12 +42,13 @@ def outcomes_of(directory: Path, *worlds: int) -> dict[int, Outcomes]:
 
 def _read(directory: Path, world: int) -> Outcomes:
     outcomes: Outcomes = {}
+    silent = f"this rank did not get there: it ended, or its world was killed after {HANGS_AFTER} s"
     for rank in range(world):
         path = _path(directory, world, rank)
         lines = path.read_text().splitlines() if path.exists() else []
         told = dict(json.loads(line) for line in lines)
         for name, text in told.items():
-            outcomes.setdefault(name, ["this rank did not get there"] * world)[rank] = text
+            outcomes.setdefault(name, [silent] * world)[rank] = text
     return outcomes
 
 
@@ -94,8 +95,6 @@ def _run_world(directory: Path, world: int, checks: list[Check]) -> None:
     while children and time.monotonic() < deadline:
         children = [child for child in children if os.waitpid(child, os.WNOHANG) == (0, 0)]
         time.sleep(0.05)
-    if children:
-        print(f"{world} ranks: {len(children)} killed after {HANGS_AFTER} s", file=sys.stderr, flush=True)
     for child in children:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
